@@ -1,0 +1,38 @@
+"""Multi-level speculative decoding with quantized drafts (arXiv 2503.13565) in JAX.
+
+import mlspecqd_jax as mlsd
+target = mlsd.load("demo")
+out = mlsd.generate(mlsd.stack(target), "def fibonacci(n):")
+print(out.text[0])
+"""
+
+from mlspecqd_jax.api import Batch, Generation, Stream, compare, generate, prepare, stack, stream
+from mlspecqd_jax.models import Card, Model, convert, load
+from mlspecqd_jax.sampling import Sampling
+from mlspecqd_jax.speculation import Level, State, advance, buffer_length, finished, generate_tokens, init, step
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Batch",
+    "Card",
+    "Generation",
+    "Level",
+    "Model",
+    "Sampling",
+    "State",
+    "Stream",
+    "advance",
+    "buffer_length",
+    "compare",
+    "convert",
+    "finished",
+    "generate",
+    "generate_tokens",
+    "init",
+    "load",
+    "prepare",
+    "stack",
+    "step",
+    "stream",
+]
