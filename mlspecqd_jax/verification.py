@@ -1,0 +1,97 @@
+"""The one rule by which a level judges a draft: `verify`, coupled or by rejection.
+
+Notation: B batch, G draft_len, V vocabulary. Row g of the verifier's logits decides the token at index `position + g` of the
+sequence; row G decides the bonus token. Both rules leave the output an exact sample of the verifier:
+
+- rejection (Leviathan et al., arXiv 2211.17192, appendix A.1): accept x ~ q with probability min(1, p(x) / q(x)), else redraw from
+  norm(max(p - q, 0));
+- coupled (Daliri et al., arXiv 2408.07978): verifier and drafter add the same Gumbel noise, and a draft is accepted where it is the
+  verifier's own choice. Temperature 0 is greedy under either.
+
+Neither the bonus token nor an empty draft is a special case: a row without a draft has q = 0, and max(p - 0, 0) is p itself.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from mlspecqd_jax import sampling as sampling_
+from mlspecqd_jax.sampling import Sampling
+
+
+class Draft(NamedTuple):
+    """Proposed tokens; each was drawn from exactly the distribution handed up with it (the drafter's law)."""
+
+    tokens: jax.Array  # int32 [B, G]
+    probs: jax.Array | None  # f32 [B, G, V]; None under the coupled rule
+    length: jax.Array  # int32 [B], how many of the G are proposed
+
+    @staticmethod
+    def empty(batch: int, vocab_size: int) -> "Draft":
+        """Return the draft of no tokens: verifying it is plain decoding."""
+        return Draft(jnp.zeros((batch, 0), jnp.int32), jnp.zeros((batch, 0, vocab_size)), jnp.zeros((batch,), jnp.int32))
+
+
+class Verdict(NamedTuple):
+    """What the verifier makes of a draft: tokens[r, :accepted[r] + 1] continue row r."""
+
+    tokens: jax.Array  # int32 [B, G + 1]
+    accepted: jax.Array  # int32 [B]
+    probs: jax.Array | None  # f32 [B, G + 1, V], the verifier's own distributions; None under the coupled rule
+
+
+def verify(logits: jax.Array, draft: Draft, position: jax.Array, sampling: Sampling, level: int = 0) -> Verdict:
+    """Accept the longest lawful prefix of a draft and choose the token after it.
+
+    Args:
+      logits: the verifier's adjusted logits, f32 [B, G + 1, V].
+      draft: the tokens to judge.
+      position: int32 [B], index of the first drafted token in the row's own sequence.
+      sampling: the rows' settings; `sampling.rule` selects the rule.
+      level: the verifier's number (0 is the target), which keeps the rejection rule's noise apart between levels.
+    """
+    t = position[:, None] + jnp.arange(logits.shape[1])[None, :]  # [B, G + 1]
+    rule = _coupled if sampling.rule == "coupled" else _rejection
+    return rule(logits, draft, t, sampling, level)
+
+
+def _coupled(logits, draft, t, sampling, level):
+    own = sampling_.choose(logits, sampling_.noise(sampling.seed, t, 0, sampling_.DRAW), sampling)
+    accepted = _prefix(draft.tokens == own[:, :-1], draft.length)
+    return Verdict(own, accepted, None)
+
+
+def _rejection(logits, draft, t, sampling, level):
+    p = sampling_.probabilities(logits, sampling)
+    q = jnp.pad(draft.probs, ((0, 0), (0, 1), (0, 0)))
+    g = jnp.arange(logits.shape[1])[None, :]
+    q = jnp.where((g < draft.length[:, None])[..., None], q, 0)
+
+    def of_drafted(x):  # [B, G + 1, V] -> [B, G]
+        return jnp.take_along_axis(x[:, :-1], draft.tokens[..., None], axis=-1)[..., 0]
+
+    coins = sampling_.uniform(sampling_.noise(sampling.seed, t[:, :-1], level, sampling_.COIN))
+    accepted = _prefix(coins * of_drafted(q) < of_drafted(p), draft.length)
+
+    def at_end(x):  # the row after the accepted prefix: [B, G + 1, V] -> [B, 1, V]
+        return jnp.take_along_axis(x, accepted[:, None, None], axis=1)
+
+    p_end = at_end(p)
+    residual = jnp.maximum(p_end - at_end(q), 0)
+    residual = jnp.where(jnp.sum(residual, axis=-1, keepdims=True) > 0, residual, p_end)
+    keys = sampling_.noise(sampling.seed, jnp.take_along_axis(t, accepted[:, None], axis=1), level, sampling_.RESIDUAL)
+    drawn = jax.lax.cond(
+        jnp.any(sampling.temperature > 0),
+        lambda r: jnp.argmax(jnp.log(r) + sampling_.gumbel(keys, r.shape[-1]), axis=-1),
+        lambda r: jnp.argmax(r, axis=-1),
+        residual,
+    )
+    tokens = jnp.where(g < accepted[:, None], jnp.pad(draft.tokens, ((0, 0), (0, 1))), drawn.astype(jnp.int32))
+    return Verdict(tokens, accepted, p)
+
+
+def _prefix(matches: jax.Array, length: jax.Array) -> jax.Array:
+    """Return the length [B] of the leading run of True in matches [B, G], at most `length`."""
+    matches &= jnp.arange(matches.shape[1])[None, :] < length[:, None]
+    return jnp.sum(jnp.cumprod(matches.astype(jnp.int32), axis=1), axis=1)
