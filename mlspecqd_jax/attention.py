@@ -3,13 +3,12 @@
 Notation: B batch, W window, S cache length, H query heads, Hkv key/value heads, D head size.
 """
 
-import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from mlspecqd_jax.bits import put
+from mlspecqd_jax.moves import put_window
 
 
 class KVCache(NamedTuple):
@@ -19,17 +18,13 @@ class KVCache(NamedTuple):
     v: jax.Array  # [B, Hkv, S, D]
 
 
-def write(cache: KVCache, k: jax.Array, v: jax.Array, positions: jax.Array) -> KVCache:
-    """Store k and v [B, Hkv, W, D] at absolute positions [B, W]; positions beyond the buffer are dropped."""
-    # Head-major buffers and one scatter a tensor: XLA updates both in place inside (nested) while loops.
-    row = jnp.arange(k.shape[0])[:, None, None]
-    head = jnp.arange(k.shape[1])[None, :, None]
-    at = row, head, positions[:, None, :]
-    return KVCache(put(cache.k, at, k), put(cache.v, at, v))
+def write(cache: KVCache, k: jax.Array, v: jax.Array, start: jax.Array) -> KVCache:
+    """Store k and v [B, Hkv, W, D] at positions start[r] + 0..W-1; XLA updates both buffers in place inside (nested) loops."""
+    return KVCache(put_window(cache.k, start, k), put_window(cache.v, start, v))
 
 
 def finite(x: jax.Array) -> jax.Array:
-    """Replace NaN and infinities by 0, so that a masked entry of a cache stays harmless (0 * NaN is NaN)."""
+    """Replace NaN and infinities by 0, so that a masked entry stays harmless (0 * NaN is NaN)."""
     return jnp.where(jnp.isfinite(x), x, 0)
 
 
@@ -44,31 +39,33 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array) -> jax.
     Returns:
       [B, W, H * D] in q's dtype.
     """
-    # XLA:CPU has no 16-bit product with two batch axes; on a mesh, merging a batch and a split head axis would move the cache.
-    return jax.lax.platform_dependent(q, k, v, visible, cpu=_attend_merged, default=_attend)
-
-
-def _attend(q, k, v, visible):
     batch, heads, window, dim = q.shape
-    kv = k.shape[1]
-    grouped = q.reshape(batch, kv, heads // kv, window, dim)
-    precision = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
-    product = functools.partial(jnp.einsum, precision=precision, preferred_element_type=jnp.float32)
-    scores = product("bhgwd,bhsd->bhgws", grouped, k) * dim**-0.5
+    kv, slots = k.shape[1:3]
+    groups = heads // kv
+    scores = _product(q.reshape(batch, kv, groups * window, dim), k, 3) * dim**-0.5
+    scores = scores.reshape(batch, kv, groups, window, slots)
     scores = jnp.where(visible[:, None, None], scores, -jnp.inf)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    out = product("bhgws,bhsd->bwhgd", weights, v)
-    return out.reshape(batch, window, heads * dim).astype(q.dtype)
+    out = _product(weights.reshape(batch, kv, groups * window, slots), v, 2).reshape(batch, heads, window, dim)
+    return jnp.swapaxes(out, 1, 2).reshape(batch, window, heads * dim).astype(q.dtype)
 
 
-def _attend_merged(q, k, v, visible):
-    """`_attend` with every key/value head as a batch row of its own."""
-    batch, kv, slots, dim = k.shape
-    window = q.shape[2]
-    out = _attend(
-        q.reshape(batch * kv, -1, window, dim),
-        k.reshape(batch * kv, 1, slots, dim),
-        v.reshape(batch * kv, 1, slots, dim),
-        jnp.repeat(visible, kv, axis=0),
-    )
-    return jnp.swapaxes(out.reshape(batch, kv, window, -1), 1, 2).reshape(batch, window, -1)
+def _product(a: jax.Array, b: jax.Array, axis: int) -> jax.Array:
+    """Contract the last axis of a [B, H, R, X] with `axis` of b [B, H, ...] to f32 [B, H, R, ...]."""
+    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+
+    def dot(a, b, batch_axes):
+        last = batch_axes[-1] + 2
+        axes = (((last,), (axis - 3 + last,)), (batch_axes, batch_axes))
+        return jax.lax.dot_general(a, b, axes, precision=precision, preferred_element_type=jnp.float32)
+
+    def one_batch_axis(a, b):
+        flat = dot(a.reshape(-1, *a.shape[2:]), b.reshape(-1, *b.shape[2:]), (0,))
+        return flat.reshape(*a.shape[:2], *flat.shape[1:])
+
+    def two_batch_axes(a, b):
+        return dot(a, b, (0, 1))
+
+    # XLA:CPU has no 16-bit product with two batch axes and transposes the cache for an f32 one; on a mesh, merging the batch and
+    # a split head axis would move the cache between devices.
+    return jax.lax.platform_dependent(a, b, cpu=one_batch_axis, default=two_batch_axes)

@@ -5,7 +5,7 @@ of the token that logits[r, w] decide; the tokens before that index are the ones
 
 Everything a user may vary per request is a traced [B] array, and `lax.cond` skips what no row asks for, so that a greedy batch
 costs one argmax. Filters find their thresholds by bisection over the ordered bits of a float instead of sorting the vocabulary:
-33 passes over V take well under a tenth of a sort's time on CPU.
+32 passes over V, seven (top_p) to twenty (top_k) times faster than a sort of 8 x 151,936 logits on CPU.
 """
 
 import dataclasses
@@ -128,7 +128,7 @@ def _stop_ids(ids: Sequence[int], vocab_size: int) -> jax.Array:
         raise ValueError(f"stop_token_ids is {ids!r}, but must hold token ids from 0 to {vocab_size - 1}")
     ids = list(ids)
     for i in ids:
-        if not isinstance(i, (int, np.integer)) or i < 0:
+        if not isinstance(i, (int, np.integer)) or not 0 <= i < 2**31:  # beyond the vocabulary some models record one, in vain
             raise ValueError(f"stop_token_ids has {i!r}, but must hold token ids from 0 to {vocab_size - 1}")
     # Padded to a multiple of 8, so that another number of ids is not another trace.
     padded = [int(i) for i in ids] + [-1] * (-len(ids) % 8 or (0 if ids else 8))

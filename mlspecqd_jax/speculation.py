@@ -90,7 +90,7 @@ class Level:
     card: Hashable = dataclasses.field(metadata={"static": True}, default=None)
 
     def __post_init__(self):
-        if (self.drafter is None) != (self.draft_len == 0):
+        if (self.drafter is None) != (self.draft_len == 0) or self.draft_len < 0:
             raise ValueError(
                 f"draft_len is {self.draft_len} {'without' if self.drafter is None else 'with'} a drafter; "
                 "give both, or neither for plain decoding"
@@ -281,12 +281,14 @@ def _cut(verdict: Verdict, length, limit, open_, stop_token_ids):
 
 def _count(counts: Counts, draft: Draft, verdict: Verdict, appended, open_) -> Counts:
     g = jnp.arange(draft.tokens.shape[1])[None, :]
-    kept = (g < draft.length[:, None]) & (g < appended[:, None])
-    accepted = kept & (g < verdict.accepted[:, None])
-    judged = kept & (g <= verdict.accepted[:, None])
+    # A draft cut by a stop token or a limit counts what was kept of it, any other counts whole.
+    whole = appended == verdict.accepted + 1
+    kept = jnp.where(open_, jnp.where(whole, draft.length, jnp.minimum(draft.length, appended)), 0)
+    accepted = g < jnp.minimum(kept, verdict.accepted)[:, None]
+    judged = g < jnp.minimum(kept, verdict.accepted + 1)[:, None]
     return Counts(
         rounds=counts.rounds + open_,
-        drafted=counts.drafted + jnp.sum(kept, axis=1, dtype=jnp.int32),
+        drafted=counts.drafted + kept,
         accepted=counts.accepted + accepted,
         judged=counts.judged + judged,
         passes=counts.passes + 1,

@@ -18,8 +18,8 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from mlspecqd_jax.attention import KVCache, attend, finite, write
-from mlspecqd_jax.bits import rows
 from mlspecqd_jax.matmul import linear
+from mlspecqd_jax.moves import rows
 from mlspecqd_jax.partition import cache_sharding
 from mlspecqd_jax.rope import RopeScaling, inverse_frequencies, rotary, rotate
 
@@ -116,10 +116,11 @@ class Attention(nnx.Module):
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (jnp.swapaxes(t, 1, 2) for t in (rotate(q, *rotation), rotate(k, *rotation), v))  # [B, heads, W, D]
+        k, v = finite(k), finite(v)
         if cache is None:
             slots = positions[:, None, :]  # [B, 1, W]
         else:
-            cache = write(cache, finite(k), finite(v), positions)
+            cache = write(cache, k, v, positions[:, 0])
             k, v = cache
             slots = jnp.arange(k.shape[2])[None, None, :]  # [1, 1, S]
         visible = slots <= positions[:, :, None]  # [B, W, S]

@@ -1,0 +1,161 @@
+"""`load`: a demo, a folder, a hub id or a converted checkpoint to a `Model`; `convert`: a model to what loads faster."""
+
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from mlspecqd_jax import checkpoint, huggingface
+from mlspecqd_jax.partition import usable_mesh
+from mlspecqd_jax.transformer import LanguageModel
+
+DEMOS = ("demo",)
+DTYPES = ("bfloat16", "float32", "float16")
+SAMPLING_KEYS = ("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+
+
+@dataclasses.dataclass(frozen=True)
+class Card:
+    """What belongs to a model beside its weights; hashable (a tokenizer by identity), so that it can be static under jit."""
+
+    name: str
+    vocab_size: int
+    max_positions: int
+    tokenizer: Any  # a transformers tokenizer, or None
+    eos_token_ids: tuple[int, ...]
+    exact: bool | None = None  # set by `stack`
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Model:
+    """A loaded model: the static network, its parameters by Hugging Face's tensor names, and its card."""
+
+    network: LanguageModel
+    params: dict[str, jax.Array]
+    card: Card
+    folder: pathlib.Path
+
+    @property
+    def tokenizer(self):
+        return self.card.tokenizer
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(leaf.size for leaf in self.params.values())
+
+    @property
+    def nbytes(self) -> int:
+        return sum(leaf.nbytes for leaf in self.params.values())
+
+
+def load(model: str | os.PathLike, *, dtype: str = "bfloat16", mesh: Mesh | None = None) -> Model:
+    """Load a model from the demo family, a folder, or the Hugging Face hub.
+
+    Args:
+      model: `demo`, a folder (Hugging Face's layout, or one that `convert` wrote), or an owner/name id of the hub.
+      dtype: of weights and activations: bfloat16, float32 or float16.
+      mesh: a device mesh with an axis named `model` to split the weights over (tensor parallelism); None is one device.
+
+    Raises:
+      ValueError: one sentence on what is wrong with the name, the config or the weights.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype is {dtype!r}, but must be one of {', '.join(DTYPES)}")
+    mesh = usable_mesh(mesh)
+    folder = find(model)
+    enable_compilation_cache()
+    config = huggingface.read_config(folder)
+    network = LanguageModel(config, mesh)
+    card = Card(
+        name=str(model),
+        vocab_size=config.vocab_size,
+        max_positions=config.max_position_embeddings,
+        tokenizer=read_tokenizer(folder),
+        eos_token_ids=huggingface.eos_token_ids(folder),
+    )
+    read = checkpoint.restore if checkpoint.is_converted(folder) else huggingface.read_params
+    return Model(network, read(folder, network, jnp.dtype(dtype), mesh), card, folder)
+
+
+def find(model: str | os.PathLike) -> pathlib.Path:
+    """Return the local folder of a model, downloading it if it is a hub id; other names are refused without network use."""
+    folder = pathlib.Path(model)
+    if str(model) and folder.is_dir():
+        return folder
+    if str(model) in DEMOS:
+        here = pathlib.Path(__file__).parent
+        places = (here / "_demo" / str(model), here.parent / "checkpoints" / str(model))  # a wheel, a clone
+        return next(place for place in places if place.is_dir())
+    if re.fullmatch(r"[\w\-.]+/[\w\-.]+", str(model)) and not str(model).startswith("."):
+        return huggingface.download(str(model))
+    raise ValueError(
+        f"'{model}' is not a model: give an existing folder, an owner/name id of the Hugging Face hub, or one of {', '.join(DEMOS)}"
+    )
+
+
+def read_tokenizer(folder: pathlib.Path):
+    """Return the folder's tokenizer by transformers' AutoTokenizer, or None where it holds none."""
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        return None
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # its note that torch is missing
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except Exception as error:  # whatever transformers or tokenizers raise becomes one sentence
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"the tokenizer in {folder} cannot be read ({reason}); download its tokenizer files again") from error
+
+
+def describe(model: str | os.PathLike) -> dict[str, Any]:
+    """Return what a model is, from its small files alone: family, size, positions, tokenizer, and sampling defaults as recorded.
+
+    The sampling defaults of generation_config.json are shown, not applied: `generate` does what its arguments say.
+    """
+    folder = find(model)
+    config = huggingface.read_config(folder)
+    parameters = sum(math.prod(shape) for shape in LanguageModel(config).shapes().values())
+    recorded = huggingface.read_json(folder / "generation_config.json") if (folder / "generation_config.json").is_file() else {}
+    defaults = {key: recorded[key] for key in SAMPLING_KEYS if key in recorded}
+    return {
+        "model": f"{model} ({'converted' if checkpoint.is_converted(folder) else 'Hugging Face'} checkpoint in {folder})",
+        "family": huggingface.read_json(folder / "config.json")["model_type"],
+        "parameters": f"{parameters:,}",
+        "bytes in bfloat16": f"{2 * parameters:,}",
+        "positions": config.max_position_embeddings,
+        "vocabulary": config.vocab_size,
+        "layers": f"{config.num_hidden_layers} x hidden {config.hidden_size}, {config.num_attention_heads} heads, "
+        f"{config.num_key_value_heads} key/value heads",
+        "tokenizer": "yes" if any((folder / name).is_file() for name in TOKENIZER_FILES) else "none",
+        "end of text ids": ", ".join(map(str, huggingface.eos_token_ids(folder))) or "none",
+        "recorded sampling": f"{json.dumps(defaults)} (not applied)" if defaults else "none",
+    }
+
+
+def convert(model: str | os.PathLike, folder: str | os.PathLike, *, dtype: str = "bfloat16") -> pathlib.Path:
+    """Write a model as an orbax checkpoint that `load` reads much faster than it imports the original.
+
+    Raises:
+      ValueError: as for `load`, or the folder exists already or cannot be written.
+    """
+    folder = pathlib.Path(folder)
+    checkpoint.check_new(folder)
+    loaded = load(model, dtype=dtype)
+    checkpoint.save(folder, loaded.folder, loaded.params)
+    return folder
+
+
+def enable_compilation_cache() -> None:
+    """Keep compiled programs in the user's cache folder, unless jax was told where to keep them (or not to)."""
+    if jax.config.jax_compilation_cache_dir is None:
+        base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+        jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(base) / "mlspecqd-jax" / "xla"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)

@@ -1,0 +1,54 @@
+"""Row gathers and window writes that move 16-bit floats, in the form that costs least on each platform.
+
+XLA:CPU has no 16-bit float gather or scatter: it converts the whole operand to f32 and back. For a cache that is three more passes
+over it in every step, and for an embedding an f32 copy of the table, hoisted out of the generation loop.
+
+Notation: B batch, H heads, S cache length, W window, D head size, V vocabulary, K hidden size.
+"""
+
+import jax
+import jax.numpy as jnp
+
+NARROW = 16  # positions
+
+
+def rows(table: jax.Array, index: jax.Array) -> jax.Array:
+    """Return table[index] for a table [V, K] and integers of any shape."""
+
+    def gather(table, index):
+        return table[index]
+
+    def unhoisted(table, index):
+        # With the conversion kept in the loop it fuses into the gather, which then reads the rows alone.
+        return gather(*jax.lax.optimization_barrier((table, index)))
+
+    if not _is_short_float(table):
+        return gather(table, index)
+    return jax.lax.platform_dependent(table, index, cpu=unhoisted, default=gather)
+
+
+def put_window(buffer: jax.Array, start: jax.Array, values: jax.Array) -> jax.Array:
+    """Store values [B, H, W, D] in buffer [B, H, S, D] at positions start[r] + 0..W-1; what falls beyond the buffer is dropped."""
+    window = values.shape[2]
+
+    def scatter(buffer, start, values):
+        # Head-major buffers and one scatter a tensor: XLA updates them in place inside (nested) while loops.
+        row = jnp.arange(values.shape[0])[:, None, None]
+        head = jnp.arange(values.shape[1])[None, :, None]
+        position = start[:, None, None] + jnp.arange(window)[None, None, :]
+        return buffer.at[row, head, position].set(values)
+
+    def select(buffer, start, values):
+        offset = (jnp.arange(buffer.shape[2])[None, :] - start[:, None])[:, None, :, None]  # [B, 1, S, 1]
+        for w in range(window):
+            buffer = jnp.where(offset == w, values[:, :, w : w + 1], buffer)
+        return buffer
+
+    # A decode step's window is cheaper in one fused pass over the buffer than in the scatter's three; prompts are wider.
+    if _is_short_float(buffer) and window <= NARROW:
+        return jax.lax.platform_dependent(buffer, start, values, cpu=select, default=scatter)
+    return scatter(buffer, start, values)
+
+
+def _is_short_float(x):
+    return jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize == 2
