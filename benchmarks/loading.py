@@ -1,0 +1,110 @@
+"""Measures loading: time and anonymous memory of importing safetensors, converting, and loading what was converted.
+
+    python benchmarks/loading.py --out benchmarks/results/loading-cpu.json
+
+Without --model it makes a checkpoint of 1.1B parameters first (2.2 GB, and as much again for the conversion, in a temporary
+folder). Files are in the page cache. Linux only: anonymous memory is read from /proc.
+"""
+
+import argparse
+import json
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint  # noqa: F401  (what is imported later is not counted as the model's memory)
+from large_checkpoint import write_checkpoint
+from machine import describe, spread
+from transformers import CONFIG_MAPPING
+
+import mlspecqd_jax as mlsd
+from mlspecqd_jax import checkpoint
+
+
+def anonymous() -> int:
+    """Return the process's anonymous memory, in bytes."""
+    return 1024 * int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0])
+
+
+def watch(call):
+    """Return (result, seconds, peak of anonymous memory above what it was)."""
+    before = peak = anonymous()
+    done = threading.Event()
+
+    def sample():
+        nonlocal peak
+        while not done.wait(0.002):
+            peak = max(peak, anonymous())
+
+    thread = threading.Thread(target=sample)
+    thread.start()
+    began = time.perf_counter()
+    result = call()
+    seconds = time.perf_counter() - began
+    done.set()
+    thread.join()
+    return result, seconds, peak - before
+
+
+def sums(model: mlsd.Model) -> dict[str, float]:
+    """Return each parameter's sum, by which two loads are compared."""
+    return {name: float(jnp.sum(leaf, dtype=jnp.float32)) for name, leaf in model.params.items()}
+
+
+def measure(source: Path, trials: int) -> dict:
+    """Import, convert and load a checkpoint `trials` times, in turn."""
+    CONFIG_MAPPING["llama"]
+    jax.block_until_ready(jnp.zeros(3))
+    kinds = ("import", "convert", "load")
+    seconds, peaks = {kind: [] for kind in kinds}, {kind: [] for kind in kinds}
+
+    def timed(kind, call):
+        result, took, peak = watch(call)
+        seconds[kind].append(took)
+        peaks[kind].append(peak)
+        return result
+
+    for _ in range(trials):
+        with tempfile.TemporaryDirectory() as folder:
+            converted = Path(folder) / "converted"
+            model = timed("import", lambda: mlsd.load(source))
+            timed("convert", lambda model=model, converted=converted: checkpoint.save(converted, source, model.params))
+            size, largest = model.nbytes, sorted(leaf.nbytes for leaf in model.params.values())[-2:]
+            before = sums(model)
+            del model
+            model = timed("load", lambda converted=converted: mlsd.load(converted))
+            if sums(model) != before:
+                raise RuntimeError("the converted checkpoint holds other weights than its source")
+            del model
+    return {
+        "command": "python benchmarks/loading.py",
+        "trials": trials,
+        "model_bytes": size,
+        "largest_two_tensors_bytes": sum(largest),
+        "seconds": {kind: spread(values) for kind, values in seconds.items()},
+        "peak_anonymous_bytes": {kind: max(values) for kind, values in peaks.items()},
+    } | describe()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path, help="a folder in Hugging Face's layout")
+    parser.add_argument("--trials", type=int, default=3)
+    parser.add_argument("--out", type=Path, help="write the result as JSON")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        source = options.model or Path(folder) / "large"
+        if options.model is None:
+            write_checkpoint(source)
+        text = json.dumps(measure(source, options.trials), indent=1)
+    print(text)
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()
