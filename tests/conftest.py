@@ -1,0 +1,30 @@
+"""Settings for every test: no network, a compilation cache of this run's own."""
+
+import os
+import pathlib
+import tempfile
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"
+_cache = tempfile.TemporaryDirectory(prefix="mlspecqd-tests-")
+os.environ["XDG_CACHE_HOME"] = _cache.name
+os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
+
+
+@pytest.fixture(scope="session")
+def shared() -> pathlib.Path:
+    """Folder of larger data for measurements, beside the repository; what needs it is skipped where it is absent."""
+    folder = pathlib.Path(__file__).resolve().parents[2] / "shared"
+    if not folder.is_dir():
+        pytest.skip("needs the data folder beside the repository")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def demo():
+    """The demo checkpoint in float32, in which comparisons are exact."""
+    import mlspecqd_jax as mlsd
+
+    return mlsd.load("demo", dtype="float32")

@@ -1,0 +1,228 @@
+"""Text in, text out: `load`, `stack`, `generate`, `stream` on the demo checkpoint."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+import mlspecqd_jax as mlsd
+from mlspecqd_jax import api
+
+PROMPTS = ["def fibonacci(n):\n", "import os\n", "class Stack:\n    def push(self, item):\n"]
+NEW = 24
+
+
+@pytest.fixture(scope="module")
+def stack(demo):
+    return mlsd.stack(demo)
+
+
+def greedy_by_hand(demo, ids, n):
+    """Decode by scoring the whole text anew for every token: the definition of greedy decoding."""
+    import jax.numpy as jnp
+
+    size = len(ids) + n
+    padded = np.zeros((1, size), np.int32)
+    padded[0, : len(ids)] = ids
+    for end in range(len(ids), size):
+        logits, _ = demo.network(demo.params, jnp.asarray(padded), jnp.zeros((1,), jnp.int32), None)
+        padded[0, end] = int(jnp.argmax(logits[0, end - 1]))
+    return padded[0, len(ids) :].tolist()
+
+
+def test_greedy_is_the_argmax_of_the_whole_text(demo, stack):
+    out = mlsd.generate(stack, PROMPTS[0], max_new_tokens=NEW)
+    expected = greedy_by_hand(demo, out.prompt_tokens[0], NEW)
+    stop = next((i + 1 for i, t in enumerate(expected) if t in stack.card.eos_token_ids), NEW)
+    assert out.tokens[0] == expected[:stop]
+    assert out.text[0] == demo.tokenizer.decode(out.prompt_tokens[0] + out.tokens[0], skip_special_tokens=True)[len(PROMPTS[0]) :]
+
+
+@pytest.mark.parametrize("rule", ["coupled", "rejection"])
+def test_row_r_of_a_batch_at_seed_s_is_that_prompt_alone_at_seed_s_plus_r(stack, rule):
+    arguments = {"max_new_tokens": NEW, "temperature": 0.9, "top_p": 0.95, "rule": rule}
+    batch = mlsd.generate(stack, PROMPTS, seed=5, **arguments)
+    for r, prompt in enumerate(PROMPTS):
+        alone = mlsd.generate(stack, prompt, seed=5 + r, **arguments)
+        assert alone.tokens[0] == batch.tokens[r]
+    other = mlsd.generate(stack, PROMPTS, seed=50, **arguments)
+    assert other.tokens != batch.tokens
+
+
+def test_a_stack_built_again_is_not_traced_again(demo, stack):
+    mlsd.generate(stack, PROMPTS[0], max_new_tokens=4)
+    before = api._init._cache_size(), api._advance._cache_size()
+    mlsd.generate(mlsd.stack(demo), PROMPTS[1], max_new_tokens=5, temperature=0.5, seed=9)
+    assert (api._init._cache_size(), api._advance._cache_size()) == before
+
+
+def test_bfloat16_and_float16_generate(demo):
+    for dtype in ("bfloat16", "float16"):
+        model = mlsd.load("demo", dtype=dtype)
+        assert {leaf.dtype.name for leaf in model.params.values()} == {dtype}
+        out = mlsd.generate(mlsd.stack(model), PROMPTS[0], max_new_tokens=8)
+        assert out.report["dtype"] == dtype
+        assert len(out.tokens[0]) == 8 or out.finish_reason == ["stop"]
+
+
+def test_inexact_differs_in_the_window_alone(demo, stack):
+    fast = mlsd.stack(demo, exact=False)
+    assert (fast.window, stack.window) == (1, 2)
+    a, b = (mlsd.generate(s, PROMPTS, max_new_tokens=NEW) for s in (fast, stack))
+    assert a.tokens == b.tokens  # float32
+    assert (a.report["exact"], b.report["exact"]) == (False, True)
+
+
+def test_a_limit_for_each_row(stack):
+    out = mlsd.generate(stack, PROMPTS, max_new_tokens=[3, 1, 7], stop_token_ids=[])
+    assert [len(t) for t in out.tokens] == [3, 1, 7]
+    assert out.finish_reason == ["length"] * 3
+
+
+def test_stop_token_ids_end_the_row_and_are_kept(stack):
+    free = mlsd.generate(stack, PROMPTS, max_new_tokens=NEW, stop_token_ids=[])
+    stop = free.tokens[0][5]
+    out = mlsd.generate(stack, PROMPTS, max_new_tokens=NEW, stop_token_ids=[stop])
+    for row, everything in zip(out.tokens, free.tokens, strict=True):
+        end = everything.index(stop) + 1 if stop in everything else NEW
+        assert row == everything[:end]
+
+
+@pytest.mark.parametrize("offset", [0, 1, 5, 17, 18])
+def test_a_stop_string_ends_the_text_before_it(stack, offset):
+    free = mlsd.generate(stack, PROMPTS[2], max_new_tokens=NEW, stop_token_ids=[])
+    text = free.text[0]
+    stop = text[offset : offset + 6]
+    out = mlsd.generate(stack, PROMPTS[2], max_new_tokens=NEW, stop_token_ids=[], stop=stop)
+    assert out.text[0] == text[: text.index(stop)]
+    assert out.finish_reason == ["stop"]
+    assert out.tokens[0] == free.tokens[0][: len(out.tokens[0])]
+    streamed = mlsd.stream(stack, PROMPTS[2], max_new_tokens=NEW, stop_token_ids=[], stop=[stop, "never there"])
+    assert "".join(streamed) == out.text[0]
+    assert streamed.generation.tokens == out.tokens
+
+
+@pytest.mark.parametrize("arguments", [{}, {"temperature": 1.0, "seed": 3}, {"max_new_tokens": 1}])
+def test_stream_is_generate_in_pieces(stack, arguments):
+    whole = mlsd.generate(stack, PROMPTS[1], **{"max_new_tokens": NEW} | arguments)
+    streamed = mlsd.stream(stack, PROMPTS[1], **{"max_new_tokens": NEW} | arguments)
+    pieces = list(streamed)
+    assert "".join(pieces) == whole.text[0]
+    assert streamed.generation.tokens == whole.tokens
+    assert len(pieces) > 1 or arguments.get("max_new_tokens") == 1
+
+
+def test_logprobs_are_the_models_own(demo, stack):
+    import jax
+    import jax.numpy as jnp
+
+    out = mlsd.generate(stack, PROMPTS[0], max_new_tokens=NEW, logprobs=True, temperature=1.3, top_k=9, repetition_penalty=1.2)
+    ids = out.prompt_tokens[0] + out.tokens[0]
+    logits, _ = demo.network(demo.params, jnp.asarray([ids]), jnp.zeros((1,), jnp.int32), None)
+    own = jax.nn.log_softmax(logits[0], axis=-1)
+    begin = len(out.prompt_tokens[0])
+    expected = [float(own[begin - 1 + i, t]) for i, t in enumerate(out.tokens[0])]
+    np.testing.assert_allclose(out.logprobs[0], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_token_ids_in_and_no_tokenizer_needed(demo, stack):
+    text = mlsd.generate(stack, PROMPTS[0], max_new_tokens=8)
+    bare = mlsd.stack(dataclasses.replace(demo, card=dataclasses.replace(demo.card, tokenizer=None)))
+    ids = mlsd.generate(bare, text.prompt_tokens, max_new_tokens=8)
+    assert ids.tokens == text.tokens
+    assert ids.text == [""]
+    with pytest.raises(ValueError, match=r"no tokenizer.*tokenizer\.json"):
+        mlsd.generate(bare, "text")
+    with pytest.raises(ValueError, match="stop strings need"):
+        mlsd.generate(bare, [[1]], stop="x")
+
+
+def test_report(stack):
+    out = mlsd.generate(stack, PROMPTS, max_new_tokens=[4, 6, 5], stop_token_ids=[])
+    r = json.loads(json.dumps(out.report))
+    level = r["levels"][0]
+    assert (level["name"], level["draft_len"], level["rounds"], level["passes"]) == ("demo", 0, 15, 6)
+    assert level["acceptance_rate"] is None
+    assert level["mean_acceptance_length"] is None
+    assert [request["new_tokens"] for request in r["requests"]] == [4, 6, 5]
+    assert [request["rounds"] for request in r["requests"]] == [4, 6, 5]
+    assert (r["rule"], r["exact"], r["dtype"], r["new_tokens"], r["speedup"]) == ("coupled", True, "float32", 15, None)
+    assert r["tokens_per_second"] == pytest.approx(15 / r["seconds"])
+
+
+def test_compare_reports_a_speedup_and_the_same_text(stack):
+    out = mlsd.compare(stack, PROMPTS[0], max_new_tokens=8)
+    assert out.report["speedup"] > 0
+    assert out.tokens == mlsd.generate(stack, PROMPTS[0], max_new_tokens=8).tokens
+
+
+def test_positions_limit_the_text(demo, stack):
+    positions = demo.card.max_positions
+    ids = [[5] * (positions - 3)]
+    assert len(mlsd.generate(stack, ids, stop_token_ids=[]).tokens[0]) == 3  # the default is clipped
+    with pytest.raises(ValueError, match=rf"{positions - 3} prompt tokens and 4 new tokens exceed the {positions} positions"):
+        mlsd.generate(stack, ids, max_new_tokens=4)
+    with pytest.raises(ValueError, match=r"needs one for a new token; shorten the prompt"):
+        mlsd.generate(stack, [[5] * positions])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_beams": 2}, r"'num_beams' is not supported; supported: .*temperature"),
+        ({"max_new_tokens": 0}, "max_new_tokens is 0, but must be a positive whole number"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens is 2.5"),
+        ({"max_new_tokens": [1, 2]}, "max_new_tokens has 2 entries for 1 prompts"),
+        ({"temperature": "hot"}, "temperature is 'hot'"),
+        ({"rule": "greedy"}, "rule is 'greedy', but must be one of coupled, rejection"),
+        ({"stop": ""}, "stop is"),
+        ({"stop": [3]}, "stop is"),
+    ],
+)
+def test_bad_arguments_are_one_sentence(stack, arguments, message):
+    before = api._advance._cache_size()
+    with pytest.raises(ValueError, match=message) as caught:
+        mlsd.generate(stack, "x", **arguments)
+    assert "\n" not in str(caught.value)
+    assert api._advance._cache_size() == before  # refused before tracing
+
+
+def test_bad_prompts(stack):
+    for prompts, message in [
+        ("", "prompt 0 is empty"),
+        (["x", ""], "prompt 1 is empty"),
+        ([], "no prompt was given"),
+        ([[]], "prompt 0 is empty"),
+        ([[10**6]], "prompt 0 has token id 1000000"),
+        ([3], "prompt 0 is 3, but must be a text or a list of token ids"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            mlsd.generate(stack, prompts)
+    with pytest.raises(ValueError, match="stream continues one prompt, but 2 were given"):
+        mlsd.stream(stack, ["a", "b"])
+    with pytest.raises(ValueError, match="dtype is 'int8', but must be one of bfloat16"):
+        mlsd.load("demo", dtype="int8")
+
+
+def test_real_stories(shared):
+    """A model of the field's, in float32: its known greedy text, and its known loss on stories."""
+    import jax
+    import jax.numpy as jnp
+
+    model = mlsd.load(shared / "models" / "stories260K", dtype="float32")
+    out = mlsd.generate(mlsd.stack(model), "Once upon a time", max_new_tokens=40)
+    assert out.text[0].startswith(", there was a little girl named Lily. She loved to play outside in the park.")
+
+    stories = json.loads((shared / "prompts" / "tinystories_200.json").read_text())[:20]
+    score = jax.jit(lambda tokens: jax.nn.log_softmax(model.network(model.params, tokens, jnp.zeros((1,), jnp.int32), None)[0]))
+    total, count = 0.0, 0
+    for story in stories:
+        ids = model.tokenizer(story)["input_ids"][:512]
+        assert ids[0] == 1  # the text begins with BOS
+        padded = np.zeros((1, 512), np.int32)
+        padded[0, : len(ids)] = ids
+        own = np.asarray(score(jnp.asarray(padded)))[0]
+        total -= sum(own[i, t] for i, t in enumerate(ids[1:]))
+        count += len(ids) - 1
+    assert total / count == pytest.approx(1.33, abs=0.01)

@@ -1,0 +1,229 @@
+"""The shell command: text, JSON, conversion, and one line with exit code 2 for whatever is wrong."""
+
+import json
+import os
+import pathlib
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import time
+
+import pytest
+
+from mlspecqd_jax import checkpoint, cli
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+DEMO = ROOT / "checkpoints" / "demo"
+SHORT = ["--prompt", "def fibonacci(n):\n", "--max-new-tokens", "12"]
+
+
+def run(capsys, *arguments):
+    """Return (exit code, stdout, stderr) of the command in this process."""
+    try:
+        code = cli.main([str(a) for a in arguments])
+    except SystemExit as leaving:
+        code = leaving.code
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def refused(capsys, *arguments):
+    """Return the one line that refuses the arguments."""
+    code, out, err = run(capsys, *arguments)
+    assert code == 2
+    assert out == ""
+    lines = [line for line in err.splitlines() if line]
+    assert len(lines) == 1, err
+    assert lines[0].startswith("mlspecqd: ")
+    return lines[0]
+
+
+def test_generate_prints_text_to_stdout_and_the_rest_to_stderr(capsys):
+    code, out, err = run(capsys, "generate", *SHORT)
+    assert code == 0
+    code, as_json, _ = run(capsys, "generate", "demo", *SHORT, "--json")
+    assert code == 0
+    value = json.loads(as_json)
+    assert out == value["text"][0] + "\n"
+    assert "12 tokens" in err
+    assert "tokens/s" in err
+    assert set(value) == {"text", "tokens", "prompt_tokens", "finish_reason", "report"}
+    assert value["report"]["new_tokens"] == len(value["tokens"][0])
+
+
+def test_several_prompts_files_and_stdin_are_the_same_batch(capsys, tmp_path, monkeypatch):
+    prompts = ["import os\n", "class A:\n"]
+    options = ["--max-new-tokens", "6", "--json", "--temperature", "0.8", "--seed", "3"]
+
+    def tokens(*arguments):
+        code, out, _ = run(capsys, "generate", *options, *arguments)
+        assert code == 0
+        return json.loads(out)["tokens"]
+
+    batch = tokens("--prompt", prompts[0], "--prompt", prompts[1])
+    lines = tmp_path / "prompts.jsonl"
+    lines.write_text("\n".join([json.dumps(prompts[0]), "", json.dumps({"prompt": prompts[1], "id": 7})]) + "\n")
+    assert tokens("--prompt-file", lines) == batch
+    whole = tmp_path / "prompt.txt"
+    whole.write_text(prompts[0])
+    assert tokens("--prompt-file", whole) == batch[:1]
+    with whole.open() as file:
+        monkeypatch.setattr(sys, "stdin", file)
+        assert tokens("--prompt-file", "-") == batch[:1]
+
+
+def test_logprobs_compare_and_none(capsys):
+    code, out, _ = run(capsys, "generate", *SHORT, "--json", "--logprobs", "--compare", "--draft", "none", "--inexact")
+    value = json.loads(out)
+    assert code == 0
+    assert len(value["logprobs"][0]) == len(value["tokens"][0])
+    assert max(value["logprobs"][0]) <= 0
+    assert value["report"]["speedup"] > 0
+    assert value["report"]["exact"] is False
+
+
+def test_info(capsys):
+    code, out, _ = run(capsys, "info")
+    assert code == 0
+    facts = dict(line.split(":", 1) for line in out.splitlines())
+    facts = {name: value.strip() for name, value in facts.items()}
+    assert facts["family"] == "llama"
+    assert facts["tokenizer"] == "yes"
+    assert int(facts["bytes in bfloat16"].replace(",", "")) == 2 * int(facts["parameters"].replace(",", ""))
+    assert "XLA dot" in facts["products"]
+    assert facts["device"].startswith("cpu")
+
+
+def test_info_shows_the_recorded_sampling_and_does_not_apply_it(capsys, tmp_path):
+    shutil.copytree(DEMO, tmp_path / "m")
+    recorded = {"eos_token_id": [0, 7], "do_sample": True, "temperature": 0.6, "top_p": 0.9}
+    (tmp_path / "m" / "generation_config.json").write_text(json.dumps(recorded))
+    _, out, _ = run(capsys, "info", tmp_path / "m")
+    assert '{"do_sample": true, "temperature": 0.6, "top_p": 0.9} (not applied)' in out
+    assert "end of text ids:      0, 7" in out
+    _, sampled, _ = run(capsys, "generate", tmp_path / "m", *SHORT)
+    _, greedy, _ = run(capsys, "generate", "demo", *SHORT)
+    assert sampled == greedy
+
+
+def test_convert_then_generate(capsys, tmp_path):
+    code, _, err = run(capsys, "convert", "demo", tmp_path / "out")
+    assert code == 0
+    assert str(tmp_path / "out") in err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
+    assert not list((tmp_path / "out").glob("*.safetensors"))
+    _, ours, _ = run(capsys, "generate", "demo", *SHORT)
+    code, converted, _ = run(capsys, "generate", tmp_path / "out", *SHORT)
+    assert (code, converted) == (0, ours)
+    before = (tmp_path / "out" / checkpoint.MARKER).read_bytes()
+    assert "exists already" in refused(capsys, "convert", "demo", tmp_path / "out")
+    assert (tmp_path / "out" / checkpoint.MARKER).read_bytes() == before
+    _, out, _ = run(capsys, "info", tmp_path / "out")
+    assert "(converted checkpoint" in out
+
+
+def test_an_unfinished_or_damaged_conversion_does_not_load(capsys, tmp_path):
+    run(capsys, "convert", "demo", tmp_path / "out")
+    shutil.copytree(tmp_path / "out", tmp_path / "unfinished")
+    (tmp_path / "unfinished" / checkpoint.MARKER).unlink()
+    assert "model.safetensors" in refused(capsys, "generate", tmp_path / "unfinished", *SHORT)
+    shutil.copytree(tmp_path / "out", tmp_path / "damaged")
+    shutil.rmtree(tmp_path / "damaged" / checkpoint.WEIGHTS)
+    assert "is damaged" in refused(capsys, "generate", tmp_path / "damaged", *SHORT)
+    marker = json.loads((tmp_path / "out" / checkpoint.MARKER).read_text())
+    (tmp_path / "out" / checkpoint.MARKER).write_text(json.dumps(marker | {"format": 99}))
+    assert "has format 99" in refused(capsys, "generate", tmp_path / "out", *SHORT)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["generate", "no/such/folder", *SHORT], ["'no/such/folder' is not a model", "owner/name", "demo"]),
+        (["generate", "dem", *SHORT], ["'dem' is not a model"]),
+        (["generate", "", *SHORT], ["'' is not a model"]),
+        (["generate", *SHORT, "--temprature", "1"], ["unrecognized arguments: --temprature", "--help"]),
+        (["generate", *SHORT, "--temp", "1"], ["unrecognized arguments"]),
+        (["generate"], ["--prompt", "--prompt-file"]),
+        (["generat", *SHORT], ["invalid choice: 'generat'"]),
+        (["generate", *SHORT, "--temperature", "-1"], ["temperature is -1.0", "0 (greedy) or more"]),
+        (["generate", *SHORT, "--temperature", "nan"], ["temperature is nan"]),
+        (["generate", *SHORT, "--top-p", "0"], ["top_p is 0.0", "more than 0"]),
+        (["generate", *SHORT, "--top-k", "-3"], ["top_k is -3"]),
+        (["generate", *SHORT, "--top-k", "x"], ["--top-k", "'x'"]),
+        (["generate", *SHORT, "--seed", "-1"], ["seed is -1"]),
+        (["generate", *SHORT, "--rule", "r"], ["rule is 'r'", "coupled, rejection"]),
+        (["generate", *SHORT, "--dtype", "int4"], ["dtype is 'int4'", "bfloat16"]),
+        (["generate", *SHORT, "--draft", "mxfp4"], ["--draft mxfp4 is not supported"]),
+        (["generate", *SHORT, "--logprobs"], ["--logprobs needs --json"]),
+        (["generate", *SHORT, "--chat"], ["no chat template"]),
+        (["generate", "--prompt", ""], ["prompt 0 is empty"]),
+        (["generate", "--prompt", "x " * 2000], ["positions", "shorten the prompt"]),
+        (["generate", "--prompt", "x", "--max-new-tokens", "100000"], ["exceed", "lower max_new_tokens"]),
+        (["generate", "--prompt-file", "absent.txt"], ["absent.txt cannot be read", "No such file"]),
+        (["convert", "demo"], ["OUT"]),
+        (["convert", "demo", "no/such/place/out"], ["no/such/place is not a folder"]),
+        (["info", "nothing"], ["'nothing' is not a model"]),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(capsys, arguments, words):
+    line = refused(capsys, *arguments)
+    assert all(word in line for word in words), line
+
+
+def test_bad_prompt_files(capsys, tmp_path):
+    for name, content, words in [
+        ("a.jsonl", b'{"text": "x"}\n', 'line 1: needs a JSON string or an object with a "prompt"'),
+        ("b.jsonl", b'"x"\nnot json\n', "line 2"),
+        ("c.jsonl", b"\n", "holds no prompt"),
+        ("d.txt", b"\xff\xfe\xff", "not UTF-8"),
+    ]:
+        (tmp_path / name).write_bytes(content)
+        assert words in refused(capsys, "generate", "--prompt-file", tmp_path / name)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_an_unwritable_folder_is_refused_by_its_permissions(capsys, tmp_path):
+    tmp_path.chmod(stat.S_IRUSR | stat.S_IXUSR)
+    assert "cannot be written" in refused(capsys, "convert", "demo", tmp_path / "out")
+
+
+def test_an_unwritable_folder_is_refused(capsys, tmp_path, monkeypatch):
+    def denied(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(checkpoint.tempfile, "TemporaryFile", denied)
+    assert "cannot be written (Permission denied)" in refused(capsys, "convert", "demo", tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ctrl_c_during_conversion_leaves_nothing(tmp_path):
+    # The child stops in the middle of the save, with weights on disk and the marker not yet written, and waits for the signal.
+    child = (
+        "import pathlib, sys, time\n"
+        "from mlspecqd_jax import checkpoint, cli\n"
+        "def slow(*a, **k):\n"
+        "    print('saving', flush=True)\n"
+        "    time.sleep(60)\n"
+        "checkpoint._mark_finished = slow\n"
+        f"sys.exit(cli.main(['convert', {str(DEMO)!r}, {str(tmp_path / 'out')!r}]))\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", child], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    assert process.stdout.readline() == "saving\n"
+    assert [p.name for p in tmp_path.iterdir()] != []  # the temporary folder is there
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert err.splitlines()[-1] == "mlspecqd: interrupted"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_closed_pipe_is_no_error():
+    code = f"import sys; from mlspecqd_jax import cli; sys.exit(cli.main(['info', {str(DEMO)!r}]))"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT)
+    process.stdout.close()
+    err = process.stderr.read()
+    assert process.wait(timeout=60) == 0, err
+    assert b"Traceback" not in err

@@ -1,0 +1,71 @@
+"""What ships: the README's tables and commands, the examples, and the wheel outside the tree."""
+
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import tomllib
+import zipfile
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+
+def run(*command, cwd=ROOT, **environment):
+    """Run a command and return its stdout."""
+    process = subprocess.run(
+        [str(c) for c in command], cwd=cwd, env=os.environ | environment, capture_output=True, text=True, timeout=900
+    )
+    assert process.returncode == 0, process.stderr
+    return process.stdout
+
+
+def test_readme_tables_are_made_from_the_results():
+    run(sys.executable, "benchmarks/tables.py", "--check")
+
+
+def test_readme_has_the_two_commands_that_ci_runs():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    commands = re.findall(r"^python3 -m venv .*$", text, flags=re.MULTILINE)
+    assert len(commands) == 2
+    assert "mlspecqd generate" in commands[0]
+    assert "-m pytest" in commands[1]
+
+
+def test_no_dependency_on_torch():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = [needed for extra in project["optional-dependencies"].values() for needed in extra]
+    assert project["dependencies"]
+    assert not [needed for needed in project["dependencies"] + extras if needed.startswith("torch")]
+
+
+def test_demo_checkpoint_is_small():
+    size = sum(file.stat().st_size for file in (ROOT / "checkpoints" / "demo").iterdir())
+    assert size <= 8_000_000
+
+
+def test_jit_generate_example():
+    out = run(sys.executable, "examples/jit_generate.py", "--samples", "2", "--max-new-tokens", "6", PYTHONPATH=str(ROOT))
+    assert "compiled 1 time(s) for 2 calls" in out
+    assert out.count("mean log-probability") == 2
+    assert "resumed to its end" in out
+
+
+@pytest.mark.slow
+def test_the_wheel_works_outside_the_tree(tmp_path):
+    run(sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", tmp_path, ROOT)
+    wheel = next(tmp_path.glob("mlspecqd_jax-*.whl"))
+    names = zipfile.ZipFile(wheel).namelist()
+    for needed in ("pallas_kernels/reference.py", "mlspecqd_jax/_demo/demo/model.safetensors", "mlspecqd_jax/cli.py"):
+        assert needed in names
+    assert not [name for name in names if name.startswith(("tests/", "examples/", "benchmarks/"))]
+    run(sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", tmp_path / "site", wheel)
+    environment = {"PYTHONPATH": str(tmp_path / "site")}
+    where = run(sys.executable, "-c", "import mlspecqd_jax; print(mlspecqd_jax.__file__)", cwd=tmp_path, **environment)
+    assert where.startswith(str(tmp_path / "site"))
+    command = [sys.executable, "-m", "mlspecqd_jax.cli"]
+    text = run(*command, "generate", "--prompt", "def fibonacci(n):", "--max-new-tokens", "8", cwd=tmp_path, **environment)
+    assert text.strip()
+    assert "_demo" in run(*command, "info", cwd=tmp_path, **environment)

@@ -1,0 +1,270 @@
+"""Text as it comes: no character is cut, stop strings end it wherever tokens fall, and prompts are checked."""
+
+import types
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from mlspecqd_jax.text import Decoder, encode
+
+EOS = "<eos>"
+
+
+@pytest.fixture(scope="module")
+def byte_level():
+    """A tokenizer of single bytes and a few merges, as GPT-2's; each byte of a longer character is a token."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merges = [("Ġ", "w"), ("Ġw", "o"), ("h", "e"), ("l", "l"), ("Ġ", "Ġ")]
+    vocab = {token: i for i, token in enumerate([*alphabet, *(a + b for a, b in merges)])}
+    inner = tokenizers.Tokenizer(models.BPE(vocab, merges))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token=EOS)
+
+
+def sentencepiece(decoder):
+    """Words that carry their leading space, and bytes for what is no word, as Llama's and T5's."""
+    words = ["▁", "▁Hello", "▁world", "!", "▁once", "▁END", "a", "b", "c"]
+    vocab = {token: i for i, token in enumerate([EOS, "<unk>", *words, *(f"<0x{i:02X}>" for i in range(256))])}
+    inner = tokenizers.Tokenizer(models.BPE(vocab, [], unk_token="<unk>", byte_fallback=True))
+    inner.decoder = decoder
+    return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token=EOS, unk_token="<unk>")
+
+
+@pytest.fixture(scope="module", params=["llama", "metaspace"])
+def spaced(request):
+    if request.param == "metaspace":
+        return sentencepiece(decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()]))
+    parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    return sentencepiece(decoders.Sequence(parts))
+
+
+def ids_of(tokenizer, *tokens):
+    ids = tokenizer.convert_tokens_to_ids(list(tokens))
+    assert None not in ids
+    return ids
+
+
+def byte_ids(tokenizer, data):
+    """The tokens of single bytes, merged nowhere."""
+    return (
+        ids_of(tokenizer, *(f"<0x{b:02X}>" for b in data))
+        if "<0x00>" in tokenizer.vocab
+        else [_byte_id(tokenizer, b) for b in data]
+    )
+
+
+def _byte_id(tokenizer, byte):
+    """The token of one byte; GPT-2 writes unprintable bytes as characters from 256 on."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [b for b in range(256) if b not in printable]
+    return ids_of(tokenizer, chr(byte if byte in printable else 256 + others.index(byte)))[0]
+
+
+def stream(decoder, ids, every=1):
+    """Push token by token (or `every` so many), as generation does; return the pieces, the last from `finish`."""
+    pieces = []
+    for n in range(every, len(ids) + 1, every):
+        pieces.append(decoder.push(ids[:n]))
+        if decoder.stopped:
+            break
+    return [*pieces, decoder.finish(ids if not decoder.stopped else ids[:n])]
+
+
+TEXT = 'naïve 😀 "quoted"\n\t你好,世界 👩‍👩‍👧 é\u0301 ﷽  end '
+
+
+@pytest.mark.parametrize("every", [1, 2, 3, 7])
+def test_pieces_join_to_the_text_and_never_cut_a_character(byte_level, every):
+    ids = byte_ids(byte_level, TEXT.encode())
+    assert len(ids) > len(TEXT) + 20
+    decoder = Decoder(byte_level, byte_level("def f():")["input_ids"])
+    pieces = stream(decoder, ids, every)
+    assert "".join(pieces) == decoder.text == TEXT
+    assert not any("\ufffd" in piece for piece in pieces)
+    assert sum(bool(piece) for piece in pieces) > len(ids) / every / 4  # it does come in pieces
+
+
+def test_an_emoji_comes_with_its_last_byte(byte_level):
+    decoder = Decoder(byte_level, byte_level("x")["input_ids"])
+    assert stream(decoder, byte_ids(byte_level, "a😀b".encode())) == ["a", "", "", "", "😀", "b", ""]
+
+
+def test_invalid_bytes_are_shown_when_nothing_can_complete_them(byte_level):
+    decoder = Decoder(byte_level, byte_level("x")["input_ids"])
+    assert stream(decoder, byte_ids(byte_level, b"a\xf0\x9f")) == ["a", "", "", "\ufffd"]
+    decoder = Decoder(byte_level, byte_level("x")["input_ids"])
+    assert stream(decoder, byte_ids(byte_level, b"a\xf0\x9fb")) == ["a", "", "", "\ufffdb", ""]
+
+
+def test_characters_of_byte_tokens_among_words(spaced):
+    decoder = Decoder(spaced, ids_of(spaced, "▁Hello"))
+    ids = [*ids_of(spaced, "▁world"), *byte_ids(spaced, "世界".encode()), *ids_of(spaced, "!")]
+    pieces = stream(decoder, ids)
+    assert "".join(pieces) == " world世界!"
+    assert not any("\ufffd" in piece for piece in pieces)
+
+
+def test_a_leading_space_is_kept(spaced, byte_level):
+    decoder = Decoder(spaced, ids_of(spaced, "▁once"))
+    assert stream(decoder, ids_of(spaced, "▁Hello", "▁world", "!")) == [" Hello", " world", "!", ""]
+    prompt = ids_of(spaced, *["▁once"] * 40)  # longer than what is decoded along
+    assert stream(Decoder(spaced, prompt), ids_of(spaced, "▁Hello")) == [" Hello", ""]
+    assert stream(Decoder(spaced, ids_of(spaced, EOS)), ids_of(spaced, "▁Hello")) == ["Hello", ""]  # a text begins here
+    words = byte_level("hello")["input_ids"], ids_of(byte_level, "Ġwo")
+    assert stream(Decoder(byte_level, words[0]), words[1]) == [" wo", ""]
+
+
+@pytest.mark.parametrize("length", range(5, 12))
+def test_a_prompt_cut_within_a_character_hides_nothing(spaced, byte_level, length):
+    """The context begins within a character (7 to 11: 16 tokens back), or the prompt ends within one."""
+    for tokenizer in (spaced, byte_level):
+        prompt = ids_of(tokenizer, "a") + byte_ids(tokenizer, ("世" * length).encode())
+        new = byte_ids(tokenizer, "界!".encode())
+        assert "".join(stream(Decoder(tokenizer, prompt), new)) == "界!"
+        for begun in (1, 2):  # bytes of the new character that the prompt has already
+            assert "".join(stream(Decoder(tokenizer, prompt + new[:begun]), new[begun:])) == "界!"
+
+
+def test_special_tokens_are_left_out(byte_level):
+    ids = [*byte_level("hello")["input_ids"], byte_level.eos_token_id]
+    assert "".join(stream(Decoder(byte_level, byte_level("x")["input_ids"]), ids)) == "hello"
+
+
+def stopped_stream(tokenizer, text, stop, every=1):
+    """Stream single bytes until a stop string; return (pieces, decoder, ids)."""
+    ids = byte_ids(tokenizer, text.encode())
+    decoder = Decoder(tokenizer, tokenizer("x")["input_ids"], [stop] if isinstance(stop, str) else stop)
+    return stream(decoder, ids, every), decoder, ids
+
+
+@pytest.mark.parametrize("every", [1, 2, 5, 100])
+def test_a_stop_string_ends_the_text_across_tokens(byte_level, every):
+    text = "one two END three"
+    pieces, decoder, ids = stopped_stream(byte_level, text.ljust(100), "END", every)
+    assert decoder.stopped
+    assert "".join(pieces) == decoder.text == "one two "
+    assert decoder.tokens_to_stop(ids) == len("one two END")
+
+
+def test_what_may_begin_a_stop_string_is_held_back_then_released(byte_level):
+    pieces, decoder, _ = stopped_stream(byte_level, "a aab aac", "aac")
+    assert pieces == ["", "a ", "", "", "aab", " ", "", "", "", ""]
+    assert decoder.stopped
+    pieces, decoder, _ = stopped_stream(byte_level, "xaaa", "aac")
+    assert pieces == ["x", "", "", "a", "aa"]
+    assert not decoder.stopped
+    pieces, decoder, _ = stopped_stream(byte_level, "abababac!", "abac")
+    assert "".join(pieces) == "abab"
+    assert decoder.stopped
+
+
+@pytest.mark.parametrize("every", [1, 3, 100])
+def test_the_stop_string_completed_first_wins_however_often_one_looks(byte_level, every):
+    text = "so abcdef".ljust(100)
+    for stops, kept in ((["cd", "f"], "so ab"), (["f", "cd"], "so ab"), (["abcde", "cd"], "so ab"), (["bcd", "d"], "so a")):
+        pieces, decoder, ids = stopped_stream(byte_level, text, stops, every)
+        assert "".join(pieces) == kept
+        assert decoder.tokens_to_stop(ids) == text.index("d") + 1
+
+
+def test_a_stop_string_with_a_character_of_several_tokens(byte_level):
+    pieces, decoder, ids = stopped_stream(byte_level, "tea 中文 is good", "a 中文")
+    assert "".join(pieces) == "te"
+    assert decoder.stopped
+    assert decoder.tokens_to_stop(ids) == len("tea 中文".encode())
+    pieces, decoder, _ = stopped_stream(byte_level, "tea 中国", "a 中文")
+    assert "".join(pieces) == "tea 中国"
+    assert not decoder.stopped
+
+
+@pytest.mark.parametrize("every", [1, 2, 7, 100])
+def test_tokens_to_a_stop_string_among_byte_tokens(spaced, every):
+    """A run of byte tokens shows as one: incomplete at its end, it hides the stop string that it holds."""
+    text = "一二三四五六七八九十"
+    ids = byte_ids(spaced, text.encode())
+    for n, stop in enumerate(text, start=1):
+        decoder = Decoder(spaced, ids_of(spaced, "a"), [stop])
+        assert "".join(stream(decoder, ids, every)) == text[: n - 1]
+        assert decoder.tokens_to_stop(ids) == 3 * n
+
+
+def test_a_stop_string_within_a_token(byte_level):
+    ids = ids_of(byte_level, "he", "ll", "Ġwo")
+    decoder = Decoder(byte_level, byte_level("x")["input_ids"], ["l w"])
+    assert "".join(stream(decoder, ids)) == "hel"
+    assert decoder.tokens_to_stop(ids) == 3
+
+
+def test_without_a_stop_string_all_tokens_count(byte_level):
+    _, decoder, ids = stopped_stream(byte_level, "hello", "xyz")
+    assert decoder.tokens_to_stop(ids) == len(ids) == 5
+
+
+def test_a_stop_string_in_the_prompt_does_not_count(byte_level):
+    decoder = Decoder(byte_level, byte_level("END EN")["input_ids"], ["END"])
+    assert "".join(stream(decoder, byte_ids(byte_level, b"D of it"))) == "D of it"
+
+
+def card(tokenizer=None, vocab_size=300):
+    return types.SimpleNamespace(name="tiny", tokenizer=tokenizer, vocab_size=vocab_size)
+
+
+def test_prompts_become_ids(byte_level):
+    hello = byte_level("hello")["input_ids"]
+    assert encode(card(byte_level), "hello") == [hello]
+    assert encode(card(byte_level), ["hello", [1, 2]]) == [hello, [1, 2]]
+    assert encode(card(), [[5, 299], [0]]) == [[5, 299], [0]]
+    assert encode(card(), np.array([[1, 2], [3, 4]])) == [[1, 2], [3, 4]]
+    assert encode(card(), [jnp.array([1, 2])]) == [[1, 2]]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        ([], "no prompt was given"),
+        ("", r"prompt 0 is empty \(no tokens\); give at least one token"),
+        ([[1], []], "prompt 1 is empty"),
+        ([[1, 300]], "prompt 0 has token id 300, but ids go from 0 to 299"),
+        ([[1], [-1]], "prompt 1 has token id -1"),
+        ([1, 2], "prompt 0 is 1, but must be a text or a list of token ids"),
+        ([None], "prompt 0 is None"),
+        ("caf\udce9", "is not valid Unicode; give UTF-8 text"),
+        ([[1.5]], r"prompt 0 is \[1.5\], but must be"),
+        ([["1"]], r"prompt 0 is \['1'\], but must be"),
+    ],
+)
+def test_bad_prompts_are_refused(byte_level, prompts, message):
+    with pytest.raises(ValueError, match=message):
+        encode(card(byte_level), prompts)
+
+
+def test_a_text_needs_a_tokenizer():
+    with pytest.raises(ValueError, match=r"tiny has no tokenizer; .* or give token ids"):
+        encode(card(), "hello")
+
+
+def test_a_tokenizer_with_more_ids_than_the_model_is_noticed(byte_level):
+    with pytest.raises(ValueError, match=r"prompt 0 has token id \d+, but ids go from 0 to 9"):
+        encode(card(byte_level, vocab_size=10), "hello")
+
+
+def test_chat_needs_a_template(byte_level):
+    with pytest.raises(ValueError, match="tiny has no chat template"):
+        encode(card(byte_level), "hello", chat=True)
+
+
+def test_chat_wraps_each_text_by_the_template(byte_level):
+    template = "{% for m in messages %}{{ m.role }}:{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}bot:{% endif %}"
+    byte_level.chat_template = template
+    try:
+        rows = encode(card(byte_level), ["hello", "😀"], chat=True)
+        plain = encode(card(byte_level), "hello")
+    finally:
+        byte_level.chat_template = None
+    assert [byte_level.decode(row) for row in rows] == ["user:hello\nbot:", "user:😀\nbot:"]
+    assert byte_level.decode(plain[0]) == "hello"

@@ -1,0 +1,222 @@
+"""Toy models, drafters and plain-Python oracles whose truth is known: what the algorithm is proved on.
+
+Notation: B batch, S buffer length, W window, G draft_len, V vocabulary.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from scipy import stats
+
+from mlspecqd_jax.sampling import DRAW, RESIDUAL, Sampling, choose, gumbel, noise, probabilities
+from mlspecqd_jax.speculation import SLACK, Level, generate_tokens, put
+from mlspecqd_jax.verification import Draft
+
+MODULUS = 1009
+EMPTY = -1
+
+# Toys take longer to compile than to run, so the compiler is asked for less.
+quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+run = quick_jit(generate_tokens, static_argnames="prefill_width")
+
+
+@dataclasses.dataclass(frozen=True)
+class Toy:
+    """A `Model` that reads only its cache: logits = table[hash of the last `order` tokens], params = table f32 [MODULUS, V].
+
+    Its last token id is an alarm, which no table ever gives a chance: it is chosen only where an entry of the cache was read that
+    nobody had written.
+    """
+
+    vocab_size: int = 8
+    order: int = 10**6
+
+    @property
+    def alarm(self):
+        return self.vocab_size - 1
+
+    def table(self, seed, scale=2.0):
+        table = scale * np.random.default_rng(seed).normal(size=(MODULUS, self.vocab_size))
+        table[:, self.alarm] = -60
+        return jnp.asarray(table, jnp.float32)
+
+    def init_cache(self, batch, length, params):
+        return jnp.full((batch, length), EMPTY, jnp.int32)
+
+    def __call__(self, params, tokens, start, cache):
+        cache = put(cache, start, tokens)
+        return self.score(params, cache, start[:, None] + jnp.arange(tokens.shape[1])), cache
+
+    def score(self, params, cache, position):
+        """Return the logits [B, W, V] that the cached tokens [B, S] up to each position [B, W] give."""
+        slots = jnp.arange(cache.shape[1])
+        seen = (slots <= position[..., None]) & (slots > position[..., None] - self.order)  # [B, W, S]
+        weight = jnp.asarray([pow(7, i, MODULUS) for i in range(len(slots))], jnp.int32)
+        known = jnp.sum(jnp.where(seen, ((cache + 1) * weight % MODULUS)[:, None], 0), axis=-1)
+        unwritten = jnp.any(seen & (cache == EMPTY)[:, None], axis=-1)
+        alarm = 1e6 * jax.nn.one_hot(self.alarm, self.vocab_size)
+        return jnp.where(unwritten[..., None], alarm, params[known % MODULUS])
+
+    def truth(self, table, tokens):
+        """Return the logits f32 [V] after a list of tokens, in plain Python."""
+        first = max(len(tokens) - self.order, 0)
+        return np.asarray(table)[sum((tokens[i] + 1) * pow(7, i, MODULUS) for i in range(first, len(tokens))) % MODULUS]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Script:
+    """A `Drafter` that proposes tokens[r, t] for index t of row r, certain of each; `length` of them at most."""
+
+    tokens: jax.Array  # int32 [B, S]
+    length: jax.Array  # int32 [B]
+    vocab_size: int = dataclasses.field(metadata={"static": True})
+    heeds_limit: bool = dataclasses.field(metadata={"static": True}, default=True)
+
+    def init(self, batch, length):
+        return jnp.zeros((batch,), jnp.int32)  # rounds that it was asked
+
+    def propose(self, state, cache, sequences, sampling, draft_len, limit, behind):
+        at = sequences.length[:, None] + jnp.arange(draft_len)
+        tokens = jnp.take_along_axis(self.tokens, at, axis=1, mode="clip")
+        probs = jax.nn.one_hot(tokens, self.vocab_size) if sampling.rule == "rejection" else None
+        return Draft(tokens, probs, jnp.minimum(limit, self.length) if self.heeds_limit else self.length), state + 1, cache
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ToyDrafter:
+    """A `Drafter` that draws from another toy's table, without a cache of its own."""
+
+    params: jax.Array
+    model: Toy = dataclasses.field(metadata={"static": True})
+
+    def init(self, batch, length):
+        return None
+
+    def propose(self, state, cache, sequences, sampling, draft_len, limit, behind):
+        coupled = sampling.rule == "coupled"
+
+        def one(tokens, g):
+            t = sequences.length[:, None] + g
+            logits = self.model.score(self.params, tokens, t - 1)
+            drawn = choose(logits, noise(sampling.seed, t, 0 if coupled else 1, DRAW), sampling)
+            return put(tokens, t[:, 0], drawn), (drawn[:, 0], probabilities(logits, sampling)[:, 0])
+
+        _, (drawn, probs) = jax.lax.scan(one, sequences.tokens, jnp.arange(draft_len))
+        return Draft(drawn.T, None if coupled else jnp.swapaxes(probs, 0, 1), limit), state, cache
+
+
+def level(toy, table, drafter=None, draft_len=0, window_multiple=1):
+    return Level(toy, table, drafter, draft_len, window_multiple)
+
+
+def ragged(prompts, size, filler=0):
+    """Lay lists of tokens out as (tokens [B, size], length [B]); what lies beyond a prompt is `filler`."""
+    tokens = np.full((len(prompts), size), filler, np.int32)
+    for r, prompt in enumerate(prompts):
+        tokens[r, : len(prompt)] = prompt
+    return jnp.asarray(tokens), jnp.asarray([len(p) for p in prompts], jnp.int32)
+
+
+def rows(tokens, length):
+    """Return the rows of a buffer as lists, each up to its length."""
+    return [row[:n].tolist() for row, n in zip(np.asarray(tokens), np.asarray(length), strict=True)]
+
+
+def filtered_oracle(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
+    """Filter f32 logits [V] by sorting; return (logits f32 with -inf, whether rounding may decide what is kept)."""
+    x = np.asarray(logits, np.float32) / np.float32(temperature or 1)
+    doubtful = False
+    if top_k:
+        x = np.where(x < np.sort(x)[-min(top_k, len(x))], -np.inf, x)
+    if top_p < 1:
+        order = np.argsort(x, kind="stable")
+        mass = np.cumsum(softmax(x)[order])
+        spare = 1 - float(np.float32(top_p))
+        dropped = order[:-1][mass[:-1] <= spare]
+        doubtful |= bool(np.any(np.abs(mass[:-1] - spare) < 1e-6))
+        x[dropped] = -np.inf
+    if min_p:
+        p = softmax(x)
+        threshold = float(np.float32(min_p)) * p.max()
+        doubtful |= bool(np.any((np.abs(p - threshold) < 1e-6 * threshold) & (p < p.max())))
+        x = np.where(p < threshold, -np.inf, x)
+    return x.astype(np.float32), doubtful
+
+
+def adjust_oracle(logits, tokens, prompt_length, repetition, presence, frequency, bias=()):
+    """Adjust logits [V] after a list of tokens by walking over them."""
+    x = np.asarray(logits, np.float64)
+    for v, value in dict(bias).items():
+        x[v] += value
+    for v in set(tokens):
+        x[v] = x[v] * repetition if x[v] < 0 else x[v] / repetition
+    for v in set(tokens[prompt_length:]):
+        x[v] -= presence
+    for v in tokens[prompt_length:]:
+        x[v] -= frequency
+    return x
+
+
+def softmax(x):
+    """Return softmax of [V] in float64."""
+    x = np.asarray(x, np.float64)
+    e = np.exp(x - x.max())
+    return e / e.sum()
+
+
+@functools.partial(quick_jit, static_argnums=(1, 2, 3))
+def _gumbel_of_rows(seeds, size, vocab_size, purpose):
+    t = jnp.broadcast_to(jnp.arange(size), (len(seeds), size))
+    return gumbel(noise(seeds, t, 0, purpose), vocab_size)
+
+
+def decode_oracle(toy, table, prompts, limits, sampling: Sampling, size):
+    """Decode plainly in a Python loop with the package's noise; return (rows, log-probabilities of the new tokens)."""
+    purpose = DRAW if sampling.rule == "coupled" else RESIDUAL
+    perturbation = np.asarray(_gumbel_of_rows(sampling.seed, size, toy.vocab_size, purpose))
+    s = jax.tree.map(np.asarray, sampling)
+    out, logprobs = [], []
+    for r, prompt in enumerate(prompts):
+        row, scores = list(prompt), []
+        while len(row) < min(limits[r], size - SLACK) and not (len(row) > len(prompt) and row[-1] in s.stop_token_ids):
+            given = toy.truth(table, row)
+            penalties = s.repetition_penalty[r], s.presence_penalty[r], s.frequency_penalty[r]
+            logits = adjust_oracle(given, row, len(prompt), *penalties).astype(np.float32)
+            if s.temperature[r] == 0:
+                token = int(np.argmax(logits))
+            else:
+                kept, _ = filtered_oracle(logits, s.temperature[r], int(s.top_k[r]), float(s.top_p[r]), float(s.min_p[r]))
+                token = int(np.argmax(kept + perturbation[r, len(row)]))
+            scores.append(float(np.log(softmax(given)[token])))
+            row.append(token)
+        out.append(row)
+        logprobs.append(scores)
+    return out, logprobs
+
+
+def g_test(observed, expected):
+    """Return the p-value of counts [n] against probabilities [n] (likelihood ratio, rare cells pooled)."""
+    observed, expected = np.asarray(observed, float).ravel(), np.asarray(expected, float).ravel()
+    expected = expected / expected.sum() * observed.sum()
+    if np.any(observed[expected < 1e-9] > 0):
+        return 0.0
+    rare = expected < 5
+    if rare.any():
+        observed = np.append(observed[~rare], observed[rare].sum())
+        expected = np.append(expected[~rare], expected[rare].sum())
+    seen = observed > 0
+    g = 2 * np.sum(observed[seen] * np.log(observed[seen] / expected[seen]))
+    return float(stats.chi2.sf(g, np.sum(expected > 0) - 1))
+
+
+def count_sequences(sequences, vocab_size):
+    """Count rows [N, n] of tokens as an array [V**n]."""
+    sequences = np.asarray(sequences)
+    index = np.ravel_multi_index(tuple(sequences.T), (vocab_size,) * sequences.shape[1])
+    return np.bincount(index, minlength=vocab_size ** sequences.shape[1])
