@@ -1,7 +1,8 @@
 """Row gathers and window writes that move 16-bit floats, in the form that costs least on each platform.
 
-XLA:CPU has no 16-bit float gather or scatter: it converts the whole operand to f32 and back. For a cache that is three more passes
-over it in every step, and for an embedding an f32 copy of the table, hoisted out of the generation loop.
+The XLA:CPU of jax before CONVERTS_BEFORE has no 16-bit float gather or scatter: it converts the whole operand to f32 and back. For
+a cache that is three more passes over it in every step, and for an embedding an f32 copy of the table, hoisted out of the
+generation loop.
 
 Notation: B batch, H heads, S cache length, W window, D head size, V vocabulary, K hidden size.
 """
@@ -9,6 +10,7 @@ Notation: B batch, H heads, S cache length, W window, D head size, V vocabulary,
 import jax
 import jax.numpy as jnp
 
+CONVERTS_BEFORE = (0, 11)
 NARROW = 16  # positions
 
 
@@ -22,7 +24,7 @@ def rows(table: jax.Array, index: jax.Array) -> jax.Array:
         # With the conversion kept in the loop it fuses into the gather, which then reads the rows alone.
         return gather(*jax.lax.optimization_barrier((table, index)))
 
-    if not _is_short_float(table):
+    if not _is_converted(table):
         return gather(table, index)
     return jax.lax.platform_dependent(table, index, cpu=unhoisted, default=gather)
 
@@ -45,10 +47,11 @@ def put_window(buffer: jax.Array, start: jax.Array, values: jax.Array) -> jax.Ar
         return buffer
 
     # A decode step's window is cheaper in one fused pass over the buffer than in the scatter's three; prompts are wider.
-    if _is_short_float(buffer) and window <= NARROW:
+    if _is_converted(buffer) and window <= NARROW:
         return jax.lax.platform_dependent(buffer, start, values, cpu=select, default=scatter)
     return scatter(buffer, start, values)
 
 
-def _is_short_float(x):
-    return jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize == 2
+def _is_converted(x):
+    is_short_float = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize == 2
+    return is_short_float and jax.__version_info__ < CONVERTS_BEFORE

@@ -162,17 +162,17 @@ def test_no_weight_is_widened(programs, program):
 
 
 def test_a_widened_weight_would_be_seen():
-    """A plain gather in a loop is where XLA:CPU widens: it converts the whole table, once, outside of the loop."""
-    table = jnp.zeros((CONFIG.vocab_size, CONFIG.hidden_size), jnp.bfloat16)
+    """A product in f32 widens its 16-bit weight, once, outside of the loop."""
+    weight = jnp.zeros((CONFIG.intermediate_size, CONFIG.hidden_size), jnp.bfloat16)
 
-    def add_rows(table, n):
+    def multiply(weight, n):
         def body(carry):
-            i, total = carry
-            return i + 1, total + table[jnp.stack([i, i + 1])].astype(jnp.float32)
+            i, x = carry
+            return i + 1, (x @ weight.astype(jnp.float32).T) @ jnp.ones((CONFIG.intermediate_size, CONFIG.hidden_size)) + i
 
         return jax.lax.while_loop(lambda carry: carry[0] < n, body, (0, jnp.zeros((2, CONFIG.hidden_size))))
 
-    assert widened_weights(jax.jit(add_rows).lower(table, 9).compile().as_text())
+    assert widened_weights(jax.jit(multiply).lower(weight, 9).compile().as_text())
 
 
 REQUESTS = [
