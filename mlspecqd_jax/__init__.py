@@ -6,7 +6,7 @@ out = mlsd.generate(mlsd.stack(target), "def fibonacci(n):")
 print(out.text[0])
 """
 
-from mlspecqd_jax.api import Batch, Generation, Stream, compare, generate, prepare, stack, stream
+from mlspecqd_jax.api import Arguments, Batch, Generation, Stream, compare, generate, prepare, stack, stream
 from mlspecqd_jax.models import Card, Model, convert, load
 from mlspecqd_jax.sampling import Sampling
 from mlspecqd_jax.speculation import Level, State, advance, buffer_length, finished, generate_tokens, init, step
@@ -14,6 +14,7 @@ from mlspecqd_jax.speculation import Level, State, advance, buffer_length, finis
 __version__ = "0.1.0"
 
 __all__ = [
+    "Arguments",
     "Batch",
     "Card",
     "Generation",

@@ -2,8 +2,8 @@
 
 import dataclasses
 import time
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,26 @@ ALL_ROUNDS = 2**31 - 1
 
 _init = jax.jit(speculation.init, static_argnames="prefill_width")
 _advance = jax.jit(speculation.advance, donate_argnames="state")
+
+
+class Arguments(TypedDict, total=False):
+    """What may be asked of a generation; anything else is refused by name. A list gives one value a row."""
+
+    max_new_tokens: int | Sequence[int] | None  # None (default): 128, or what the positions leave
+    chat: bool  # wrap each text as a user's message by the tokenizer's chat template; default False
+    temperature: float | Sequence[float]  # default 0: greedy
+    top_k: int | Sequence[int]  # default 0: off
+    top_p: float | Sequence[float]  # default 1: off
+    min_p: float | Sequence[float]  # default 0: off
+    seed: int | Sequence[int]  # default 0; an int s means s, s + 1, ... for rows 0, 1, ...
+    rule: str  # "coupled" (default) or "rejection"
+    repetition_penalty: float | Sequence[float]  # default 1: off
+    presence_penalty: float | Sequence[float]  # default 0: off
+    frequency_penalty: float | Sequence[float]  # default 0: off
+    logit_bias: Mapping[int, float] | Sequence[Mapping[int, float]] | None  # token id to what is added to its logit
+    stop_token_ids: Sequence[int] | None  # ids that end a row; None (default): the model's own
+    stop: str | Sequence[str] | None  # text ends before the first of these that is completed
+    logprobs: bool  # record the log-probability of each new token under the model's own logits; default False
 
 
 class Batch(NamedTuple):
@@ -101,22 +121,13 @@ def prepare(stack: Level, prompts, *, max_new_tokens: int | Sequence[int] | None
     return Batch(jnp.asarray(tokens), jnp.asarray(length, jnp.int32), jnp.asarray(limit, jnp.int32), width)
 
 
-def generate(stack: Level, prompts, **arguments) -> Generation:
+def generate(stack: Level, prompts, **arguments: Unpack[Arguments]) -> Generation:
     """Continue one or several prompts.
 
     Args:
       stack: from `stack`.
       prompts: a text, a list of texts, or a list of token id lists.
-      **arguments: any of the following; anything else is refused by name.
-        max_new_tokens (128, or what the positions leave), chat (False);
-        temperature (0, which is greedy), top_k (0), top_p (1), min_p (0), repetition_penalty (1), presence_penalty (0),
-        frequency_penalty (0): one number, or one a row;
-        seed (0): an int s means s, s + 1, ... for rows 0, 1, ...; or one a row;
-        rule ("coupled" or "rejection");
-        logit_bias: {token id: added to its logit}, or one mapping a row;
-        stop_token_ids: ids that end a row, in place of the model's own;
-        stop: a string or several; text ends before the first that appears;
-        logprobs (False): record the log-probability of each new token.
+      **arguments: any of `Arguments`.
 
     Raises:
       ValueError: before anything is compiled, one sentence on what is wrong.
@@ -148,7 +159,7 @@ class Stream:
                 yield pieces[0]
 
 
-def stream(stack: Level, prompt, **arguments) -> Stream:
+def stream(stack: Level, prompt, **arguments: Unpack[Arguments]) -> Stream:
     """Continue one prompt and iterate over its text piece by piece, round by round; the arguments are those of `generate`.
 
     A piece never ends within a character, nor within what may become a stop string.
@@ -163,7 +174,7 @@ def stream(stack: Level, prompt, **arguments) -> Stream:
     return Stream(run)
 
 
-def compare(stack: Level, prompts, **arguments) -> Generation:
+def compare(stack: Level, prompts, **arguments: Unpack[Arguments]) -> Generation:
     """Generate, then decode the same prompts plainly in the fastest form (inexact), and put the ratio of times into the report."""
     ours = generate(stack, prompts, **arguments)
     plain = Level(stack.model, stack.params, card=dataclasses.replace(stack.card, exact=False))
@@ -214,6 +225,9 @@ def _run(stack: Level, prompts, rounds: int, arguments: dict[str, Any]):
 
 def _request(stack: Level, prompts, arguments: dict[str, Any]) -> tuple[Batch, Sampling, tuple[str, ...]]:
     """Check all arguments and turn them into a batch, its sampling and its stop strings."""
+    unknown = sorted(set(arguments) - set(Arguments.__annotations__))
+    if unknown:
+        raise ValueError(f"'{unknown[0]}' is not supported; supported: {', '.join(sorted(Arguments.__annotations__))}")
     stops = arguments.pop("stop", None)
     stops = () if stops is None else (stops,) if isinstance(stops, str) else tuple(stops)
     if not all(isinstance(s, str) and s for s in stops):
@@ -223,10 +237,6 @@ def _request(stack: Level, prompts, arguments: dict[str, Any]) -> tuple[Batch, S
     batch_arguments = {name: arguments.pop(name) for name in ("max_new_tokens", "chat") if name in arguments}
     if arguments.get("stop_token_ids") is None:
         arguments["stop_token_ids"] = stack.card.eos_token_ids
-    unknown = sorted(set(arguments) - set(Sampling.create.__kwdefaults__))
-    if unknown:
-        known = sorted({*Sampling.create.__kwdefaults__, "max_new_tokens", "chat", "stop"})
-        raise ValueError(f"'{unknown[0]}' is not supported; supported: {', '.join(known)}")
     batch = prepare(stack, prompts, **batch_arguments)
     return batch, Sampling.create(len(batch.length), stack.card.vocab_size, **arguments), stops
 

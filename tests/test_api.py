@@ -188,6 +188,10 @@ def test_bad_arguments_are_one_sentence(stack, arguments, message):
     assert api._advance._cache_size() == before  # refused before tracing
 
 
+def test_arguments_are_those_of_the_batch_and_of_sampling():
+    assert set(mlsd.Arguments.__annotations__) == {"max_new_tokens", "chat", "stop", *mlsd.Sampling.create.__kwdefaults__}
+
+
 def test_bad_prompts(stack):
     for prompts, message in [
         ("", "prompt 0 is empty"),
