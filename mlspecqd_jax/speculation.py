@@ -171,7 +171,7 @@ def init(stack: Level, tokens: jax.Array, length: jax.Array, sampling: Sampling,
 
 def finished(state: State, limit: jax.Array) -> jax.Array:
     """Return bool [B]: which rows have ended or reached their limit (or the end of the buffer)."""
-    return state.ended | (state.length >= jnp.minimum(limit, state.tokens.shape[1] - SLACK))
+    return state.ended | (state.length >= _clipped(limit, state))
 
 
 def step(stack: Level, state: State, limit: jax.Array, sampling: Sampling) -> State:
@@ -184,7 +184,7 @@ def step(stack: Level, state: State, limit: jax.Array, sampling: Sampling) -> St
       sampling: the rows' settings; may differ from call to call.
     """
     sampling = dataclasses.replace(sampling, prompt_length=state.prompt_length)
-    limit = jnp.minimum(limit, state.tokens.shape[1] - SLACK)
+    limit = _clipped(limit, state)
     open_ = ~finished(state, limit)
     draft, below, cache = _propose(stack, state, limit, sampling)
     tokens = put(state.tokens, state.length, draft.tokens)
@@ -258,6 +258,11 @@ def put(buffer: jax.Array, start: jax.Array, values: jax.Array) -> jax.Array:
 def read(buffer: jax.Array, start: jax.Array, n: int) -> jax.Array:
     """Return buffer [B, S] at start[r] + 0..n-1, int32 [B, n]."""
     return jnp.take_along_axis(buffer, start[:, None] + jnp.arange(n)[None, :], axis=1, mode="clip")
+
+
+def _clipped(limit: jax.Array, state: State) -> jax.Array:
+    """Return the limit, or the length that leaves room for one window at the end of the buffer, if that is less."""
+    return jnp.minimum(limit, state.tokens.shape[1] - SLACK)
 
 
 def _propose(stack: Level, state: State, limit: jax.Array, sampling: Sampling):
