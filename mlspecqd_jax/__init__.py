@@ -7,9 +7,10 @@ print(out.text[0])
 """
 
 from mlspecqd_jax.api import Arguments, Batch, Generation, Stream, compare, generate, prepare, stack, stream
+from mlspecqd_jax.levels import Level
 from mlspecqd_jax.models import Card, Model, convert, load
 from mlspecqd_jax.sampling import Sampling
-from mlspecqd_jax.speculation import Level, State, advance, buffer_length, finished, generate_tokens, init, step
+from mlspecqd_jax.speculation import State, advance, buffer_length, finished, generate_tokens, init, step
 
 __version__ = "0.1.0"
 

@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from mlspecqd_jax import report, speculation
+from mlspecqd_jax.levels import Level
 from mlspecqd_jax.models import Model
 from mlspecqd_jax.sampling import Sampling
-from mlspecqd_jax.speculation import Level, State
+from mlspecqd_jax.speculation import State
 from mlspecqd_jax.text import Decoder, encode
 
 DEFAULT_NEW_TOKENS = 128

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from mlspecqd_jax.speculation import Counts, Level
+from mlspecqd_jax.levels import Counts, Level
 
 
 @dataclasses.dataclass(frozen=True)

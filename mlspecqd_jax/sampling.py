@@ -40,6 +40,8 @@ class Sampling:
     prompt_length: jax.Array  # int32 [B]; where a row's new tokens begin
     stop_token_ids: jax.Array  # int32 [E], padded with -1
     logit_bias: jax.Array | None  # f32 [B, V], or None for no bias
+    synthetic_acceptance: jax.Array | None  # f32 [levels that judge], or None: coins instead of the rule, for benchmarks
+    vocab_size: int = dataclasses.field(metadata={"static": True})  # V of the target, over which every level draws
     rule: str = dataclasses.field(metadata={"static": True}, default="coupled")
     logprobs: bool = dataclasses.field(metadata={"static": True}, default=False)
 
@@ -60,6 +62,7 @@ class Sampling:
         logit_bias: Mapping[int, float] | Sequence[Mapping[int, float]] | None = None,
         stop_token_ids: Sequence[int] = (),
         logprobs: bool = False,
+        synthetic_acceptance: Sequence[float] | None = None,
     ) -> "Sampling":
         """Check every value and broadcast it to the batch.
 
@@ -70,6 +73,8 @@ class Sampling:
           logit_bias: token id to the number added to its logit (-inf bans it); one mapping for all rows or one a row.
           stop_token_ids: ids that end a row.
           logprobs: whether to record the log-probability of each chosen token under the model's unadjusted logits.
+          synthetic_acceptance: for benchmarks: the probability at which each level, outermost first, accepts a drafted token,
+            whatever it is. The output is meaningless.
 
         Raises:
           ValueError: a value out of range, or a sequence whose length is not the batch size.
@@ -103,6 +108,8 @@ class Sampling:
             prompt_length=jnp.zeros((batch,), jnp.int32),
             stop_token_ids=_stop_ids(stop_token_ids, vocab_size),
             logit_bias=_bias(logit_bias, batch, vocab_size),
+            synthetic_acceptance=_rates(synthetic_acceptance),
+            vocab_size=vocab_size,
             rule=rule,
             logprobs=bool(logprobs),
         )
@@ -157,6 +164,18 @@ def _bias(bias, batch: int, vocab_size: int) -> jax.Array | None:
                 raise ValueError(f"logit_bias of token {token} is {value!r}, but must be a finite number or -inf")
             dense[r, token] = value
     return jnp.asarray(dense)
+
+
+def _rates(rates: Sequence[float] | None) -> jax.Array | None:
+    if rates is None:
+        return None
+    rates = list(rates) if isinstance(rates, Iterable) and not isinstance(rates, str) else [rates]
+    for rate in rates:
+        if not isinstance(rate, numbers.Real) or not 0 <= rate <= 1:
+            raise ValueError(
+                f"synthetic_acceptance has {rate!r}, but must hold a probability from 0 to 1 for each level that judges"
+            )
+    return jnp.asarray(np.asarray(rates, np.float32)) if rates else None
 
 
 def noise(seed: jax.Array, t: jax.Array, level: int, purpose: int) -> jax.Array:

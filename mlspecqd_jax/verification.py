@@ -53,7 +53,10 @@ def verify(logits: jax.Array, draft: Draft, position: jax.Array, sampling: Sampl
     """
     t = position[:, None] + jnp.arange(logits.shape[1])[None, :]  # [B, G + 1]
     rule = _coupled if sampling.rule == "coupled" else _rejection
-    return rule(logits, draft, t, sampling, level)
+    verdict = rule(logits, draft, t, sampling, level)
+    if sampling.synthetic_acceptance is None or draft.tokens.shape[1] == 0:
+        return verdict
+    return _synthetic(verdict, draft, t, sampling, level)
 
 
 def _coupled(logits, draft, t, sampling, level):
@@ -89,6 +92,15 @@ def _rejection(logits, draft, t, sampling, level):
     )
     tokens = jnp.where(g < accepted[:, None], jnp.pad(draft.tokens, ((0, 0), (0, 1))), drawn.astype(jnp.int32))
     return Verdict(tokens, accepted, p)
+
+
+def _synthetic(verdict, draft, t, sampling, level):
+    """Let coins decide: the same work and the same shapes, at a token acceptance that a benchmark chooses."""
+    coins = sampling_.uniform(sampling_.noise(sampling.seed, t[:, :-1], level, sampling_.COIN))
+    accepted = _prefix(coins < sampling.synthetic_acceptance[level], draft.length)
+    drafted = jnp.arange(t.shape[1])[None, :] < accepted[:, None]
+    tokens = jnp.where(drafted, jnp.pad(draft.tokens, ((0, 0), (0, 1))), verdict.tokens)
+    return Verdict(tokens, accepted, verdict.probs)
 
 
 def _prefix(matches: jax.Array, length: jax.Array) -> jax.Array:

@@ -10,14 +10,14 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 # From the ground up; a module may import modules of the lines before its own, and of its own line those to its left.
 FLOORS = (
     ("pallas_kernels",),
-    ("moves", "matmul", "partition", "rope", "text"),
+    ("buffers", "moves", "matmul", "partition", "rope", "text"),
     ("attention", "transformer", "sampling", "verification"),
-    ("huggingface", "checkpoint", "speculation"),
+    ("huggingface", "checkpoint", "levels", "prompt_lookup", "speculation"),
     ("models", "report", "api"),
     ("cli", "examples", "benchmarks"),
 )
 ORDER = [name for floor in FLOORS for name in floor]
-ALGORITHM = {"sampling", "verification", "speculation"}
+ALGORITHM = {"buffers", "sampling", "verification", "levels", "prompt_lookup", "speculation"}
 NETWORK = {"matmul", "partition", "rope", "moves", "attention", "transformer", "huggingface", "checkpoint", "pallas_kernels"}
 
 

@@ -26,8 +26,9 @@ from toys import (
     softmax,
 )
 
+from mlspecqd_jax.levels import SLACK, Level
 from mlspecqd_jax.sampling import Sampling
-from mlspecqd_jax.speculation import SLACK, Level, advance, buffer_length, finished, generate_tokens, init, step
+from mlspecqd_jax.speculation import advance, buffer_length, finished, generate_tokens, init, step
 
 V, G, S = 8, 4, 128
 PROMPTS = [[3], [1, 2], [0, 0, 5], [6, 5, 4, 3, 2], [2] * 9, [1, 3, 5] * 6]
@@ -64,7 +65,7 @@ def generate(stack, limits, sampling, prompts=PROMPTS):
 
 
 def logprob_rows(state):
-    begin, end = np.asarray(state.prompt_length), np.asarray(state.length)
+    begin, end = np.asarray(state.begin), np.asarray(state.length)
     return [row[b:e].tolist() for row, b, e in zip(np.asarray(state.logprobs), begin, end, strict=True)]
 
 
@@ -124,7 +125,7 @@ def alone(stack, sampling, limits, r):
         **{
             f.name: getattr(sampling, f.name)[r : r + 1]
             for f in dataclasses.fields(sampling)
-            if f.name not in ("stop_token_ids", "logit_bias", "rule", "logprobs")
+            if f.name not in ("stop_token_ids", "logit_bias", "synthetic_acceptance", "vocab_size", "rule", "logprobs")
         },
     )
     return generate(stack, limits[r : r + 1], own, PROMPTS[r : r + 1])[0][0]
@@ -444,14 +445,14 @@ def test_levels_refuse_what_does_not_fit():
         Level(toy, table, drafter, 64)
     with pytest.raises(ValueError, match="window of 80"):
         Level(toy, table, drafter, 60, window_multiple=16 * 5)
-    assert [Level(toy, table, drafter, g, multiple).window for g, multiple in ((63, 1), (1, 2), (2, 2), (15, 16), (16, 16))] == [
+    assert [Level(toy, table, drafter, g, multiple).window() for g, multiple in ((63, 1), (1, 2), (2, 2), (15, 16), (16, 16))] == [
         64,
         2,
         4,
         16,
         32,
     ]
-    assert Level(toy, table, window_multiple=2).window == 2
+    assert Level(toy, table, window_multiple=2).window() == 2
 
 
 def test_a_buffer_without_room_for_a_window_is_refused():

@@ -11,8 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from scipy import stats
 
+from mlspecqd_jax.buffers import put
+from mlspecqd_jax.levels import SLACK, Level
 from mlspecqd_jax.sampling import DRAW, RESIDUAL, Sampling, choose, gumbel, noise, probabilities
-from mlspecqd_jax.speculation import SLACK, Level, generate_tokens, put
+from mlspecqd_jax.speculation import generate_tokens
 from mlspecqd_jax.verification import Draft
 
 MODULUS = 1009
@@ -67,6 +69,31 @@ class Toy:
         return np.asarray(table)[sum((tokens[i] + 1) * pow(7, i, MODULUS) for i in range(first, len(tokens))) % MODULUS]
 
 
+@dataclasses.dataclass(frozen=True)
+class SharedToy:
+    """A `Toy` whose cache entries bear the mark of who wrote them; params = (table, mark).
+
+    The owner of a cache has mark 0 and sounds the alarm where it reads an entry of anybody else; a twin that shares the cache has
+    another mark and reads everything. So a draft that writes below its verifier's window is heard.
+    """
+
+    toy: Toy = Toy()
+
+    @property
+    def vocab_size(self):
+        return self.toy.vocab_size
+
+    def init_cache(self, batch, length, params):
+        return self.toy.init_cache(batch, length, params)
+
+    def __call__(self, params, tokens, start, cache):
+        table, mark = params
+        cache = put(cache, start, tokens + self.vocab_size * mark)
+        foreign = (cache >= self.vocab_size) & (mark == 0)
+        read = jnp.where(foreign | (cache == EMPTY), EMPTY, cache % self.vocab_size)
+        return self.toy.score(table, read, start[:, None] + jnp.arange(tokens.shape[1])), cache
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Script:
@@ -77,10 +104,10 @@ class Script:
     vocab_size: int = dataclasses.field(metadata={"static": True})
     heeds_limit: bool = dataclasses.field(metadata={"static": True}, default=True)
 
-    def init(self, batch, length):
-        return jnp.zeros((batch,), jnp.int32)  # rounds that it was asked
+    def init(self, prompts, prefill_width):
+        return jnp.zeros_like(prompts.length)  # rounds that it was asked
 
-    def propose(self, state, cache, sequences, sampling, draft_len, limit, behind):
+    def propose(self, state, cache, sequences, sampling, draft_len, limit, number, refed):
         at = sequences.length[:, None] + jnp.arange(draft_len)
         tokens = jnp.take_along_axis(self.tokens, at, axis=1, mode="clip")
         probs = jax.nn.one_hot(tokens, self.vocab_size) if sampling.rule == "rejection" else None
@@ -95,10 +122,10 @@ class ToyDrafter:
     params: jax.Array
     model: Toy = dataclasses.field(metadata={"static": True})
 
-    def init(self, batch, length):
+    def init(self, prompts, prefill_width):
         return None
 
-    def propose(self, state, cache, sequences, sampling, draft_len, limit, behind):
+    def propose(self, state, cache, sequences, sampling, draft_len, limit, number, refed):
         coupled = sampling.rule == "coupled"
 
         def one(tokens, g):

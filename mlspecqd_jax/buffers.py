@@ -1,0 +1,19 @@
+"""Reading and writing rows of a buffer at a position of each row's own.
+
+Notation: B batch, S buffer length, n positions.
+"""
+
+import jax
+import jax.numpy as jnp
+
+
+def put(buffer: jax.Array, start: jax.Array, values: jax.Array) -> jax.Array:
+    """Write values [B, n, ...] into buffer [B, S, ...] at start[r] + 0..n-1; what falls beyond the buffer is dropped."""
+    row = jnp.arange(buffer.shape[0])[:, None]
+    return buffer.at[row, start[:, None] + jnp.arange(values.shape[1])[None, :]].set(values, mode="drop")
+
+
+def read(buffer: jax.Array, start: jax.Array, n: int) -> jax.Array:
+    """Return buffer [B, S, ...] at start[r] + 0..n-1, [B, n, ...]; beyond the buffer its last entry is repeated."""
+    row = jnp.arange(buffer.shape[0])[:, None]
+    return buffer.at[row, start[:, None] + jnp.arange(n)[None, :]].get(mode="clip")

@@ -1,0 +1,66 @@
+"""Drafting without a model: look the last tokens up in the sequence itself and propose what followed them there.
+
+Prompt look-up (Saxena 2023; the n-gram drafter of vLLM and transformers' `prompt_lookup_num_tokens`), on device and for each row.
+
+Notation: B batch, S buffer length, G draft_len, V vocabulary.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from mlspecqd_jax.levels import Sequences
+from mlspecqd_jax.verification import Draft
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PromptLookup:
+    """A `Drafter` that is certain of each token it proposes; without weights, cache or state.
+
+    The longest of the last max_ngram to min_ngram tokens that occurred before decides, in its latest occurrence; where that
+    reaches into what is proposed, the proposal repeats with its period. Without a match it proposes nothing.
+    """
+
+    max_ngram: int = dataclasses.field(metadata={"static": True}, default=3)
+    min_ngram: int = dataclasses.field(metadata={"static": True}, default=1)
+
+    def __post_init__(self):
+        for value in (self.max_ngram, self.min_ngram):
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise ValueError(f"an n-gram length is {value!r}, but must be a whole number")
+        if not 1 <= self.min_ngram <= self.max_ngram:
+            raise ValueError(
+                f"min_ngram is {self.min_ngram} and max_ngram {self.max_ngram}, but 1 <= min_ngram <= max_ngram is needed"
+            )
+
+    def init(self, prompts: Sequences, prefill_width: int) -> None:
+        """Return None: there is no state."""
+
+    def propose(self, state, cache, sequences, sampling, draft_len, limit, number, refed):
+        """Propose what followed the last tokens before (see `Drafter`)."""
+        found, source = jax.vmap(self._search)(*sequences)  # bool [B], int32 [B]
+        if sampling.synthetic_acceptance is not None:  # coins decide what is accepted, so there must be something to accept
+            found = jnp.ones_like(found)
+        period = jnp.maximum(sequences.length - source, 1)
+        index = source[:, None] + jnp.arange(draft_len) % period[:, None]
+        tokens = jnp.take_along_axis(sequences.tokens, index, axis=1, mode="clip")
+        probs = None
+        if sampling.rule == "rejection":
+            probs = jax.nn.one_hot(tokens, sampling.vocab_size, dtype=jnp.float32)
+        return Draft(tokens, probs, jnp.where(found, limit, 0)), state, cache
+
+    def _search(self, tokens, length):
+        """Return whether one row [S] has a match, and the position that follows it."""
+        size = tokens.shape[0]
+        end = jnp.arange(size)  # a candidate's last token is at end - 1, what followed it at end
+        matched = (end > 0) & (end < length)  # so far, by comparing the last i tokens
+        best, source = jnp.int32(0), jnp.int32(0)
+        for i in range(1, self.max_ngram + 1):
+            matched &= (end >= i) & (jnp.roll(tokens, i) == tokens[length - i]) & (length > i)
+            if i >= self.min_ngram:
+                any_ = jnp.any(matched)
+                best = jnp.where(any_, i, best)
+                source = jnp.where(any_, jnp.max(jnp.where(matched, end, 0)), source)
+        return best > 0, source
