@@ -2,10 +2,12 @@
 
 A folder is a converted checkpoint once it holds `mlspecqd.json`, which is written last; it appears under its name by one rename.
 Orbax writes one file of plain values a tensor (zarr 2, one chunk, no compression), so that loading maps the files instead of
-reading them: on the CPU the parameters are the files' pages, elsewhere they go from there to the device.
+reading them: on the CPU the parameters are the files' pages, elsewhere they go from there to the device. The quantized leaves of
+a twin, where they are stored, stand apart (`drafts/FORMAT`), are read when asked for, and repeat nothing of the weights.
 """
 
 import contextlib
+import functools
 import json
 import logging
 import os
@@ -13,6 +15,8 @@ import pathlib
 import shutil
 import tempfile
 import threading
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,11 +26,14 @@ from jax.sharding import Mesh
 from tqdm.auto import tqdm
 
 from mlspecqd_jax.huggingface import HUB_FILES, read_json
+from mlspecqd_jax.mxfp4 import MXArray, MXFP4Array
 from mlspecqd_jax.partition import weight_sharding
+from mlspecqd_jax.quantization import place, quantize_params
 from mlspecqd_jax.transformer import LanguageModel
 
 MARKER = "mlspecqd.json"
 WEIGHTS = "weights"
+DRAFTS = "drafts"
 VERSION = 1
 
 
@@ -35,14 +42,18 @@ def is_converted(folder: pathlib.Path) -> bool:
     return (folder / MARKER).is_file()
 
 
-def save(folder: pathlib.Path, source: pathlib.Path, params: dict[str, jax.Array]) -> None:
+def save(folder: pathlib.Path, source: pathlib.Path, params: dict[str, jax.Array], twins: Mapping[str, dict] | None = None) -> None:
     """Write params and the source's small files to a new folder; it exists whole or not at all.
+
+    Args:
+      folder: a new name.
+      source: the folder with config.json and the tokenizer.
+      params: parameters by name.
+      twins: parameters of twins by format; only their quantized leaves are written.
 
     Raises:
       ValueError: the folder exists already or cannot be written.
     """
-    import orbax.checkpoint as ocp
-
     check_new(folder)
     temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{folder.name}.unfinished-", dir=folder.parent))
     try:
@@ -50,16 +61,35 @@ def save(folder: pathlib.Path, source: pathlib.Path, params: dict[str, jax.Array
             if "safetensors" not in pattern:
                 for file in source.glob(pattern):
                     shutil.copyfile(file, temporary / file.name)
-        handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_compression=False)
-        size = sum(leaf.nbytes for leaf in params.values())
-        with _quiet(), _progress(temporary / WEIGHTS, size), ocp.Checkpointer(handler) as checkpointer:
-            checkpointer.save((temporary / WEIGHTS).absolute(), params)
-        _mark_finished(temporary, params)
+        _write(temporary / WEIGHTS, params)
+        for format, twin in (twins or {}).items():
+            (temporary / DRAFTS).mkdir(exist_ok=True)
+            arrays = jax.tree_util.tree_leaves_with_path(_quantized(twin))
+            _write(temporary / DRAFTS / format, {_file(path): array for path, array in arrays})
+        _mark_finished(temporary, params, sorted(twins or {}))
         temporary.chmod(0o755)  # mkdtemp makes it private
         os.rename(temporary, folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def _write(folder: pathlib.Path, tensors: dict[str, jax.Array]) -> None:
+    import orbax.checkpoint as ocp
+
+    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_compression=False)
+    size = sum(leaf.nbytes for leaf in tensors.values())
+    with _quiet(), _progress(folder, size), ocp.Checkpointer(handler) as checkpointer:
+        checkpointer.save(folder.absolute(), tensors)
+
+
+def _quantized(params: dict[str, Any]) -> dict[str, MXFP4Array | MXArray]:
+    return {name: leaf for name, leaf in params.items() if isinstance(leaf, MXFP4Array | MXArray)}
+
+
+def _file(path) -> str:
+    """Name of one array of a quantized leaf: `lm_head.weight.packed`."""
+    return jax.tree_util.keystr(path, simple=True, separator=".")
 
 
 @contextlib.contextmanager
@@ -97,9 +127,9 @@ def _quiet():
         logger.setLevel(level)
 
 
-def _mark_finished(folder: pathlib.Path, params: dict[str, jax.Array]) -> None:
+def _mark_finished(folder: pathlib.Path, params: dict[str, jax.Array], drafts: list[str]) -> None:
     dtypes = sorted({leaf.dtype.name for leaf in params.values()})
-    marker = {"format": VERSION, "dtypes": dtypes, "bytes": sum(leaf.nbytes for leaf in params.values())}
+    marker = {"format": VERSION, "dtypes": dtypes, "bytes": sum(leaf.nbytes for leaf in params.values()), "drafts": drafts}
     (folder / MARKER).write_text(json.dumps(marker, indent=1) + "\n", encoding="utf-8")
 
 
@@ -130,8 +160,43 @@ def restore(folder: pathlib.Path, model: LanguageModel, dtype: jnp.dtype, mesh: 
         sharding = None if mesh is None else weight_sharding(name, shape, mesh)
         return jax.device_put(np.asarray(_map(folder / WEIGHTS / name, shape), dtype), sharding)
 
-    try:
+    with _damage_named(folder):
         return jax.block_until_ready({name: place(name, shape) for name, shape in model.shapes().items()})
+
+
+def drafts(folder: pathlib.Path, dtype: str) -> tuple[str, ...]:
+    """Return the formats in which a converted checkpoint holds the twin of what `restore` gives in `dtype`.
+
+    A twin is a function of its model's weights, so stored leaves serve the dtype that they were made from, and float32, which holds
+    the same values; in any other the weights are rounded, and their twin is another one.
+    """
+    marker = read_json(folder / MARKER)
+    same_values = dtype == "float32" or marker.get("dtypes") == [dtype]
+    return tuple(marker.get("drafts", ())) if same_values else ()
+
+
+def restore_draft(folder: pathlib.Path, model: LanguageModel, format: str) -> dict[str, MXFP4Array | MXArray]:
+    """Map the quantized leaves of a twin that `save` wrote and put them in their place.
+
+    Raises:
+      ValueError: the folder is damaged.
+    """
+    weights = {name: jax.ShapeDtypeStruct(shape, jnp.bfloat16) for name, shape in model.shapes().items()}
+    expected = _quantized(jax.eval_shape(functools.partial(quantize_params, format=format), weights))
+
+    def mapped(path, array):
+        return np.asarray(_map(folder / DRAFTS / format / _file(path), array.shape), array.dtype)
+
+    with _damage_named(folder):
+        leaves = jax.tree_util.tree_map_with_path(mapped, expected)
+        return jax.block_until_ready({name: place(name, leaf, model.mesh) for name, leaf in leaves.items()})
+
+
+@contextlib.contextmanager
+def _damage_named(folder: pathlib.Path):
+    """Turn whatever reading a damaged folder raises into one sentence."""
+    try:
+        yield
     except (ValueError, KeyError, TypeError, OSError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{folder} is damaged ({reason}); convert the model again") from error

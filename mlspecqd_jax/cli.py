@@ -88,6 +88,7 @@ def _parser() -> Parser:
     c.add_argument("model", metavar="MODEL", help="folder, owner/name id, or demo")
     c.add_argument("out", metavar="OUT", help="a new folder")
     c.add_argument("--dtype", default="bfloat16", metavar="D", help="bfloat16 (default), float32 or float16")
+    c.add_argument("--draft", metavar="FORMAT", help="store the weights of the quantized draft too, such as mxfp4")
 
     i = commands.add_parser("info", help="say what a model is and what would run it", allow_abbrev=False)
     i.set_defaults(run=_info)
@@ -170,7 +171,7 @@ def _read_prompts(name: str) -> list[str]:
 def _convert(a: argparse.Namespace) -> None:
     from mlspecqd_jax import models
 
-    folder = models.convert(a.model, a.out, dtype=a.dtype)
+    folder = models.convert(a.model, a.out, dtype=a.dtype, draft=a.draft)
     print(f"wrote {folder}; load it with 'mlspecqd generate {folder}'", file=sys.stderr)
 
 

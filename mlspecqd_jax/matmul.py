@@ -6,25 +6,35 @@ Layers never look at how a weight is stored; they call `linear(x, w)` and `linea
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import bf16_matmul
+from mlspecqd_jax.mxfp4 import FORMATS, MXArray, MXFP4Array
+from pallas_kernels import BLOCK, bf16_matmul, mx_matmul, mxfp4_matmul
 
 
-def linear(x: jax.Array, w: jax.Array, *, out_dtype: jnp.dtype | None = None) -> jax.Array:
+def linear(x: jax.Array, w: jax.Array | MXFP4Array | MXArray, *, out_dtype: jnp.dtype | None = None) -> jax.Array:
     """x @ w.T over the last axis of x, accumulated in f32.
 
     Args:
       x: activations [..., K].
-      w: weight [N, K].
+      w: weight [N, K]; a quantized one is decoded to x's dtype, a plain one is used in its own.
       out_dtype: dtype of the result; None gives x's (the head asks for f32).
 
     Returns:
       [..., N].
     """
     rows = x.reshape(-1, x.shape[-1])
-    y = bf16_matmul(rows.astype(w.dtype), w)
+    if isinstance(w, MXFP4Array):
+        y = mxfp4_matmul(_whole_blocks(rows), w.packed, w.scales)
+    elif isinstance(w, MXArray):
+        y = mx_matmul(_whole_blocks(rows), w.codes, w.scales, FORMATS[w.format].exponent_bits, FORMATS[w.format].mantissa_bits)
+    else:
+        y = bf16_matmul(rows.astype(w.dtype), w)
     return y.reshape(*x.shape[:-1], w.shape[0]).astype(out_dtype or x.dtype)
 
 
 def implementation(platform: str) -> str:
-    """Name what `linear` runs on a platform (cpu, gpu or tpu) for the weights that this version stores."""
+    """Name what `linear` runs on a platform (cpu, gpu or tpu), for plain and for quantized weights."""
     return "XLA dot, at least two rows" if platform == "cpu" else "XLA dot"
+
+
+def _whole_blocks(x):
+    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % BLOCK)))

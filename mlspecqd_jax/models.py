@@ -13,7 +13,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from mlspecqd_jax import checkpoint, huggingface
+from mlspecqd_jax.mxfp4 import MXArray, MXFP4Array, check_format
 from mlspecqd_jax.partition import usable_mesh
+from mlspecqd_jax.quantization import Policy, Recipe, quantize_params
 from mlspecqd_jax.transformer import LanguageModel
 
 DEMOS = ("demo",)
@@ -39,9 +41,11 @@ class Model:
     """A loaded model: the static network, its parameters by Hugging Face's tensor names, and its card."""
 
     network: LanguageModel
-    params: dict[str, jax.Array]
+    params: dict[str, jax.Array | MXFP4Array | MXArray]
     card: Card
     folder: pathlib.Path
+    recipe: Recipe | None = None  # how the weights were quantized
+    drafts: tuple[str, ...] = ()  # formats in which the folder, a converted checkpoint, holds the twin of these very weights
 
     @property
     def tokenizer(self):
@@ -54,6 +58,34 @@ class Model:
     @property
     def nbytes(self) -> int:
         return sum(leaf.nbytes for leaf in self.params.values())
+
+    def quantized(self, format: str = "mxfp4", policy: Policy | None = None, scale_rule: str = "floor") -> "Model":
+        """Return the twin: this model with its linear layers and lm_head in `format`, sharing every other array.
+
+        A model that was quantized in this very way is its own twin. Leaves that the converted checkpoint holds are not made again.
+
+        Args:
+          format: mxfp4, mxfp6_e2m3, mxfp6_e3m2, mxfp8_e4m3 or mxfp8_e5m2.
+          policy: exceptions, from a glob over tensor names to a format or None (not quantized); the first match decides.
+          scale_rule: floor (the specification's), ceil, rceil or even.
+
+        Raises:
+          ValueError: an unknown format, rule or glob, or a model that is quantized in another way.
+        """
+        recipe = Recipe(format, tuple((policy or {}).items()), scale_rule)
+        if recipe == self.recipe:
+            return self
+        if self.recipe is not None:
+            raise ValueError(
+                f"{self.card.name} is quantized already (format {self.recipe.format}, scale rule {self.recipe.scale_rule}, "
+                f"policy {dict(self.recipe.policy)}); quantize the original model instead"
+            )
+        if recipe == Recipe(format) and format in self.drafts:
+            params = self.params | checkpoint.restore_draft(self.folder, self.network, format)
+        else:
+            params = quantize_params(self.params, format, policy, scale_rule, self.network.mesh)
+        card = dataclasses.replace(self.card, name=f"{self.card.name}@{format}")
+        return dataclasses.replace(self, params=params, card=card, recipe=recipe)
 
 
 def load(model: str | os.PathLike, *, dtype: str = "bfloat16", mesh: Mesh | None = None) -> Model:
@@ -81,8 +113,10 @@ def load(model: str | os.PathLike, *, dtype: str = "bfloat16", mesh: Mesh | None
         tokenizer=read_tokenizer(folder),
         eos_token_ids=huggingface.eos_token_ids(folder),
     )
-    read = checkpoint.restore if checkpoint.is_converted(folder) else huggingface.read_params
-    return Model(network, read(folder, network, jnp.dtype(dtype), mesh), card, folder)
+    converted = checkpoint.is_converted(folder)
+    read = checkpoint.restore if converted else huggingface.read_params
+    params = read(folder, network, jnp.dtype(dtype), mesh)
+    return Model(network, params, card, folder, drafts=checkpoint.drafts(folder, dtype) if converted else ())
 
 
 def find(model: str | os.PathLike) -> pathlib.Path:
@@ -140,16 +174,27 @@ def describe(model: str | os.PathLike) -> dict[str, Any]:
     }
 
 
-def convert(model: str | os.PathLike, folder: str | os.PathLike, *, dtype: str = "bfloat16") -> pathlib.Path:
+def convert(
+    model: str | os.PathLike, folder: str | os.PathLike, *, dtype: str = "bfloat16", draft: str | None = None
+) -> pathlib.Path:
     """Write a model as an orbax checkpoint that `load` reads much faster than it imports the original.
 
+    Args:
+      model: as for `load`.
+      folder: a new name.
+      dtype: as for `load`; the weights are stored in it.
+      draft: a format, such as mxfp4, in which the twin's quantized weights are stored too, for `Model.quantized` to find.
+
     Raises:
-      ValueError: as for `load`, or the folder exists already or cannot be written.
+      ValueError: as for `load`, the format is unknown, or the folder exists already or cannot be written.
     """
+    if draft is not None:
+        check_format(draft)
     folder = pathlib.Path(folder)
     checkpoint.check_new(folder)
     loaded = load(model, dtype=dtype)
-    checkpoint.save(folder, loaded.folder, loaded.params)
+    twins = {} if draft is None else {draft: loaded.quantized(draft).params}
+    checkpoint.save(folder, loaded.folder, loaded.params, twins)
     return folder
 
 

@@ -10,7 +10,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 # From the ground up; a module may import modules of the lines before its own, and of its own line those to its left.
 FLOORS = (
     ("pallas_kernels",),
-    ("buffers", "moves", "matmul", "partition", "rope", "text"),
+    ("buffers", "predictions", "moves", "mxfp4", "matmul", "partition", "quantization", "rope", "text"),
     ("attention", "transformer", "sampling", "verification"),
     ("huggingface", "checkpoint", "levels", "prompt_lookup", "speculation"),
     ("models", "report", "api"),
@@ -18,7 +18,8 @@ FLOORS = (
 )
 ORDER = [name for floor in FLOORS for name in floor]
 ALGORITHM = {"buffers", "sampling", "verification", "levels", "prompt_lookup", "speculation"}
-NETWORK = {"matmul", "partition", "rope", "moves", "attention", "transformer", "huggingface", "checkpoint", "pallas_kernels"}
+NETWORK = {"mxfp4", "matmul", "partition", "quantization", "rope", "moves", "attention", "transformer", "huggingface", "checkpoint"}
+NETWORK |= {"pallas_kernels"}
 
 
 def imported(source: str) -> set[str]:

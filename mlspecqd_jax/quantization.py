@@ -1,0 +1,89 @@
+"""Which weights of a model are quantized, and to what: the twin of a model is its own weights cast, and nothing else changed.
+
+The paper casts the decoder's linear layers (ML-SpecQD, arXiv 2503.13565); here the lm_head is cast as well. Embeddings, norms and
+biases are the model's own arrays.
+"""
+
+import dataclasses
+import fnmatch
+from collections.abc import Mapping
+
+import jax
+from jax.sharding import Mesh
+
+from mlspecqd_jax.mxfp4 import MXArray, MXFP4Array, check_format, check_scale_rule, quantize
+from mlspecqd_jax.partition import weight_sharding
+
+QUANTIZABLE = ("*_proj.weight", "lm_head.weight")
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+
+Policy = Mapping[str, str | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How a model was quantized; equal recipes make equal twins."""
+
+    format: str = "mxfp4"
+    policy: tuple[tuple[str, str | None], ...] = ()
+    scale_rule: str = "floor"
+
+
+def quantize_params(
+    params: Mapping[str, jax.Array],
+    format: str = "mxfp4",
+    policy: Policy | None = None,
+    scale_rule: str = "floor",
+    mesh: Mesh | None = None,
+) -> dict[str, jax.Array | MXFP4Array | MXArray]:
+    """Return the parameters of a model's twin: linear layers and lm_head quantized, everything else the same array objects.
+
+    Weights are cast one at a time. A tied model's embedding stays, and the twin gets a quantized `lm_head.weight` made from it.
+
+    Args:
+      params: parameters by Hugging Face's tensor names. A leaf that has its format already stays the same object.
+      format: a name of `mxfp4.FORMATS`.
+      policy: exceptions, from a glob over tensor names to a format or None (keep the model's own weight; of a tied head, keep the
+        tie). The first glob that matches a name decides.
+      scale_rule: a name of `mxfp4.SCALE_RULES`.
+      mesh: where to place the new leaves by the partition table; None leaves them where their weights are.
+
+    Raises:
+      ValueError: an unknown format or scale rule, a glob that matches no quantizable weight, a leaf in another format.
+    """
+    wanted = _formats(params, format, policy or {}, scale_rule)
+    quantized = dict(params)
+    for name, to in wanted.items():
+        w = params[name] if name in params else params[EMBEDDING]
+        if to is None or getattr(w, "format", None) == to:
+            continue
+        if isinstance(w, MXFP4Array | MXArray):
+            raise ValueError(f"{name} is in {w.format} already and cannot become {to}; quantize the original model instead")
+        # Waiting for each keeps the temporaries of one weight alive, not of all.
+        quantized[name] = jax.block_until_ready(place(name, quantize(w, to, scale_rule), mesh))
+    return quantized
+
+
+def place(name: str, leaf: MXFP4Array | MXArray, mesh: Mesh | None) -> MXFP4Array | MXArray:
+    """Put a quantized weight where the partition table says; without a mesh, on the default device, or leave it where it is.
+
+    Along K it is split only where every shard holds whole MX blocks, that is, where the mesh divides the scales.
+    """
+    return jax.device_put(leaf, None if mesh is None else weight_sharding(name, leaf.scales.shape, mesh))
+
+
+def _formats(params, format: str, policy: Policy, scale_rule: str) -> dict[str, str | None]:
+    """Return what every weight that can be quantized becomes, or say what is wrong with the request."""
+    check_format(format)
+    check_scale_rule(scale_rule)
+    names = [name for name in (*params, HEAD) if _matches(name, QUANTIZABLE)]
+    for glob, to in policy.items():
+        if to is not None:
+            check_format(to)
+        if not any(_matches(name, (glob,)) for name in names):
+            raise ValueError(f"the policy's '{glob}' matches no weight that can be quantized; these can: {', '.join(QUANTIZABLE)}")
+    return {name: next((to for glob, to in policy.items() if _matches(name, (glob,))), format) for name in names}
+
+
+def _matches(name: str, globs: tuple[str, ...]) -> bool:
+    return any(fnmatch.fnmatchcase(name, glob) for glob in globs)
