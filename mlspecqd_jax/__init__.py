@@ -2,15 +2,17 @@
 
 import mlspecqd_jax as mlsd
 target = mlsd.load("demo")
-out = mlsd.generate(mlsd.stack(target), "def fibonacci(n):")
+stack = mlsd.stack(target, (target.quantized(), 5))  # its own weights in MXFP4 draft five tokens a round
+out = mlsd.generate(stack, "def fibonacci(n):")
 print(out.text[0])
 """
 
-from mlspecqd_jax.api import Arguments, Batch, Generation, Stream, compare, generate, prepare, stack, stream
+from mlspecqd_jax.api import Arguments, Batch, Generation, Stream, compare, generate, prepare, stream
 from mlspecqd_jax.levels import Level
 from mlspecqd_jax.models import Card, Model, convert, load
 from mlspecqd_jax.sampling import Sampling
 from mlspecqd_jax.speculation import State, advance, buffer_length, finished, generate_tokens, init, step
+from mlspecqd_jax.stacks import prompt_lookup, stack
 
 __version__ = "0.1.0"
 
@@ -34,6 +36,7 @@ __all__ = [
     "init",
     "load",
     "prepare",
+    "prompt_lookup",
     "stack",
     "step",
     "stream",

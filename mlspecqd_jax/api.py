@@ -1,7 +1,8 @@
-"""`stack`, `generate` and `stream`: text in, text out, over the pure functions of `speculation`."""
+"""`generate` and `stream`: text in, text out, over the pure functions of `speculation`."""
 
 import dataclasses
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypedDict, Unpack
 
@@ -11,7 +12,6 @@ import numpy as np
 
 from mlspecqd_jax import report, speculation
 from mlspecqd_jax.levels import Level
-from mlspecqd_jax.models import Model
 from mlspecqd_jax.sampling import Sampling
 from mlspecqd_jax.speculation import State
 from mlspecqd_jax.text import Decoder, encode
@@ -43,6 +43,7 @@ class Arguments(TypedDict, total=False):
     stop_token_ids: Sequence[int] | None  # ids that end a row; None (default): the model's own
     stop: str | Sequence[str] | None  # text ends before the first of these that is completed
     logprobs: bool  # record the log-probability of each new token under the model's own logits; default False
+    synthetic_acceptance: Sequence[float] | None  # for benchmarks: coins accept drafts, one rate a level; meaningless output
 
 
 class Batch(NamedTuple):
@@ -66,21 +67,6 @@ class Generation:
     report: dict[str, Any]
 
 
-def stack(target: Model, *, exact: bool = True) -> Level:
-    """Build what generates: the target alone, which is plain decoding.
-
-    Args:
-      target: the model whose output is wanted.
-      exact: pad every window to a multiple of rows at which a row's result does not depend on the window, so that all stacks give
-        the same tokens in the weights' dtype (CPU: 2 rows; GPU and TPU: 16). False drops the padding: fastest, and equal up to
-        rounding.
-    """
-    platform = next(iter(jax.tree.leaves(target.params)[0].devices())).platform
-    rows = (2 if platform == "cpu" else 16) if exact else 1
-    card = dataclasses.replace(target.card, exact=exact)
-    return Level(target.network, target.params, window_multiple=rows, card=card)
-
-
 def prepare(stack: Level, prompts, *, max_new_tokens: int | Sequence[int] | None = None, chat: bool = False) -> Batch:
     """Encode prompts and lay them out in a buffer whose size is a bucket, so that another prompt is rarely another trace.
 
@@ -91,7 +77,7 @@ def prepare(stack: Level, prompts, *, max_new_tokens: int | Sequence[int] | None
       chat: wrap each text as a user's message by the tokenizer's chat template.
 
     Raises:
-      ValueError: a prompt is empty, or prompt and new tokens exceed the model's positions.
+      ValueError: a prompt is empty, or prompt and new tokens exceed the positions of the target or of a draft.
     """
     card = stack.card
     rows = encode(card, prompts, chat=chat)
@@ -115,6 +101,12 @@ def prepare(stack: Level, prompts, *, max_new_tokens: int | Sequence[int] | None
             f"positions of {card.name}; lower max_new_tokens or shorten the prompt"
         )
     limit = np.minimum(limit, card.max_positions)
+    for draft in (level.card for level in stack.levels[1:]):
+        if limit.max() > draft.max_positions:
+            raise ValueError(
+                f"{draft.name} has {draft.max_positions} positions, but prompt and new tokens take {limit.max()}; "
+                "lower max_new_tokens or draft with a model of more positions"
+            )
     tokens = np.zeros((len(rows), speculation.buffer_length(int(limit.max()))), np.int32)
     for r, row in enumerate(rows):
         tokens[r, : len(row)] = row
@@ -178,6 +170,7 @@ def stream(stack: Level, prompt, **arguments: Unpack[Arguments]) -> Stream:
 def compare(stack: Level, prompts, **arguments: Unpack[Arguments]) -> Generation:
     """Generate, then decode the same prompts plainly in the fastest form (inexact), and put the ratio of times into the report."""
     ours = generate(stack, prompts, **arguments)
+    arguments.pop("synthetic_acceptance", None)
     plain = Level(stack.model, stack.params, card=dataclasses.replace(stack.card, exact=False))
     baseline = generate(plain, prompts, **arguments)
     per_token = [g.report["seconds"] / max(g.report["new_tokens"], 1) for g in (baseline, ours)]
@@ -214,13 +207,16 @@ def _run(stack: Level, prompts, rounds: int, arguments: dict[str, Any]):
     logprobs = None
     if state.logprobs is not None:
         logprobs = [np.asarray(state.logprobs)[r, begin[r] : begin[r] + len(new[r])].tolist() for r in rows]
+    summary = report.build(stack, state, sampling, [len(ids) for ids in new], timing)
+    for sentence in report.warnings_of(summary):
+        warnings.warn(sentence, stacklevel=3)
     return Generation(
         text=[d.text if d else "" for d in decoders],
         tokens=new,
         prompt_tokens=prompt_tokens,
         finish_reason=["stop" if ended[r] or stopped[r] else "length" for r in rows],
         logprobs=logprobs,
-        report=report.build(stack, state.counts, sampling.rule, [len(ids) for ids in new], timing),
+        report=summary,
     )
 
 
@@ -239,7 +235,13 @@ def _request(stack: Level, prompts, arguments: dict[str, Any]) -> tuple[Batch, S
     if arguments.get("stop_token_ids") is None:
         arguments["stop_token_ids"] = stack.card.eos_token_ids
     batch = prepare(stack, prompts, **batch_arguments)
-    return batch, Sampling.create(len(batch.length), stack.card.vocab_size, **arguments), stops
+    sampling = Sampling.create(len(batch.length), stack.model.vocab_size, **arguments)
+    rates, judges = sampling.synthetic_acceptance, sum(level.draft_len > 0 for level in stack.levels)
+    if rates is not None and len(rates) != judges:
+        raise ValueError(
+            f"synthetic_acceptance has {len(rates)} rates, but {judges} levels of the stack judge a draft; give one rate for each"
+        )
+    return batch, sampling, stops
 
 
 def _compile(stack: Level, batch: Batch, sampling: Sampling) -> float:

@@ -5,16 +5,25 @@ change; 130 interrupted.
 """
 
 import argparse
+import functools
+import itertools
 import json
 import os
 import pathlib
 import sys
+import warnings
 
 INTERRUPTED = 130
 # Options of `generate` that go to the API under their own names.
 PASSED_ON = (
     "chat rule max_new_tokens temperature top_k top_p min_p repetition_penalty presence_penalty frequency_penalty "
-    "stop seed logprobs"
+    "stop seed logprobs synthetic_acceptance"
+)
+
+DEFAULT_DRAFTS = ["mxfp4"]
+DRAFT_HELP = (
+    "BASE[:LEN], what drafts for the model, repeated for what drafts for the draft; BASE is a format such as mxfp4 (the same "
+    "weights in it), MODEL[@FORMAT], ngram, or none (plain decoding); default mxfp4"
 )
 
 
@@ -30,7 +39,9 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
         arguments = _parser().parse_args(argv)
-        arguments.run(arguments)
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            arguments.run(arguments)
         sys.stdout.flush()
         return 0
     except ValueError as error:
@@ -54,6 +65,10 @@ def _is_ours(error: ValueError) -> bool:
     return trace.tb_frame.f_globals.get("__name__", "").split(".")[0] in ("mlspecqd_jax", "__main__")
 
 
+def _show_warning(message, *details, **more):
+    print(f"mlspecqd: warning: {message}", file=sys.stderr)
+
+
 def _parser() -> Parser:
     parser = Parser(prog="mlspecqd", description="Generate text with a Hugging Face model in JAX.", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="generate | convert | info", parser_class=Parser)
@@ -65,7 +80,8 @@ def _parser() -> Parser:
     source.add_argument("--prompt", action="append", metavar="TEXT", help="repeat it for a batch")
     source.add_argument("--prompt-file", metavar="F", help="a whole file is one prompt, .jsonl one a line, - is stdin")
     g.add_argument("--chat", action="store_true", help="wrap each prompt by the model's chat template")
-    g.add_argument("--draft", action="append", default=[], metavar="SPEC", help="'none' (plain decoding) is the only one yet")
+    g.add_argument("--draft", action="append", default=[], metavar="SPEC", help=DRAFT_HELP)
+    g.add_argument("--own-cache", action="store_true", help="give twins a cache of their own instead of their verifier's")
     g.add_argument("--rule", default="coupled", metavar="R", help="coupled (default) or rejection: which noise sampling uses")
     g.add_argument("--inexact", action="store_true", help="do not pad windows: fastest, equal up to rounding")
     g.add_argument("--dtype", default="bfloat16", metavar="D", help="bfloat16 (default), float32 or float16")
@@ -80,6 +96,7 @@ def _parser() -> Parser:
     g.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; may be repeated")
     g.add_argument("--seed", type=int, default=0, metavar="S", help="prompt r of a batch uses seed S + r")
     g.add_argument("--logprobs", action="store_true", help="with --json: the log-probability of each new token")
+    g.add_argument("--synthetic-acceptance", type=_rates, metavar="A[,A2...]", help="benchmark with coins; meaningless text")
     g.add_argument("--compare", action="store_true", help="also decode plainly and report the ratio")
     g.add_argument("--json", action="store_true", help="print one JSON object with text, tokens and report")
 
@@ -97,17 +114,16 @@ def _parser() -> Parser:
 
 
 def _generate(a: argparse.Namespace) -> None:
-    for spec in a.draft:
-        if spec != "none":
-            raise ValueError(f"--draft {spec} is not supported in this version, which decodes plainly; leave it out or give 'none'")
     if a.logprobs and not a.json:
         raise ValueError("--logprobs needs --json to print them; add --json")
     prompts = a.prompt or _read_prompts(a.prompt_file)
 
-    from mlspecqd_jax import api, models
+    from mlspecqd_jax import api, models, specs, stacks
 
-    model = models.load(a.model, dtype=a.dtype)
-    stack = api.stack(model, exact=not a.inexact)
+    load = functools.cache(functools.partial(models.load, dtype=a.dtype))
+    parsed = specs.parse(a.draft or DEFAULT_DRAFTS)
+    target = load(a.model)
+    stack = stacks.stack(target, *specs.drafters(parsed, target, load), exact=not a.inexact, share_cache=not a.own_cache)
     arguments = {name: getattr(a, name) for name in PASSED_ON.split()}
     if a.json or a.compare or len(prompts) > 1:
         generation = (api.compare if a.compare else api.generate)(stack, prompts, **arguments)
@@ -125,7 +141,7 @@ def _generate(a: argparse.Namespace) -> None:
             print(piece, end="", flush=True)
         print()
         generation = stream.generation
-    _print_summary(a.model, generation.report)
+    _print_summary(generation.report)
 
 
 def _print_prompt(prompt: str) -> None:
@@ -133,14 +149,26 @@ def _print_prompt(prompt: str) -> None:
     print(prompt, end="", file=sys.stderr, flush=True)
 
 
-def _print_summary(name: str, r: dict) -> None:
+def _print_summary(r: dict) -> None:
     speed = f", {r['tokens_per_second']:.1f} tokens/s" if r["tokens_per_second"] else ""
     ratio = f", {r['speedup']:.2f}x plain decoding" if r["speedup"] else ""
-    print(
-        f"[{name}, {r['dtype']} on {r['device']}: {r['new_tokens']} tokens in {r['seconds']:.2f} s{speed}{ratio}; "
-        f"compiled in {r['compile_seconds']:.1f} s]",
-        file=sys.stderr,
-    )
+    lines = [
+        f"{' < '.join(level['name'] for level in r['levels'])}, {r['dtype']} on {r['device']}: {r['new_tokens']} tokens in "
+        f"{r['seconds']:.2f} s{speed}{ratio}; compiled in {r['compile_seconds']:.1f} s"
+    ]
+    lines += [
+        f"{level['name']} accepted {level['accepted']} of {level['drafted']} tokens drafted by {below['name']}, "
+        f"{level['mean_acceptance_length']:.2f} tokens a round"
+        for level, below in itertools.pairwise(r["levels"])
+        if level["rounds"]
+    ]
+    if r["synthetic_acceptance"]:
+        lines.append("synthetic acceptance: coins accepted the drafts, and the text is meaningless")
+    print("\n".join(f"[{line}]" for line in lines), file=sys.stderr)
+
+
+def _rates(text: str) -> list[float]:
+    return [float(rate) for rate in text.split(",")]
 
 
 def _read_prompts(name: str) -> list[str]:

@@ -128,11 +128,20 @@ def find(model: str | os.PathLike) -> pathlib.Path:
         here = pathlib.Path(__file__).parent
         places = (here / "_demo" / str(model), here.parent / "checkpoints" / str(model))  # a wheel, a clone
         return next(place for place in places if place.is_dir())
-    if re.fullmatch(r"[\w\-.]+/[\w\-.]+", str(model)) and not str(model).startswith("."):
+    if _is_hub_id(model):
         return huggingface.download(str(model))
     raise ValueError(
         f"'{model}' is not a model: give an existing folder, an owner/name id of the Hugging Face hub, or one of {', '.join(DEMOS)}"
     )
+
+
+def is_known(model: str | os.PathLike) -> bool:
+    """Return whether `find` would look for a model of this name, without looking on the hub."""
+    return bool(str(model)) and (pathlib.Path(model).is_dir() or str(model) in DEMOS or _is_hub_id(model))
+
+
+def _is_hub_id(model) -> bool:
+    return re.fullmatch(r"[\w\-.]+/[\w\-.]+", str(model)) is not None and not str(model).startswith(".")
 
 
 def read_tokenizer(folder: pathlib.Path):

@@ -1,12 +1,18 @@
 """What a generation did: counts per level and per request, and the rates made from them (the words are vLLM's)."""
 
 import dataclasses
+import itertools
 from typing import Any
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 
-from mlspecqd_jax.levels import Counts, Level
+from mlspecqd_jax.levels import Counts, Level, LevelState
+from mlspecqd_jax.sampling import Sampling
+from mlspecqd_jax.speculation import State
+from mlspecqd_jax.stacks import name_of
+
+JUDGED, COLLAPSED = 64, 0.2  # a token acceptance below this, among at least so many judged, is warned of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,17 +45,31 @@ def summarize(counts: Counts, row: int | None = None) -> dict[str, Any]:
     }
 
 
-def build(stack: Level, counts: Counts, rule: str, new_tokens: list[int], timing: Timing) -> dict[str, Any]:
-    """Return the report of one generation as plain JSON values; levels[0] is the target."""
-    counts = jax.tree.map(np.asarray, counts)
-    level = {"name": stack.card.name, "draft_len": stack.draft_len} | summarize(counts) | {"passes": int(counts.passes)}
-    leaf = jax.tree.leaves(stack.params)[0]
+def build(stack: Level, state: State, sampling: Sampling, new_tokens: list[int], timing: Timing) -> dict[str, Any]:
+    """Return the report of one generation as plain JSON values; levels[0] is the target, what it judges counted there."""
+    counts = jax.device_get(_counts(state))
+    levels = [
+        {"name": level.card.name, "draft_len": level.draft_len} | summarize(of_level) | {"passes": int(of_level.passes)}
+        for level, of_level in zip(stack.levels, counts, strict=True)
+    ]
+    innermost = stack.levels[-1].drafter
+    if innermost is not None:  # drafts without a model, so that there is nothing to count
+        nothing = jax.device_get(Counts.zeros(len(new_tokens), 0))
+        levels.append({"name": name_of(innermost), "draft_len": 0} | summarize(nothing) | {"passes": 0})
+    leaf = next(leaf for leaf in jax.tree.leaves(stack.params) if jnp.issubdtype(leaf.dtype, jnp.floating))
     total = sum(new_tokens)
+    rates = sampling.synthetic_acceptance
     return {
-        "levels": [level],
-        "requests": [summarize(counts, row) | {"new_tokens": n} for row, n in enumerate(new_tokens)],
-        "rule": rule,
+        "levels": levels,
+        "requests": [
+            summarize(counts[0], row) | {"new_tokens": n, "below": [summarize(of_level, row) for of_level in counts[1:]]}
+            for row, n in enumerate(new_tokens)
+        ],
+        "rule": sampling.rule,
         "exact": stack.card.exact,
+        "synthetic_acceptance": None
+        if rates is None
+        else [round(rate, 6) for rate in rates.tolist()],  # then the text is meaningless
         "dtype": leaf.dtype.name,
         "device": next(iter(leaf.devices())).device_kind,
         "new_tokens": total,
@@ -58,6 +78,22 @@ def build(stack: Level, counts: Counts, rule: str, new_tokens: list[int], timing
         "tokens_per_second": total / timing.seconds if timing.seconds > 0 else None,
         "speedup": None,
     }
+
+
+def warnings_of(report: dict[str, Any]) -> list[str]:
+    """Return a sentence for each level whose drafts are hardly ever accepted."""
+    return [
+        f"{level['name']} accepts {level['token_acceptance']:.0%} of the tokens that {below['name']} drafts ({level['judged']} "
+        "judged), which is hardly worth it; draft with another model, or draft fewer tokens"
+        for level, below in itertools.pairwise(report["levels"])
+        if report["synthetic_acceptance"] is None and level["judged"] >= JUDGED and level["token_acceptance"] < COLLAPSED
+    ]
+
+
+def _counts(state: State) -> list[Counts]:
+    """Return the counts of every level, outermost first."""
+    below = _counts(state.below) if isinstance(state.below, LevelState) else []
+    return [state.counts, *below]
 
 
 def _ratio(part, whole) -> float | None:

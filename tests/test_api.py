@@ -68,7 +68,7 @@ def test_bfloat16_and_float16_generate(demo):
 
 def test_inexact_differs_in_the_window_alone(demo, stack):
     fast = mlsd.stack(demo, exact=False)
-    assert (fast.window, stack.window) == (1, 2)
+    assert (fast.window(), stack.window()) == (1, 2)
     a, b = (mlsd.generate(s, PROMPTS, max_new_tokens=NEW) for s in (fast, stack))
     assert a.tokens == b.tokens  # float32
     assert (a.report["exact"], b.report["exact"]) == (False, True)

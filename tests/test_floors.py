@@ -13,7 +13,7 @@ FLOORS = (
     ("buffers", "predictions", "moves", "mxfp4", "matmul", "partition", "quantization", "rope", "text"),
     ("attention", "transformer", "sampling", "verification"),
     ("huggingface", "checkpoint", "levels", "prompt_lookup", "speculation"),
-    ("models", "report", "api"),
+    ("models", "stacks", "specs", "report", "api"),
     ("cli", "examples", "benchmarks"),
 )
 ORDER = [name for floor in FLOORS for name in floor]

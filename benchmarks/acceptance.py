@@ -1,0 +1,93 @@
+"""Measures what drafts are accepted on a real checkpoint, and that no stack changes a token of what plain decoding gives.
+
+    python benchmarks/acceptance.py MODEL PROMPTS --out benchmarks/results/acceptance-stories260K.json
+
+PROMPTS is a JSON list of texts, of which the first words are the prompts. All prompts of a run go through in one batch. Counts, not
+times: the result does not depend on how busy the machine is.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from machine import describe
+
+import mlspecqd_jax as mlsd
+from mlspecqd_jax.predictions import rounds_for, tokens_per_round
+
+CHOICES = {"greedy": {}, "coupled": {"temperature": 0.8}, "rejection": {"temperature": 0.8, "rule": "rejection"}}
+FORMATS = ("mxfp8_e4m3", "mxfp8_e5m2", "mxfp6_e2m3", "mxfp6_e3m2", "mxfp4")
+HEAD_KEPT = {"lm_head.weight": None}
+
+
+def variants(model) -> dict[str, tuple[list, dict]]:
+    """Return what is measured: name -> (drafters, options of stack)."""
+    twin, fine, lookup = model.quantized(), model.quantized("mxfp8_e4m3"), mlsd.prompt_lookup()
+    found = {f"{name}:6": ([(model.quantized(name), 6)], {}) for name in FORMATS}
+    found |= {f"mxfp4:6, {rule}": ([(model.quantized(scale_rule=rule), 6)], {}) for rule in ("ceil", "rceil", "even")}
+    found |= {
+        "mxfp4:6, lm_head kept": ([(model.quantized(policy=HEAD_KEPT), 6)], {}),
+        "ngram:6": ([(lookup, 6)], {}),
+        "mxfp4:6 ngram:3": ([(twin, 6), (lookup, 3)], {}),
+        "mxfp8_e4m3:6 mxfp4:3": ([(fine, 6), (twin, 3)], {}),
+    }
+    for name in ("mxfp4:6", "mxfp4:6 ngram:3", "mxfp8_e4m3:6 mxfp4:3"):
+        found[f"{name}, own cache"] = (found[name][0], {"share_cache": False})
+    return found
+
+
+def measure(stack, prompts, plain, arguments) -> dict:
+    """Return the levels of one run, the formulae's word for them, and whether the tokens are those of plain decoding."""
+    out = mlsd.generate(stack, prompts, **arguments)
+    levels = out.report["levels"]
+    judges = [level for level in levels if level["draft_len"]]
+    result = {"levels": levels, "equal": None if plain is None else out.tokens == plain.tokens}
+    result["predicted_tokens_per_round"] = tokens_per_round(judges[0]["token_acceptance"], judges[0]["draft_len"])
+    if len(judges) > 1:
+        outer, inner = judges[:2]
+        result["inner_rounds_per_round"] = inner["rounds"] / outer["rounds"]
+        result["predicted_inner_rounds_per_round"] = rounds_for(outer["draft_len"], inner["token_acceptance"], inner["draft_len"])
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", help="a folder or an owner/name id")
+    parser.add_argument("prompts", type=Path)
+    parser.add_argument("--words", type=int, default=16, help="of each text that make its prompt")
+    parser.add_argument("--number", type=int, default=100, help="of prompts")
+    parser.add_argument("--new-tokens", type=int, default=128)
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--only", nargs="+", help="names of variants")
+    parser.add_argument("--out", type=Path, help="write the result as JSON")
+    options = parser.parse_args()
+    prompts = [" ".join(text.split()[: options.words]) for text in json.loads(options.prompts.read_text())[: options.number]]
+    runs = []
+    for dtype in options.dtypes:
+        model = mlsd.load(options.model, dtype=dtype)
+        chosen = {name: v for name, v in variants(model).items() if not options.only or name in options.only}
+        for choice, settings in CHOICES.items():
+            arguments = {"max_new_tokens": options.new_tokens} | settings
+            plain = mlsd.generate(mlsd.stack(model), prompts, **arguments) if choice != "rejection" else None
+            for name, (drafters, how) in chosen.items():
+                run = measure(mlsd.stack(model, *drafters, **how), prompts, plain, arguments)
+                runs.append({"dtype": dtype, "choice": choice, "stack": name} | run)
+                target = run["levels"][0]
+                print(
+                    f"{dtype} {choice} {name}: token acceptance {target['token_acceptance']:.3f}, "
+                    f"{target['mean_acceptance_length']:.2f} tokens a round ({run['predicted_tokens_per_round']:.2f} predicted), "
+                    f"equal to plain decoding: {run['equal']}",
+                    flush=True,
+                )
+    result = {
+        "command": f"python benchmarks/acceptance.py {Path(options.model).name} {options.prompts.name}",
+        "prompts": len(prompts),
+        "new_tokens": options.new_tokens,
+        "runs": runs,
+    } | describe()
+    if options.out:
+        options.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

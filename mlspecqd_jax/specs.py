@@ -1,0 +1,74 @@
+"""Drafters as written on the command line: SPEC = BASE[:LEN], outermost first.
+
+BASE is a FORMAT (the twin of the level above), MODEL[@FORMAT], `ngram`, or `none` (plain decoding, alone); LEN is the draft_len.
+"""
+
+import functools
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from mlspecqd_jax.models import Model, is_known
+from mlspecqd_jax.mxfp4 import FORMATS
+from mlspecqd_jax.prompt_lookup import PromptLookup
+from mlspecqd_jax.stacks import check_draft_len, default_draft_len
+
+NGRAM, NONE = "ngram", "none"
+
+
+class Spec(NamedTuple):
+    """One drafter, named but not loaded."""
+
+    model: str | None  # None: the level above (or, without a format too, prompt look-up)
+    format: str | None  # None: as it is
+    draft_len: int | None  # None: the default
+
+
+LOOKUP = Spec(None, None, None)
+
+
+def parse(specs: Sequence[str]) -> list[Spec]:
+    """Read SPECs; no model is loaded and no network used.
+
+    Raises:
+      ValueError: a SPEC that is none, or a twin where there are no weights to cast.
+    """
+    if NONE in specs:
+        if len(specs) > 1:
+            raise ValueError("--draft none is plain decoding and stands alone; leave the other drafts out")
+        return []
+    return [_parse(spec, above) for spec, above in zip(specs, [None, *specs], strict=False)]
+
+
+def _parse(spec: str, above: str | None) -> Spec:
+    base, _, digits = re.fullmatch(r"(.*?)(:(\d+))?", spec, re.DOTALL).groups()
+    draft_len = None if digits is None else check_draft_len(int(digits))
+    if above is not None and above.partition(":")[0] == NGRAM:
+        raise ValueError(f"--draft {spec} cannot draft for ngram, which has no weights; put ngram last")
+    if base == NGRAM:
+        return LOOKUP._replace(draft_len=draft_len)
+    if base in FORMATS:
+        return Spec(None, base, draft_len)
+    model, _, format_ = base.rpartition("@")
+    if model and format_ in FORMATS and is_known(model):
+        return Spec(model, format_, draft_len)
+    if is_known(base):
+        return Spec(base, None, draft_len)
+    raise ValueError(
+        f"--draft {spec} is no draft: give a format ({', '.join(FORMATS)}) for the twin of the level above, ngram, none, or a "
+        "model (an existing folder, an owner/name id, or demo) with @ and a format or without; a colon and a length may end it"
+    )
+
+
+def drafters(specs: Sequence[Spec], target: Model, load: Callable[[str], Model]) -> list[tuple[Any, int]]:
+    """Turn specs into the (drafter, draft_len) pairs that `stack` takes; `load` is asked for the models that they name."""
+    pairs, above = [], target  # the model of the level above, not quantized
+    twins = functools.cache(Model.quantized)  # so that two levels in one format share their weights
+    for i, spec in enumerate(specs):
+        if spec == LOOKUP._replace(draft_len=spec.draft_len):
+            drafter = PromptLookup()
+        else:
+            above = above if spec.model is None else load(spec.model)
+            drafter = above if spec.format is None else twins(above, spec.format)
+        pairs.append((drafter, spec.draft_len or default_draft_len(drafter, nested=i > 0)))
+    return pairs

@@ -1,0 +1,139 @@
+"""`stack`: a target and its drafters, outermost first, checked against each other and built into one `Level`."""
+
+import dataclasses
+from typing import Any
+
+import jax
+
+from mlspecqd_jax.levels import Level
+from mlspecqd_jax.models import Card, Model
+from mlspecqd_jax.prompt_lookup import PromptLookup
+
+EMBEDDING = "model.embed_tokens.weight"
+# How many rows every window of the target is a multiple of, for exactness; other platforms have 16.
+CPU_ROWS, ROWS = 2, 16
+
+
+def stack(target: Model, *drafters: Any, exact: bool = True, share_cache: bool = True) -> Level:
+    """Build what generates: a target, what drafts for it, what drafts for that, and so on; the target alone decodes plainly.
+
+    Args:
+      target: the model whose output is wanted.
+      *drafters: outermost first, each (drafter, draft_len) or a drafter alone (5 tokens, 3 if it drafts for a draft, 4 for prompt
+        look-up). A drafter is a `Model`, such as the level's own twin `target.quantized()`, or `prompt_lookup()`, which must be
+        the last.
+      exact: pad every window of the target to a multiple of rows at which a row's result does not depend on the window, so that
+        all stacks give the same tokens in the weights' dtype (CPU: 2 rows; GPU and TPU: 16, hence draft_len <= 15). False drops
+        the padding: fastest, and equal up to rounding.
+      share_cache: let twins read and write their verifier's cache; False gives each a cache of its own.
+
+    Raises:
+      ValueError: a drafter does not fit the level above it; one sentence on how.
+    """
+    platform = next(iter(jax.tree.leaves(target.params)[0].devices())).platform
+    rows = (CPU_ROWS if platform == "cpu" else ROWS) if exact else 1
+    pairs = [_pair(drafter, nested=i > 0) for i, drafter in enumerate(drafters)]
+    if exact and platform != "cpu" and pairs and pairs[0][1] >= ROWS:
+        raise ValueError(
+            f"draft_len {pairs[0][1]} is more than the {ROWS - 1} that exact=True allows here; lower it or pass exact=False"
+        )
+    models = [target]
+    for i, (drafter, _) in enumerate(pairs):
+        if isinstance(drafter, Model):
+            _check_fits(drafter, target)
+            models.append(drafter)
+        elif i + 1 < len(pairs):
+            raise ValueError(f"{name_of(drafter)} has no weights that {name_of(pairs[i + 1][0])} could draft for; put it last")
+    below = None if not pairs or isinstance(pairs[-1][0], Model) else pairs[-1][0]
+    lengths = [draft_len for _, draft_len in pairs] + [0] * (len(models) > len(pairs))
+    for i in reversed(range(len(models))):
+        model = models[i]
+        below = Level(
+            model.network,
+            model.params,
+            below,
+            lengths[i],
+            window_multiple=1 if i else rows,
+            share_cache=share_cache and i > 0 and is_twin(model, models[i - 1]),
+            card=model.card if i else dataclasses.replace(model.card, exact=exact),
+        )
+    return below
+
+
+def prompt_lookup(max_ngram: int = 3, min_ngram: int = 1) -> PromptLookup:
+    """Return the drafter that proposes what followed the last tokens where they occurred before (n-grams of prompt and output)."""
+    return PromptLookup(max_ngram, min_ngram)
+
+
+def is_twin(model: Model, other: Model) -> bool:
+    """Return whether two models are one up to quantization: the same network around the very same embedding."""
+    return model.network == other.network and model.params[EMBEDDING] is other.params[EMBEDDING]
+
+
+def name_of(drafter: Any) -> str:
+    """Return what reports and messages call a drafter."""
+    if isinstance(drafter, (Model, Level)):
+        return drafter.card.name
+    return "ngram" if isinstance(drafter, PromptLookup) else type(drafter).__name__
+
+
+def default_draft_len(drafter: Any, nested: bool) -> int:
+    """Return the draft_len of a drafter that is given without one."""
+    return 4 if isinstance(drafter, PromptLookup) else 3 if nested else 5
+
+
+def check_draft_len(draft_len: Any) -> int:
+    """Return a draft_len that is a whole number of at least 1, or raise a ValueError."""
+    if not isinstance(draft_len, int) or isinstance(draft_len, bool) or draft_len < 1:
+        raise ValueError(
+            f"draft_len is {draft_len!r}, but must be a whole number of at least 1; leave the drafter out to decode plainly"
+        )
+    return draft_len
+
+
+def _pair(given: Any, nested: bool) -> tuple[Any, int]:
+    drafter, *rest = given if isinstance(given, (tuple, list)) and given else (given,)
+    if not isinstance(drafter, Model) and not (hasattr(drafter, "init") and hasattr(drafter, "propose")):
+        raise ValueError(
+            f"a drafter is {drafter!r}, but must be a Model, prompt_lookup(), or a pair of one of them and its draft_len"
+        )
+    if len(rest) > 1:
+        raise ValueError(f"{name_of(drafter)} comes with {len(rest)} values, but needs one, its draft_len")
+    return drafter, check_draft_len(rest[0]) if rest else default_draft_len(drafter, nested)
+
+
+def _check_fits(draft: Model, target: Model) -> None:
+    ours, theirs = draft.params[EMBEDDING], target.params[EMBEDDING]
+    if ours.dtype != theirs.dtype:
+        raise ValueError(
+            f"{draft.card.name} is in {ours.dtype.name} and {target.card.name} in {theirs.dtype.name}; load both in one dtype"
+        )
+    if draft.network.mesh != target.network.mesh or ours.devices() != theirs.devices():
+        raise ValueError(
+            f"{draft.card.name} and {target.card.name} are on different meshes or devices; load both with the same mesh"
+        )
+    difference = first_difference(draft.card, target.card)
+    if difference is not None:
+        token, of_draft, of_target = difference
+        raise ValueError(
+            f"the tokenizers of {draft.card.name} and {target.card.name} differ: token {token} is {of_draft!r} in the one and "
+            f"{of_target!r} in the other; draft with a model of the target's tokenizer"
+        )
+
+
+def first_difference(one: Card, other: Card) -> tuple[int, str | None, str | None] | None:
+    """Return (id, token of the one, token of the other) at the least id on which two tokenizers disagree, or None.
+
+    Special tokens that only one of them has, and vocabularies padded to different sizes, are no difference: the other model never
+    chooses them. Models without a tokenizer agree with any.
+    """
+    if one.tokenizer is None or other.tokenizer is None or one.tokenizer is other.tokenizer:
+        return None
+    tokens = [{i: token for token, i in card.tokenizer.get_vocab().items()} for card in (one, other)]
+    added = [set(card.tokenizer.get_added_vocab().values()) for card in (one, other)]
+    for i in sorted(tokens[0].keys() | tokens[1].keys()):
+        a, b = tokens[0].get(i), tokens[1].get(i)
+        extra = (a is None and i in added[1]) or (b is None and i in added[0])
+        if a != b and not extra:
+            return i, a, b
+    return None

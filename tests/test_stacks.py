@@ -1,0 +1,244 @@
+"""`stack`: what is built from a target and its drafters, and what is refused; drafters as the command line spells them."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import mlspecqd_jax as mlsd
+from mlspecqd_jax import specs, stacks
+from mlspecqd_jax.levels import Level
+from mlspecqd_jax.prompt_lookup import PromptLookup
+from mlspecqd_jax.transformer import LanguageModel
+
+PROMPTS = ["def fibonacci(n):\n", "import os\n", "class Stack:\n    def push(self, item):\n"]
+NEW = 24
+
+
+@pytest.fixture(scope="module")
+def other(demo):
+    """A model of the target's tokenizer that is not its twin, and drafts badly."""
+    small = dataclasses.replace(demo.network.config, num_hidden_layers=1)
+    params = {name: demo.params[name] + 0 for name in LanguageModel(small).shapes()}
+    return dataclasses.replace(demo, network=LanguageModel(small), params=params, card=dataclasses.replace(demo.card, name="other"))
+
+
+def lengths(stack):
+    return [level.draft_len for level in stack.levels]
+
+
+def test_stacks_are_built_from_the_inside(demo, other):
+    twin, lookup = demo.quantized(), mlsd.prompt_lookup(max_ngram=4)
+    plain = mlsd.stack(demo)
+    assert (lengths(plain), plain.drafter, plain.window()) == ([0], None, 2)
+    stack = mlsd.stack(demo, (twin, 6), (other, 3), (lookup, 2))
+    assert lengths(stack) == [6, 3, 2]
+    assert [level.card.name for level in stack.levels] == ["demo", "demo@mxfp4", "other"]
+    assert [level.share_cache for level in stack.levels] == [False, True, False]
+    assert stack.levels[-1].drafter == lookup
+    assert [level.window() for level in stack.levels] == [8, 4, 3]  # the target's alone is padded
+    assert lengths(mlsd.stack(demo, twin)) == [5, 0]
+    assert lengths(mlsd.stack(demo, other, twin, lookup)) == [5, 3, 4]
+    own = mlsd.stack(demo, (twin, 6), share_cache=False)
+    assert [level.share_cache for level in own.levels] == [False, False]
+    assert mlsd.stack(demo, (twin, 6), exact=False).window() == 7
+
+
+def test_twins_share_what_is_not_quantized(demo):
+    fine, coarse = demo.quantized("mxfp8_e4m3"), demo.quantized()
+    stack = mlsd.stack(demo, (fine, 6), (coarse, 3))
+    assert [level.share_cache for level in stack.levels] == [False, True, True]
+    embeddings = {id(level.params[stacks.EMBEDDING]) for level in stack.levels}
+    assert len(embeddings) == 1
+
+
+@pytest.mark.parametrize("share_cache", [True, False], ids=["shared", "own"])
+@pytest.mark.parametrize("choice", [{}, {"temperature": 0.8, "seed": 3}], ids=["greedy", "coupled"])
+def test_every_stack_gives_the_text_of_plain_decoding(demo, other, share_cache, choice):
+    arguments = {"max_new_tokens": [NEW, NEW - 5, NEW + 4], "logprobs": True} | choice
+    plain = mlsd.generate(mlsd.stack(demo), PROMPTS, **arguments)
+    twin = demo.quantized()
+    for drafters in [[(twin, 5)], [(twin, 5), (other, 2)], [(other, 3), (mlsd.prompt_lookup(), 4)]]:
+        out = mlsd.generate(mlsd.stack(demo, *drafters, share_cache=share_cache), PROMPTS, **arguments)
+        assert out.tokens == plain.tokens
+        assert out.text == plain.text
+        for ours, theirs in zip(out.logprobs, plain.logprobs, strict=True):
+            np.testing.assert_allclose(ours, theirs, atol=1e-4)
+        levels = out.report["levels"]
+        assert len(levels) == len(drafters) + 1
+        assert levels[0]["accepted"] > 0
+    streamed = mlsd.stream(mlsd.stack(demo, (twin, 5)), PROMPTS[0], **arguments | {"max_new_tokens": NEW})
+    assert "".join(streamed) == plain.text[0]
+
+
+def test_the_twin_is_accepted_and_reported_by_level_and_request(demo):
+    stack = mlsd.stack(demo, (demo.quantized(), 4), (mlsd.prompt_lookup(), 3))
+    out = mlsd.generate(stack, PROMPTS, max_new_tokens=48, stop_token_ids=[])
+    target, twin, lookup = out.report["levels"]
+    assert [level["name"] for level in (target, twin, lookup)] == ["demo", "demo@mxfp4", "ngram"]
+    assert [level["draft_len"] for level in (target, twin, lookup)] == [4, 3, 0]
+    assert target["token_acceptance"] > 0.6
+    assert target["accepted"] + target["rounds"] == 3 * 48
+    assert target["acceptance_rate"] == target["accepted"] / target["drafted"]
+    assert target["mean_acceptance_length"] == 1 + target["accepted"] / target["rounds"]
+    assert [len(level["acceptance_by_position"]) for level in (target, twin, lookup)] == [4, 3, 0]
+    assert (lookup["token_acceptance"], lookup["passes"], lookup["rounds"]) == (None, 0, 0)
+    requests = out.report["requests"]
+    for count in ("rounds", "drafted", "accepted", "judged"):
+        assert sum(request[count] for request in requests) == target[count]
+        assert sum(request["below"][0][count] for request in requests) == twin[count]
+
+
+def test_a_draft_that_is_never_right_is_warned_of(demo, other):
+    wrong = dataclasses.replace(other, params=other.params | {"model.norm.weight": -other.params["model.norm.weight"]})
+    stack = mlsd.stack(demo, (wrong, 4))
+    with pytest.warns(UserWarning, match=r"demo accepts \d+% of the tokens that other drafts \(\d+ judged\)"):
+        out = mlsd.generate(stack, PROMPTS, max_new_tokens=40, stop_token_ids=[])
+    assert out.tokens == mlsd.generate(mlsd.stack(demo), PROMPTS, max_new_tokens=40, stop_token_ids=[]).tokens
+
+
+@pytest.mark.filterwarnings("error")
+def test_synthetic_acceptance_is_what_was_asked_for_and_marked(demo):
+    stack = mlsd.stack(demo, (demo.quantized(), 4), (mlsd.prompt_lookup(), 2))
+    for rates in ([1.0, 0.0], [0.0, 1.0]):
+        out = mlsd.generate(stack, PROMPTS, max_new_tokens=20, stop_token_ids=[], synthetic_acceptance=rates)
+        assert out.report["synthetic_acceptance"] == rates
+        assert [level["token_acceptance"] for level in out.report["levels"]] == [*rates, None]
+    with pytest.raises(ValueError, match="synthetic_acceptance has 1 rates, but 2 levels of the stack judge a draft"):
+        mlsd.generate(stack, PROMPTS, synthetic_acceptance=[0.5])
+    with pytest.raises(ValueError, match=r"synthetic_acceptance has 1\.5, but must hold a probability"):
+        mlsd.generate(stack, PROMPTS, synthetic_acceptance=[0.5, 1.5])
+
+
+def renamed(model, **changes):
+    return dataclasses.replace(model, card=dataclasses.replace(model.card, **changes))
+
+
+class Words:
+    """A stand-in for a tokenizer: its tokens and which of them were added."""
+
+    def __init__(self, vocab, added=()):
+        self.vocab, self.added = vocab, added
+
+    def get_vocab(self):
+        return self.vocab
+
+    def get_added_vocab(self):
+        return {token: self.vocab[token] for token in self.added}
+
+
+def test_what_does_not_fit_is_refused(demo, other):
+    twin = demo.quantized()
+    low = mlsd.load("demo", dtype="bfloat16")
+    for drafters, message in [
+        ([(twin, 0)], "draft_len is 0, but must be a whole number of at least 1"),
+        ([(twin, 2.5)], r"draft_len is 2\.5"),
+        ([(twin, True)], "draft_len is True"),
+        ([(twin, 64)], "draft_len 64 needs a window of 66 positions; at most 64"),
+        ([(twin, 3), (other, 70)], "draft_len 70 needs a window of 71 positions; at most 64"),
+        ([(twin, 3, 4)], "demo@mxfp4 comes with 2 values, but needs one"),
+        (["mxfp4"], "a drafter is 'mxfp4', but must be a Model"),
+        ([(), 3], r"a drafter is \(\), but must be a Model"),
+        ([mlsd.prompt_lookup(), twin], "ngram has no weights that demo@mxfp4 could draft for; put it last"),
+        ([low], "demo is in bfloat16 and demo in float32; load both in one dtype"),
+    ]:
+        with pytest.raises(ValueError, match=message) as caught:
+            mlsd.stack(demo, *drafters)
+        assert "\n" not in str(caught.value)
+
+
+def test_tokenizers_are_compared_by_their_tokens(demo, other):
+    one = renamed(demo, tokenizer=Words({"a": 0, "b": 1, "<s>": 2}, ["<s>"]))
+    for vocab, added, message in [
+        ({"a": 0, "c": 1}, (), r"token 1 is 'c' in the one and 'b' in the other"),
+        ({"b": 0, "a": 1}, (), r"token 0 is 'b' in the one and 'a' in the other"),
+        ({"a": 0, "b": 1, "d": 3}, (), r"token 3 is 'd' in the one and None in the other"),
+    ]:
+        with pytest.raises(ValueError, match=f"the tokenizers of other and demo differ: {message}"):
+            mlsd.stack(one, renamed(other, tokenizer=Words(vocab, added)))
+    for fitting in (None, Words({"a": 0, "b": 1}), Words({"a": 0, "b": 1, "<s>": 2, "<pad>": 9}, ["<s>", "<pad>"])):
+        assert lengths(mlsd.stack(one, renamed(other, tokenizer=fitting))) == [5, 0]
+
+
+def test_meshes_must_agree(demo):
+    mesh = jax.make_mesh((1,), ("model",))
+    elsewhere = mlsd.load("demo", dtype="float32", mesh=mesh)
+    with pytest.raises(ValueError, match="on different meshes or devices"):
+        mlsd.stack(demo, elsewhere)
+    assert lengths(mlsd.stack(elsewhere, elsewhere.quantized())) == [5, 0]
+
+
+def test_a_draft_of_too_few_positions_is_refused(demo, other):
+    stack = mlsd.stack(demo, renamed(other, max_positions=20))
+    with pytest.raises(ValueError, match=r"other has 20 positions, but prompt and new tokens take \d+; lower max_new_tokens"):
+        mlsd.generate(stack, PROMPTS[0])
+
+
+def test_padded_vocabularies_of_one_tokenizer_draft_for_each_other(demo):
+    """A draft of fewer and of more logits than the target."""
+    plain = mlsd.generate(mlsd.stack(demo), PROMPTS, max_new_tokens=NEW, temperature=0.7)
+    config, embedding = demo.network.config, demo.params[stacks.EMBEDDING]
+    for size in (config.vocab_size - 64, config.vocab_size + 64):
+        network = LanguageModel(dataclasses.replace(config, vocab_size=size))
+        padded = jnp.concatenate([embedding, jnp.ones((64, config.hidden_size))])[:size]
+        draft = dataclasses.replace(demo, network=network, params=demo.params | {stacks.EMBEDDING: padded})
+        for rule in ("coupled", "rejection"):
+            out = mlsd.generate(mlsd.stack(demo, (draft, 3)), PROMPTS, max_new_tokens=NEW, temperature=0.7, rule=rule)
+            assert out.report["levels"][0]["token_acceptance"] > 0.9
+            if rule == "coupled":
+                assert out.tokens == plain.tokens
+
+
+def test_specs_spell_drafters(demo):
+    loaded = []
+
+    def load(name):
+        loaded.append(name)
+        return demo
+
+    def pairs(*given):
+        return specs.drafters(specs.parse(given), demo, load)
+
+    assert pairs("none") == []
+    [(twin, length)] = pairs("mxfp4")
+    assert (twin.card.name, length) == ("demo@mxfp4", 5)
+    found = pairs("mxfp8_e4m3:8", "mxfp4", "ngram")
+    assert [(stacks.name_of(drafter), length) for drafter, length in found] == [
+        ("demo@mxfp8_e4m3", 8),
+        ("demo@mxfp4", 3),
+        ("ngram", 4),
+    ]
+    assert loaded == []
+    found = pairs("demo@mxfp4:7", "mxfp4:2", "demo:3", "ngram:9")
+    assert [length for _, length in found] == [7, 2, 3, 9]
+    assert found[0][0] is found[1][0]  # in that format already: its own twin
+    assert found[2][0] is demo
+    assert found[3][0] == PromptLookup()
+    assert loaded == ["demo", "demo"]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["mxfp5"], r"--draft mxfp5 is no draft: give a format \(mxfp4, mxfp6_e2m3"),
+        (["demo@int4"], "--draft demo@int4 is no draft"),
+        (["mxfp4:"], "--draft mxfp4: is no draft"),
+        ([""], "is no draft"),
+        (["mxfp4:0"], "draft_len is 0, but must be a whole number of at least 1"),
+        (["ngram", "mxfp4"], "--draft mxfp4 cannot draft for ngram, which has no weights; put ngram last"),
+        (["ngram:3", "demo"], "--draft demo cannot draft for ngram"),
+        (["none", "mxfp4"], "--draft none is plain decoding and stands alone"),
+    ],
+)
+def test_other_specs_are_refused_before_anything_is_loaded(given, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        specs.parse(given)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_stack_is_a_tree_of_its_weights(demo):
+    stack = mlsd.stack(demo, demo.quantized())
+    assert isinstance(jax.tree.map(lambda x: x, stack), Level)
+    assert len(jax.tree.leaves(stack)) > 2 * len(demo.params)
