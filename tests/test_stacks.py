@@ -13,16 +13,28 @@ from mlspecqd_jax.levels import Level
 from mlspecqd_jax.prompt_lookup import PromptLookup
 from mlspecqd_jax.transformer import LanguageModel
 
+slow = pytest.mark.slow
 PROMPTS = ["def fibonacci(n):\n", "import os\n", "class Stack:\n    def push(self, item):\n"]
 NEW = 24
 
 
+def shallow(model, name):
+    """The model cut to its first layer, a fast one of the same tokenizer."""
+    network = LanguageModel(dataclasses.replace(model.network.config, num_hidden_layers=1))
+    params = {name: model.params[name] + 0 for name in network.shapes()}
+    return dataclasses.replace(model, network=network, params=params, card=dataclasses.replace(model.card, name=name))
+
+
 @pytest.fixture(scope="module")
 def other(demo):
-    """A model of the target's tokenizer that is not its twin, and drafts badly."""
-    small = dataclasses.replace(demo.network.config, num_hidden_layers=1)
-    params = {name: demo.params[name] + 0 for name in LanguageModel(small).shapes()}
-    return dataclasses.replace(demo, network=LanguageModel(small), params=params, card=dataclasses.replace(demo.card, name="other"))
+    """Not the target's twin, and drafts badly."""
+    return shallow(demo, "other")
+
+
+@pytest.fixture(scope="module")
+def quick(demo):
+    """A target whose programs compile fast."""
+    return shallow(demo, "quick")
 
 
 def lengths(stack):
@@ -54,23 +66,33 @@ def test_twins_share_what_is_not_quantized(demo):
     assert len(embeddings) == 1
 
 
-@pytest.mark.parametrize("share_cache", [True, False], ids=["shared", "own"])
-@pytest.mark.parametrize("choice", [{}, {"temperature": 0.8, "seed": 3}], ids=["greedy", "coupled"])
-def test_every_stack_gives_the_text_of_plain_decoding(demo, other, share_cache, choice):
-    arguments = {"max_new_tokens": [NEW, NEW - 5, NEW + 4], "logprobs": True} | choice
-    plain = mlsd.generate(mlsd.stack(demo), PROMPTS, **arguments)
-    twin = demo.quantized()
-    for drafters in [[(twin, 5)], [(twin, 5), (other, 2)], [(other, 3), (mlsd.prompt_lookup(), 4)]]:
-        out = mlsd.generate(mlsd.stack(demo, *drafters, share_cache=share_cache), PROMPTS, **arguments)
+@pytest.mark.filterwarnings("ignore:demo accepts", "ignore:other accepts")
+@pytest.mark.parametrize(
+    ("given", "share_cache"),
+    [
+        (["mxfp4:4", "ngram:3"], True),
+        pytest.param(["mxfp4"], False, marks=slow),
+        pytest.param(["mxfp4:5", "other:2"], True, marks=slow),
+        pytest.param(["other@mxfp6_e2m3:3", "ngram"], True, marks=slow),
+        pytest.param(["mxfp8_e4m3:6", "mxfp4:3"], True, marks=slow),
+        pytest.param(["other:4", "mxfp4:2"], False, marks=slow),
+    ],
+    ids=str,
+)
+def test_every_stack_gives_the_text_of_plain_decoding(demo, other, given, share_cache, monkeypatch):
+    monkeypatch.setattr(specs, "is_known", lambda name: name == "other")
+    stack = mlsd.stack(demo, *specs.drafters(specs.parse(given), demo, lambda name: other), share_cache=share_cache)
+    for choice in ({}, {"temperature": 0.8, "seed": 3}):
+        arguments = {"max_new_tokens": [NEW, NEW - 5, NEW + 4], "logprobs": True} | choice
+        plain = mlsd.generate(mlsd.stack(demo), PROMPTS, **arguments)
+        out = mlsd.generate(stack, PROMPTS, **arguments)
         assert out.tokens == plain.tokens
         assert out.text == plain.text
         for ours, theirs in zip(out.logprobs, plain.logprobs, strict=True):
             np.testing.assert_allclose(ours, theirs, atol=1e-4)
         levels = out.report["levels"]
-        assert len(levels) == len(drafters) + 1
+        assert len(levels) == len(given) + 1
         assert levels[0]["accepted"] > 0
-    streamed = mlsd.stream(mlsd.stack(demo, (twin, 5)), PROMPTS[0], **arguments | {"max_new_tokens": NEW})
-    assert "".join(streamed) == plain.text[0]
 
 
 def test_the_twin_is_accepted_and_reported_by_level_and_request(demo):
@@ -91,17 +113,17 @@ def test_the_twin_is_accepted_and_reported_by_level_and_request(demo):
         assert sum(request["below"][0][count] for request in requests) == twin[count]
 
 
-def test_a_draft_that_is_never_right_is_warned_of(demo, other):
-    wrong = dataclasses.replace(other, params=other.params | {"model.norm.weight": -other.params["model.norm.weight"]})
-    stack = mlsd.stack(demo, (wrong, 4))
-    with pytest.warns(UserWarning, match=r"demo accepts \d+% of the tokens that other drafts \(\d+ judged\)"):
+def test_a_draft_that_is_never_right_is_warned_of(quick):
+    wrong = dataclasses.replace(quick, params=quick.params | {"model.norm.weight": -quick.params["model.norm.weight"]})
+    stack = mlsd.stack(quick, (renamed(wrong, name="wrong"), 4))
+    with pytest.warns(UserWarning, match=r"quick accepts 0% of the tokens that wrong drafts \(1\d\d judged\)"):
         out = mlsd.generate(stack, PROMPTS, max_new_tokens=40, stop_token_ids=[])
-    assert out.tokens == mlsd.generate(mlsd.stack(demo), PROMPTS, max_new_tokens=40, stop_token_ids=[]).tokens
+    assert out.tokens == mlsd.generate(mlsd.stack(quick), PROMPTS, max_new_tokens=40, stop_token_ids=[]).tokens
 
 
 @pytest.mark.filterwarnings("error")
-def test_synthetic_acceptance_is_what_was_asked_for_and_marked(demo):
-    stack = mlsd.stack(demo, (demo.quantized(), 4), (mlsd.prompt_lookup(), 2))
+def test_synthetic_acceptance_is_what_was_asked_for_and_marked(quick):
+    stack = mlsd.stack(quick, (quick.quantized(), 4), (mlsd.prompt_lookup(), 2))
     for rates in ([1.0, 0.0], [0.0, 1.0]):
         out = mlsd.generate(stack, PROMPTS, max_new_tokens=20, stop_token_ids=[], synthetic_acceptance=rates)
         assert out.report["synthetic_acceptance"] == rates
@@ -176,19 +198,17 @@ def test_a_draft_of_too_few_positions_is_refused(demo, other):
         mlsd.generate(stack, PROMPTS[0])
 
 
-def test_padded_vocabularies_of_one_tokenizer_draft_for_each_other(demo):
-    """A draft of fewer and of more logits than the target."""
-    plain = mlsd.generate(mlsd.stack(demo), PROMPTS, max_new_tokens=NEW, temperature=0.7)
-    config, embedding = demo.network.config, demo.params[stacks.EMBEDDING]
+def test_padded_vocabularies_of_one_tokenizer_draft_for_each_other(quick):
+    """A draft of fewer and of more logits than the target; the latter's favourites are tokens that the target has not got."""
+    plain = mlsd.generate(mlsd.stack(quick), PROMPTS, max_new_tokens=NEW, temperature=0.7)
+    config, embedding = quick.network.config, quick.params[stacks.EMBEDDING]
     for size in (config.vocab_size - 64, config.vocab_size + 64):
         network = LanguageModel(dataclasses.replace(config, vocab_size=size))
-        padded = jnp.concatenate([embedding, jnp.ones((64, config.hidden_size))])[:size]
-        draft = dataclasses.replace(demo, network=network, params=demo.params | {stacks.EMBEDDING: padded})
-        for rule in ("coupled", "rejection"):
-            out = mlsd.generate(mlsd.stack(demo, (draft, 3)), PROMPTS, max_new_tokens=NEW, temperature=0.7, rule=rule)
-            assert out.report["levels"][0]["token_acceptance"] > 0.9
-            if rule == "coupled":
-                assert out.tokens == plain.tokens
+        padded = jnp.concatenate([embedding, 100 * embedding[:64]])[:size]
+        draft = dataclasses.replace(quick, network=network, params=quick.params | {stacks.EMBEDDING: padded})
+        out = mlsd.generate(mlsd.stack(quick, (draft, 3)), PROMPTS, max_new_tokens=NEW, temperature=0.7)
+        assert out.report["levels"][0]["token_acceptance"] > 0.9
+        assert out.tokens == plain.tokens
 
 
 def test_specs_spell_drafters(demo):
