@@ -1,14 +1,15 @@
 """What is compiled: one trace for many requests, and a loop that calls nobody, copies no cache and widens no weight."""
 
+import dataclasses
 import pathlib
-import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hlo import HOST_OPERATIONS, aliased, cache_copies, widened
 
-from mlspecqd_jax import api, models, speculation
+from mlspecqd_jax import api, models, speculation, stacks
 from mlspecqd_jax.sampling import Sampling
 from mlspecqd_jax.transformer import LanguageModel, ModelConfig
 
@@ -23,7 +24,16 @@ CONFIG = ModelConfig(
     head_dim=12,
     max_position_embeddings=512,
 )
+SMALL = dataclasses.replace(CONFIG, hidden_size=40, intermediate_size=104, num_hidden_layers=1, head_dim=20)
 PROMPT = [3, 1, 4, 1, 5]
+
+
+def cache_shape(config, size=256):
+    return 1, config.num_key_value_heads, size, config.head_dim
+
+
+def weight_shapes():
+    return {shape for config in (CONFIG, SMALL) for shape in LanguageModel(config).shapes().values() if len(shape) == 2}
 
 
 def request(stack, prompt=PROMPT, max_new_tokens=20, **settings):
@@ -32,14 +42,19 @@ def request(stack, prompt=PROMPT, max_new_tokens=20, **settings):
     return batch.tokens, batch.length, batch.limit, Sampling.create(1, CONFIG.vocab_size, **settings)
 
 
-@pytest.fixture(scope="module")
-def stack():
-    """The plain stack of a random model in bfloat16."""
-    models.enable_compilation_cache()  # what is compiled to be read is not compiled again to be run
-    network, rng = LanguageModel(CONFIG), np.random.default_rng(0)
+def random_model(config, name):
+    network, rng = LanguageModel(config), np.random.default_rng(0)
     params = {name: jnp.asarray(0.1 * rng.normal(size=shape), jnp.bfloat16) for name, shape in network.shapes().items()}
-    card = models.Card("tiny", CONFIG.vocab_size, CONFIG.max_position_embeddings, None, (5,))
-    return api.stack(models.Model(network, params, card, pathlib.Path()))
+    card = models.Card(name, config.vocab_size, config.max_position_embeddings, None, (5,))
+    return models.Model(network, params, card, pathlib.Path())
+
+
+@pytest.fixture(scope="module", params=["plain", "three levels"])
+def stack(request):
+    """Random models in bfloat16: a target alone; or with its twin, on the same cache, and a small model, on a cache of its own."""
+    models.enable_compilation_cache()  # what is compiled to be read is not compiled again to be run
+    target, small = random_model(CONFIG, "target"), random_model(SMALL, "small")
+    return stacks.stack(target, *[(target.quantized(), 6), (small, 3)] * (request.param != "plain"))
 
 
 @pytest.fixture(scope="module")
@@ -52,48 +67,6 @@ def programs(stack):
         "advance": api._advance.lower(stack, state, limit, sampling, np.int32(1)).compile().as_text(),
         "generate_tokens": generate_tokens.lower(stack, tokens, length, limit, sampling, prefill_width=16).compile().as_text(),
     }
-
-
-def computations(hlo):
-    """Split a module into its computations, {name: lines}, without the insides of fusions, whose values are never in memory."""
-    found, lines = {}, []
-    for line in hlo.splitlines():
-        header = re.match(r"(?:ENTRY )?%?([\w.\-]+) \(.*\{$", line)
-        if header:
-            lines = found.setdefault(header[1], [])
-        else:
-            lines.append(line)
-    fused = set(re.findall(r" fusion\(.*?calls=%?([\w.\-]+)", hlo))
-    return {name: lines for name, lines in found.items() if name not in fused}
-
-
-def loop_lines(hlo):
-    """All lines of the bodies of while loops and of what these call."""
-    found = computations(hlo)
-    seen, ahead = [], re.findall(r"body=%?([\w.\-]+)", hlo)
-    assert ahead, "no loop in the program"
-    while ahead:
-        name = ahead.pop()
-        if name in found and name not in seen:
-            seen.append(name)
-            text = "\n".join(found[name])
-            ahead += re.findall(r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)", text)
-            ahead += re.findall(r"%([\w.\-]+)", " ".join(re.findall(r"branch_computations=\{([^}]*)\}", text)))
-    return [line for name in seen for line in found[name]]
-
-
-def operations(lines):
-    """Yield (opcode, dtype, dimensions without ones) of every array-valued operation."""
-    for line in lines:
-        match = re.match(r"\s*(?:ROOT )?%?[\w.\-]+ = (\w+)\[([\d,]*)\]\S* ([\w\-]+)\(", line)
-        if match:
-            dtype, dimensions, opcode = match.groups()
-            yield opcode, dtype, tuple(int(n) for n in dimensions.split(",") if n not in ("", "1"))
-
-
-HOST_OPERATIONS = re.compile(
-    r" (infeed|outfeed|send|send-done|recv|recv-done)\(|custom_call_target=\"[^\"]*(callback|python)[^\"]*\""
-)
 
 
 @pytest.mark.parametrize("program", ["advance", "generate_tokens"])
@@ -109,56 +82,35 @@ def test_a_callback_would_be_seen():
     assert HOST_OPERATIONS.search(jax.jit(spoken).lower(1.0).compile().as_text())
 
 
-def cache_dimensions(size=256):
-    return CONFIG.num_key_value_heads, size, CONFIG.head_dim
-
-
-def cache_copies(hlo):
-    """Copies, also transposed or widened ones, of a whole cache within a loop."""
-    cache = sorted(cache_dimensions())
-    found = [operation for operation in operations(loop_lines(hlo)) if sorted(operation[2]) == cache]
-    return [operation for operation in found if operation[0] in ("copy", "copy-start") or operation[1] == "f32"]
-
-
 @pytest.mark.parametrize("program", ["advance", "generate_tokens"])
 def test_the_loop_copies_no_cache(programs, program):
-    assert not cache_copies(programs[program])
+    for level in (CONFIG, SMALL):
+        assert not cache_copies(programs[program], cache_shape(level)[1:])
 
 
 def test_a_copy_of_a_cache_would_be_seen():
     """A loop that swaps two caches has to copy."""
-    caches = [jnp.zeros((1, *cache_dimensions()), jnp.bfloat16)] * 2
+    caches = [jnp.zeros(cache_shape(CONFIG), jnp.bfloat16)] * 2
 
     def body(carry):
         i, a, b = carry
         return i + 1, b, a.at[0, 0, i].set(b[0, 1, i])
 
     swap = jax.jit(lambda a, b: jax.lax.while_loop(lambda carry: carry[0] < 9, body, (0, a, b)))
-    assert cache_copies(swap.lower(*caches).compile().as_text())
+    assert cache_copies(swap.lower(*caches).compile().as_text(), cache_shape(CONFIG)[1:])
 
 
-def test_the_donated_caches_are_updated_where_they_are(programs):
-    hlo = programs["advance"]
-    layout = re.search(r"entry_computation_layout=\{\((.*?)\)->", hlo)[1]
-    parameters = re.findall(r"(\w+)\[([\d,]*)\]", layout)
-    cache = ("bf16", ",".join(map(str, (1, *cache_dimensions()))))
-    caches = {i for i, parameter in enumerate(parameters) if parameter == cache}
-    assert len(caches) == 2 * CONFIG.num_hidden_layers
-    aliases = re.search(r"input_output_alias=\{(.*?\)) \}", hlo)[1]
-    assert caches <= {int(i) for i in re.findall(r": \((\d+),", aliases)}
-
-
-def widened_weights(hlo):
-    """f32 arrays of a weight's shape, anywhere in the program."""
-    shapes = {shape for shape in LanguageModel(CONFIG).shapes().values() if len(shape) == 2}
-    shapes |= {shape[::-1] for shape in shapes}
-    lines = [line for lines in computations(hlo).values() for line in lines]
-    return [operation for operation in operations(lines) if operation[1] == "f32" and operation[2] in shapes]
+def test_the_donated_caches_are_updated_where_they_are(programs, stack):
+    for config in (CONFIG, SMALL) if len(stack.levels) > 1 else (CONFIG,):
+        caches, in_place = aliased(programs["advance"], "bf16", cache_shape(config))
+        assert len(caches) == 2 * config.num_hidden_layers  # a shared cache counts once
+        assert in_place == caches
 
 
 @pytest.mark.parametrize("program", ["advance", "generate_tokens"])
 def test_no_weight_is_widened(programs, program):
-    assert not widened_weights(programs[program])
+    """Neither a plain one nor one that is decoded."""
+    assert not widened(programs[program], weight_shapes())
 
 
 def test_a_widened_weight_would_be_seen():
@@ -172,7 +124,7 @@ def test_a_widened_weight_would_be_seen():
 
         return jax.lax.while_loop(lambda carry: carry[0] < n, body, (0, jnp.zeros((2, CONFIG.hidden_size))))
 
-    assert widened_weights(jax.jit(multiply).lower(weight, 9).compile().as_text())
+    assert widened(jax.jit(multiply).lower(weight, 9).compile().as_text(), weight_shapes())
 
 
 REQUESTS = [
