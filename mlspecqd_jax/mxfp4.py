@@ -135,17 +135,19 @@ def quantize(w: jax.Array, format: str = "mxfp4", scale_rule: str = "floor") -> 
     """
     check_format(format)
     check_scale_rule(scale_rule)
-    shape, dtype = list(jnp.shape(w)), getattr(w, "dtype", type(w).__name__)
+    dtype = str(getattr(w, "dtype", type(w).__name__))
+    if dtype not in WEIGHT_DTYPES:
+        raise ValueError(f"a weight of dtype {dtype} cannot be quantized; cast it to one of {', '.join(WEIGHT_DTYPES)} first")
+    shape = list(w.shape)
     if len(shape) != 2:
         raise ValueError(f"a weight of shape {shape} cannot be quantized; give a matrix [N, K]")
-    if str(dtype) not in WEIGHT_DTYPES:
-        raise ValueError(f"a weight of dtype {dtype} cannot be quantized; cast it to one of {', '.join(WEIGHT_DTYPES)} first")
     codes, scales, finite = _encode(w, FORMATS[format], scale_rule)
     if not isinstance(finite, jax.core.Tracer) and not finite:
         raise ValueError(f"a weight of shape {shape} holds NaN or infinity and cannot be quantized; use an intact checkpoint")
     return MXFP4Array(codes, scales, shape[1]) if format == "mxfp4" else MXArray(codes, scales, shape[1], format)
 
 
+@functools.partial(jax.jit, static_argnames="dtype")
 def dequantize(a: MXFP4Array | MXArray, dtype: jnp.dtype = jnp.bfloat16) -> jax.Array:
     """Return the weight [N, K] that an array stands for: exact in bfloat16 and float32, rounded in float16.
 

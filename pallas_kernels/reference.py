@@ -52,9 +52,10 @@ def mx_matmul(x: jax.Array, codes: jax.Array, scales: jax.Array, exponent_bits: 
             f"x {list(x.shape)}, codes {list(codes.shape)} and scales {list(scales.shape)} do not belong together; "
             f"give x [M, K], codes [N, K{'/2' if per_byte == 2 else ''}] and scales [N, K/{BLOCK}], with K padded to whole blocks"
         )
-    # Behind the barrier the decoded weight is neither hoisted out of a generation loop (XLA:CPU would keep it as f32, eight times
-    # the packed bytes) nor made before its own x is there, so that no two layers' decoded weights need to be alive at once.
+    # Behind the barrier the decoded weight is not hoisted out of a generation loop (XLA:CPU would keep it as f32, eight times the
+    # packed bytes), and after its own x it is made one product at a time, so that no two layers' decoded weights are alive at once.
     x, codes, scales = jax.lax.optimization_barrier((x, codes, scales))
+    scales = jax.lax.platform_dependent(x, scales, cpu=_after, default=lambda x, scales: scales)
     return bf16_matmul(x, mx_decode(codes, scales, exponent_bits, mantissa_bits).astype(x.dtype))
 
 
@@ -89,6 +90,13 @@ def mx_decode(codes: jax.Array, scales: jax.Array, exponent_bits: int, mantissa_
     bits = jnp.where((magnitude == 0) | (scales == 0) | (bits < 0x80), 0, bits)
     bits |= codes >> exponent_bits + mantissa_bits << 15
     return jax.lax.bitcast_convert_type(bits.astype(jnp.uint16), jnp.bfloat16).reshape(n, blocks * BLOCK)
+
+
+def _after(x, scales):
+    # XLA:CPU removes barriers before it orders operations, and then decodes every weight first. Only data holds it back: no number
+    # has more than 63 bits set, which XLA does not work out.
+    bits = jax.lax.bitcast_convert_type(x[0, 0], jnp.uint32 if x.dtype == jnp.float32 else jnp.uint16)
+    return scales + (jax.lax.population_count(bits) >> 6).astype(scales.dtype)
 
 
 def _product(x, w):

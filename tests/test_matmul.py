@@ -1,0 +1,88 @@
+"""`linear` on plain and quantized weights: the float64 product of what is stored, at any size, and one decoded weight in memory."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mlspecqd_jax.matmul import linear
+from mlspecqd_jax.mxfp4 import FORMATS, dequantize, quantize
+from pallas_kernels import mx_matmul, mxfp4_matmul
+
+formats = pytest.mark.parametrize("format", list(FORMATS))
+run = jax.jit(linear, static_argnames="out_dtype")
+
+
+def weight(n, k, dtype=jnp.float32):
+    return jnp.asarray(np.random.RandomState(n + k).standard_normal((n, k)) / np.sqrt(k), dtype)
+
+
+def activations(*shape, dtype=jnp.float32):
+    return jnp.asarray(np.random.RandomState(len(shape)).standard_normal(shape), dtype)
+
+
+def product(x, w):
+    return np.asarray(x, np.float64) @ np.asarray(w, np.float64).T
+
+
+@pytest.mark.parametrize("format", [None, *FORMATS])
+@pytest.mark.parametrize(("shape", "n"), [((1, 172), 51), ((3, 5, 70), 33), ((2, 1, 1), 3)])
+def test_odd_sizes(format, shape, n):
+    x, w = activations(*shape), weight(n, shape[-1])
+    leaf = w if format is None else quantize(w, format)
+    y = run(x, leaf)
+    assert y.shape == (*shape[:-1], n)
+    np.testing.assert_allclose(y, product(x, w if format is None else dequantize(leaf, jnp.float32)), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("rows", [1, 2, 7])
+def test_the_result_has_the_dtype_of_x(dtype, rows):
+    x, leaf = activations(rows, 172, dtype=dtype), quantize(weight(51, 172))
+    y, exact = run(x, leaf), product(x, dequantize(leaf, jnp.float32))
+    assert y.dtype == dtype
+    np.testing.assert_allclose(np.asarray(y, np.float64), exact, rtol=float(jnp.finfo(dtype).eps), atol=1e-5)
+    wide = run(x, leaf, out_dtype=jnp.float32)  # accumulated in f32 whatever x is
+    assert wide.dtype == jnp.float32
+    np.testing.assert_allclose(wide, exact, rtol=1e-5, atol=1e-5)
+
+
+@formats
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_bit_for_bit_the_product_with_the_decoded_weight(format, dtype):
+    x, leaf = activations(4, 96, dtype=dtype), quantize(weight(48, 96), format)
+    np.testing.assert_array_equal(run(x, leaf), run(x, dequantize(leaf, jnp.dtype(dtype))))
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize(("dtype", "format"), [("bfloat16", "mxfp4"), ("float32", "mxfp4"), ("bfloat16", "mxfp8_e4m3")])
+def test_a_loop_holds_one_decoded_weight(rows, dtype, format):
+    """Neither hoisted out of the loop nor all decoded at the start of a pass."""
+    size, layers = 512, 4
+
+    def loop(x, weights):
+        def body(carry):
+            i, x = carry
+            for w in weights:
+                x = jnp.tanh(linear(x, w))
+            return i + 1, x
+
+        return jax.lax.while_loop(lambda carry: carry[0] < 5, body, (0, x))[1]
+
+    weights = [quantize(weight(size, size), format) for _ in range(layers)]
+    compiled = jax.jit(loop).lower(activations(rows, size, dtype=dtype), weights).compile()
+    one = size * size * jnp.dtype(dtype).itemsize
+    assert compiled.memory_analysis().temp_size_in_bytes < 1.2 * one
+
+
+@pytest.mark.parametrize(
+    ("x", "codes", "scales"), [((2, 64), (3, 32), (3, 1)), ((2, 32), (3, 32), (3, 1)), ((2, 32), (4, 16), (3, 1)), ((32,), (3, 16), (3, 1))]
+)
+def test_shapes_that_do_not_belong_together_are_refused(x, codes, scales):
+    with pytest.raises(ValueError, match=r"do not belong together; give x \[M, K\], codes \[N, K/2\]"):
+        mxfp4_matmul(jnp.ones(x), jnp.ones(codes, jnp.uint8), jnp.ones(scales, jnp.uint8))
+
+
+def test_other_formats_have_one_code_a_byte():
+    with pytest.raises(ValueError, match=r"codes \[N, K\]"):
+        mx_matmul(jnp.ones((2, 32)), jnp.ones((3, 16), jnp.uint8), jnp.ones((3, 1), jnp.uint8), 4, 3)
