@@ -1,5 +1,7 @@
 """The MX formats a second time, by search in tables of values in float64: what `mxfp4` is compared with, bit for bit."""
 
+import functools
+
 import ml_dtypes
 import numpy as np
 
@@ -14,6 +16,7 @@ ELEMENTS = {
 RULES = ("floor", "ceil", "rceil", "even")
 
 
+@functools.cache
 def table(format: str) -> np.ndarray:
     """Values of the codes 0, 1, ... without sign, ascending, finite ones only, float64."""
     dtype, _ = ELEMENTS[format]
@@ -57,7 +60,7 @@ def quantize(w: np.ndarray, format: str, rule: str) -> tuple[np.ndarray, np.ndar
 
 
 def dequantize(codes: np.ndarray, scales: np.ndarray, format: str) -> np.ndarray:
-    """Values in float64 of codes [N, K32] of finite elements: scale byte 0 is 0, what is below 2^-126 too, from 2^128 on infinity."""
+    """Values in float64 of codes [N, K32] of finite elements; scale byte 0 and what is below 2^-126 is 0, from 2^128 on infinity."""
     values = codes.view(ELEMENTS[format][0]).astype(np.float64).reshape(len(codes), -1, 32)
     values = values * np.where(scales == 0, 0, 2.0 ** (scales.astype(np.int64) - 127))[..., None]
     values[np.abs(values) < 2.0**-126] *= 0

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 import tiny
 
-from mlspecqd_jax import checkpoint, huggingface
+import mlspecqd_jax as mlsd
+from mlspecqd_jax import checkpoint, huggingface, models, quantization
+from mlspecqd_jax.mxfp4 import MXArray, MXFP4Array
 from mlspecqd_jax.transformer import LanguageModel
 
 CONFIG = tiny.FAMILIES["qwen3_bias"] | {"num_hidden_layers": 1}
@@ -90,3 +92,68 @@ def test_a_damaged_one_is_refused(tmp_path, network, damage, words):
         restore(tmp_path, network)
     assert words in str(caught.value)
     assert len(str(caught.value).splitlines()) == 1
+
+
+def leaves(params):
+    return {name: leaf for name, leaf in params.items() if isinstance(leaf, MXFP4Array | MXArray)}
+
+
+def assert_equal(ours, theirs):
+    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+    for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        assert one.dtype == other.dtype
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize(("format", "tied"), [("mxfp4", False), ("mxfp6_e3m2", True)])
+def test_a_stored_draft_comes_back_bit_for_bit(tmp_path, monkeypatch, format, tied):
+    config = CONFIG | {"tie_word_embeddings": tied}
+    source = mlsd.load(tiny.write_checkpoint(tmp_path / "source", config, tiny.weights(config)))
+    model = mlsd.load(mlsd.convert(tmp_path / "source", tmp_path / "converted", draft=format))
+    assert model.drafts == (format,)
+    expected = source.quantized(format)
+    stored = {file.parent.name for file in (tmp_path / "converted" / checkpoint.DRAFTS / format).glob("*/.zarray")}
+    kind = "packed" if format == "mxfp4" else "codes"
+    assert stored == {f"{name}.{part}" for name in leaves(expected.params) for part in (kind, "scales")}
+    other = model.quantized(format, scale_rule="even")
+    monkeypatch.setattr(models, "quantize_params", None)  # nothing is quantized again
+    twin = model.quantized(format).params
+    assert_equal(twin, expected.params)
+    assert all(leaf is model.params[name] for name, leaf in twin.items() if name not in leaves(twin))
+    monkeypatch.undo()
+    assert_equal(other.params, source.quantized(format, scale_rule="even").params)
+
+
+def test_a_stored_draft_is_not_read_unless_asked_for(tmp_path, network):
+    mlsd.convert(tmp_path / "source", tmp_path / "converted", draft="mxfp4")
+    file = tmp_path / "converted" / checkpoint.DRAFTS / "mxfp4" / f"{NAME}.scales" / "0.0"
+    file.write_bytes(file.read_bytes()[:-1])
+    model = mlsd.load(tmp_path / "converted")
+    assert model.quantized("mxfp8_e4m3").params[NAME].format == "mxfp8_e4m3"
+    with pytest.raises(ValueError, match=r"converted is damaged \(.*\); convert the model again"):
+        model.quantized()
+
+
+def test_dtypes_that_a_stored_draft_serves(tmp_path, network):
+    """Its own, and float32, in which the weights have the same values and so the same codes."""
+    mlsd.convert(tmp_path / "source", tmp_path / "converted", draft="mxfp4")
+    bfloat16, float32, float16 = (mlsd.load(tmp_path / "converted", dtype=dtype) for dtype in models.DTYPES)
+    assert (bfloat16.drafts, float32.drafts, float16.drafts) == (("mxfp4",), ("mxfp4",), ())
+    again = quantization.quantize_params(float32.params)
+    assert_equal(leaves(float32.quantized().params), leaves(again))
+    assert leaves(float16.quantized().params)
+
+
+def test_folders_without_drafts(tmp_path, network):
+    mlsd.convert(tmp_path / "source", tmp_path / "converted")
+    marker = tmp_path / "converted" / checkpoint.MARKER
+    marker.write_text(json.dumps({key: value for key, value in json.loads(marker.read_text()).items() if key != "drafts"}))
+    model = mlsd.load(tmp_path / "converted")  # as an earlier version wrote it
+    assert model.drafts == ()
+    assert_equal(model.quantized().params[NAME], quantization.quantize_params(model.params)[NAME])
+
+
+def test_an_unknown_draft_is_refused_before_anything_is_written(tmp_path):
+    with pytest.raises(ValueError, match="'int4' is not a format for weights; give one of mxfp4"):
+        mlsd.convert("demo", tmp_path / "converted", draft="int4")
+    assert not list(tmp_path.iterdir())

@@ -76,7 +76,8 @@ def test_a_loop_holds_one_decoded_weight(rows, dtype, format):
 
 
 @pytest.mark.parametrize(
-    ("x", "codes", "scales"), [((2, 64), (3, 32), (3, 1)), ((2, 32), (3, 32), (3, 1)), ((2, 32), (4, 16), (3, 1)), ((32,), (3, 16), (3, 1))]
+    ("x", "codes", "scales"),
+    [((2, 64), (3, 32), (3, 1)), ((2, 32), (3, 32), (3, 1)), ((2, 32), (4, 16), (3, 1)), ((32,), (3, 16), (3, 1))],
 )
 def test_shapes_that_do_not_belong_together_are_refused(x, codes, scales):
     with pytest.raises(ValueError, match=r"do not belong together; give x \[M, K\], codes \[N, K/2\]"):

@@ -20,6 +20,8 @@ CONFIGS = {
     "divides": tiny.FAMILIES["llama_bias"] | SIZES | {"num_key_value_heads": 4, "vocab_size": 100},
     "does_not": tiny.FAMILIES["qwen3"] | SIZES | {"num_key_value_heads": 2, "vocab_size": 97, "tie_word_embeddings": False},
 }
+# Four MX blocks along the attention's output, three along the MLP's middle, which four devices would divide by element.
+TWIN = tiny.FAMILIES["qwen3"] | SIZES | {"num_key_value_heads": 4, "vocab_size": 100, "head_dim": 16, "intermediate_size": 96}
 
 # Prints what the tests look at: one process for all of them, since the number of devices is fixed when jax starts.
 SCRIPT = """
@@ -56,9 +58,27 @@ def examine(folder):
     }
 
 
-found = {"devices": jax.device_count()} | {folder.rsplit("/")[-1]: examine(folder) for folder in sys.argv[1:]}
+def examine_twin(folder):
+    converted = mlsd.convert(folder, folder + "-converted", dtype="float32", draft="mxfp4")
+    one, four = (mlsd.load(folder, dtype="float32", mesh=m).quantized() for m in (None, mesh))
+    stored = mlsd.load(converted, dtype="float32", mesh=mesh).quantized()
+    tokens, start = np.arange(46).reshape(2, 23), np.zeros(2, np.int32)
+    one_logits, four_logits = (np.asarray(jax.jit(m.network)(m.params, tokens, start, None)[0]) for m in (one, four))
+    leaves = [jax.tree.leaves(model.params) for model in (one, four, stored)]
+    quantized = {name: leaf for name, leaf in four.params.items() if hasattr(leaf, "packed")}
+    return {
+        "error": float(np.max(np.abs(one_logits - four_logits)) / np.max(np.abs(one_logits))),
+        "equal": all(np.array_equal(a, b) and np.array_equal(a, c) for a, b, c in zip(*leaves, strict=True)),
+        "stored_places": all(b.sharding == c.sharding for _, b, c in zip(*leaves, strict=True)),
+        "weights": {name: [leaf.shape, pieces(leaf.packed), pieces(leaf.scales)] for name, leaf in quantized.items()},
+    }
+
+
+*folders, twin = sys.argv[1:]
+found = {"devices": jax.device_count()} | {folder.rsplit("/")[-1]: examine(folder) for folder in folders}
+found["twin"] = examine_twin(twin)
 try:
-    mlsd.load(sys.argv[1], mesh=jax.make_mesh((2, 2), ("data", "heads")))
+    mlsd.load(twin, mesh=jax.make_mesh((2, 2), ("data", "heads")))
 except ValueError as error:
     found["refused"] = str(error)
 print(json.dumps(found))
@@ -68,7 +88,8 @@ print(json.dumps(found))
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
-    for name, config in CONFIGS.items():
+    folders = CONFIGS | {"twin": TWIN}
+    for name, config in folders.items():
         tiny.write_checkpoint(folder / name, config, tiny.weights(config, name))
     flags = " ".join(
         [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"]
@@ -79,7 +100,7 @@ def found(tmp_path_factory):
         "JAX_COMPILATION_CACHE_DIR": str(folder / "xla"),
         "PYTHONPATH": str(ROOT),
     }
-    command = [sys.executable, "-c", SCRIPT, *(str(folder / name) for name in CONFIGS)]
+    command = [sys.executable, "-c", SCRIPT, *(str(folder / name) for name in folders)]
     process = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=600)
     assert process.returncode == 0, process.stderr
     return json.loads(process.stdout)
@@ -130,6 +151,24 @@ def test_caches_are_split_by_head(found):
     for whole, pieces in found["does_not"]["caches"]:
         assert whole[1] == 2
         assert pieces == [whole]
+
+
+def test_a_twin_on_four_devices_is_that_of_one(found):
+    twin = found["twin"]
+    assert twin["error"] < 1e-5
+    assert twin["equal"]
+    assert twin["stored_places"]
+
+
+def test_elements_and_scales_are_split_alike(found):
+    """By the weight's row of the table; along K only into whole MX blocks."""
+    layer, weights = "model.layers.0", found["twin"]["weights"]
+    assert len(weights) == 8
+    assert weights[f"{layer}.self_attn.q_proj.weight"] == [[128, 40], [[32, 32]], [[32, 2]]]
+    assert weights[f"{layer}.self_attn.o_proj.weight"] == [[40, 128], [[40, 16]], [[40, 1]]]
+    assert weights[f"{layer}.mlp.gate_proj.weight"] == [[96, 40], [[24, 32]], [[24, 2]]]
+    assert weights[f"{layer}.mlp.down_proj.weight"] == [[40, 96], [[40, 48]], [[40, 3]]]
+    assert weights["lm_head.weight"] == [[100, 40], [[25, 32]], [[25, 2]]]
 
 
 def test_a_mesh_without_the_axis_is_refused(found):

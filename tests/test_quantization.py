@@ -86,13 +86,13 @@ def test_the_twin_is_the_same_model_otherwise(untied):
     assert equal(twin.params[HEAD], quantize(untied.params[HEAD], "mxfp6_e3m2", "even"))
 
 
-def test_a_twin_is_its_own_twin_and_nobody_else_s(untied):
+def test_a_twin_is_its_own_twin_and_no_other_s(untied):
     policy = {HEAD: "mxfp8_e4m3"}
     for arguments in ({}, {"format": "mxfp8_e5m2"}, {"policy": policy}, {"scale_rule": "ceil"}):
         twin = untied.quantized(**arguments)
         assert twin.quantized(**arguments) is twin
     for other in ({"format": "mxfp8_e5m2"}, {"policy": policy}, {"scale_rule": "ceil"}):
-        with pytest.raises(ValueError, match="is quantized already .*; quantize the original model instead"):
+        with pytest.raises(ValueError, match=r"is quantized already .*; quantize the original model instead"):
             untied.quantized().quantized(**other)
 
 
@@ -128,10 +128,16 @@ def test_a_tied_head(tied):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"format": "mxfp5"}, "'mxfp5' is not a format for weights; give one of mxfp4, mxfp6_e2m3, mxfp6_e3m2, mxfp8_e4m3, mxfp8_e5m2"),
+        (
+            {"format": "mxfp5"},
+            "'mxfp5' is not a format for weights; give one of mxfp4, mxfp6_e2m3, mxfp6_e3m2, mxfp8_e4m3, mxfp8_e5m2",
+        ),
         ({"format": None}, "'None' is not a format"),
         ({"policy": {HEAD: "int4"}}, "'int4' is not a format for weights; give one of mxfp4"),
-        ({"policy": {"model.layers.7.*": None}}, r"'model.layers.7.\*' matches no weight that can be quantized; these can: \*_proj"),
+        (
+            {"policy": {"model.layers.7.*": None}},
+            r"'model.layers.7.\*' matches no weight that can be quantized; these can: \*_proj",
+        ),
         ({"policy": {EMBEDDING: "mxfp4"}}, "matches no weight that can be quantized"),
         ({"scale_rule": "nearest"}, "'nearest' is not a scale rule; give one of floor, ceil, rceil, even"),
     ],
@@ -183,7 +189,9 @@ def test_logits_are_those_of_the_target_with_decoded_weights(untied, format):
     ours, target = logits(twin), logits(untied)
     np.testing.assert_array_equal(ours, logits(untied, decoded))
     similar = cosine(ours, target)
-    assert {"mxfp4": 0.8, "mxfp6_e2m3": 0.99, "mxfp6_e3m2": 0.98, "mxfp8_e4m3": 0.99, "mxfp8_e5m2": 0.98}[format] < similar < 0.99999
+    assert (
+        {"mxfp4": 0.8, "mxfp6_e2m3": 0.99, "mxfp6_e3m2": 0.98, "mxfp8_e4m3": 0.99, "mxfp8_e5m2": 0.98}[format] < similar < 0.99999
+    )
 
 
 def test_a_tied_twin_scores_with_its_own_head(tied):
