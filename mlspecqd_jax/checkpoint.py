@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 from mlspecqd_jax.huggingface import HUB_FILES, read_json
 from mlspecqd_jax.mxfp4 import MXArray, MXFP4Array
 from mlspecqd_jax.partition import weight_sharding
-from mlspecqd_jax.quantization import place, quantize_params
+from mlspecqd_jax.quantization import place_quantized, quantize_params
 from mlspecqd_jax.transformer import LanguageModel
 
 MARKER = "mlspecqd.json"
@@ -189,7 +189,7 @@ def restore_draft(folder: pathlib.Path, model: LanguageModel, format: str) -> di
 
     with _damage_named(folder):
         leaves = jax.tree_util.tree_map_with_path(mapped, expected)
-        return jax.block_until_ready({name: place(name, leaf, model.mesh) for name, leaf in leaves.items()})
+        return jax.block_until_ready({name: place_quantized(name, leaf, model.mesh) for name, leaf in leaves.items()})
 
 
 @contextlib.contextmanager

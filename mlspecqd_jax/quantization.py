@@ -60,11 +60,11 @@ def quantize_params(
         if isinstance(w, MXFP4Array | MXArray):
             raise ValueError(f"{name} is in {w.format} already and cannot become {to}; quantize the original model instead")
         # Waiting for each keeps the temporaries of one weight alive, not of all.
-        quantized[name] = jax.block_until_ready(place(name, quantize(w, to, scale_rule), mesh))
+        quantized[name] = jax.block_until_ready(place_quantized(name, quantize(w, to, scale_rule), mesh))
     return quantized
 
 
-def place(name: str, leaf: MXFP4Array | MXArray, mesh: Mesh | None) -> MXFP4Array | MXArray:
+def place_quantized(name: str, leaf: MXFP4Array | MXArray, mesh: Mesh | None) -> MXFP4Array | MXArray:
     """Put a quantized weight where the partition table says; without a mesh, on the default device, or leave it where it is.
 
     Along K it is split only where every shard holds whole MX blocks, that is, where the mesh divides the scales.

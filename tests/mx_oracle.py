@@ -60,7 +60,7 @@ def quantize(w: np.ndarray, format: str, rule: str) -> tuple[np.ndarray, np.ndar
 
 
 def dequantize(codes: np.ndarray, scales: np.ndarray, format: str) -> np.ndarray:
-    """Values in float64 of codes [N, K32] of finite elements; scale byte 0 and what is below 2^-126 is 0, from 2^128 on infinity."""
+    """Values in float64 of codes [N, K32] of finite elements; scale byte 0 and what is below 2^-126 is 0, from 2^128 on inf."""
     values = codes.view(ELEMENTS[format][0]).astype(np.float64).reshape(len(codes), -1, 32)
     values = values * np.where(scales == 0, 0, 2.0 ** (scales.astype(np.int64) - 127))[..., None]
     values[np.abs(values) < 2.0**-126] *= 0

@@ -9,7 +9,6 @@ from mlspecqd_jax.matmul import linear
 from mlspecqd_jax.mxfp4 import FORMATS, dequantize, quantize
 from pallas_kernels import mx_matmul, mxfp4_matmul
 
-formats = pytest.mark.parametrize("format", list(FORMATS))
 run = jax.jit(linear, static_argnames="out_dtype")
 
 
@@ -25,8 +24,10 @@ def product(x, w):
     return np.asarray(x, np.float64) @ np.asarray(w, np.float64).T
 
 
-@pytest.mark.parametrize("format", [None, *FORMATS])
-@pytest.mark.parametrize(("shape", "n"), [((1, 172), 51), ((3, 5, 70), 33), ((2, 1, 1), 3)])
+@pytest.mark.parametrize(
+    ("format", "shape", "n"),
+    [("mxfp4", (1, 172), 51), ("mxfp4", (2, 1, 1), 3), *[(format, (3, 5, 70), 33) for format in (None, *FORMATS)]],
+)
 def test_odd_sizes(format, shape, n):
     x, w = activations(*shape), weight(n, shape[-1])
     leaf = w if format is None else quantize(w, format)
@@ -36,7 +37,7 @@ def test_odd_sizes(format, shape, n):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-@pytest.mark.parametrize("rows", [1, 2, 7])
+@pytest.mark.parametrize("rows", [1, 7])
 def test_the_result_has_the_dtype_of_x(dtype, rows):
     x, leaf = activations(rows, 172, dtype=dtype), quantize(weight(51, 172))
     y, exact = run(x, leaf), product(x, dequantize(leaf, jnp.float32))
@@ -47,8 +48,7 @@ def test_the_result_has_the_dtype_of_x(dtype, rows):
     np.testing.assert_allclose(wide, exact, rtol=1e-5, atol=1e-5)
 
 
-@formats
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize(("format", "dtype"), [("mxfp4", "float32"), *[(format, "bfloat16") for format in FORMATS]])
 def test_bit_for_bit_the_product_with_the_decoded_weight(format, dtype):
     x, leaf = activations(4, 96, dtype=dtype), quantize(weight(48, 96), format)
     np.testing.assert_array_equal(run(x, leaf), run(x, dequantize(leaf, jnp.dtype(dtype))))

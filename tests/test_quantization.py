@@ -15,8 +15,8 @@ from mlspecqd_jax.mxfp4 import FORMATS, MXArray, MXFP4Array, dequantize, quantiz
 from mlspecqd_jax.quantization import quantize_params
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
-# K is a multiple of 32 everywhere, so that products with decoded weights are the same operations.
-EVEN = tiny.FAMILIES["qwen3_bias"] | {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16}
+# K is a multiple of 32 everywhere, so that products with decoded weights are the same operations; few shapes compile quickly.
+EVEN = tiny.FAMILIES["qwen3_bias"] | {"hidden_size": 64, "intermediate_size": 64, "num_key_value_heads": 4, "head_dim": 16}
 EVEN |= {"num_hidden_layers": 2, "max_window_layers": 1}
 
 
