@@ -10,6 +10,7 @@ import argparse
 import json
 from pathlib import Path
 
+import jax
 from machine import describe
 
 import mlspecqd_jax as mlsd
@@ -50,6 +51,34 @@ def measure(stack, prompts, plain, arguments) -> dict:
     return result
 
 
+def memory(model) -> dict:
+    """Return bytes on the device: weights, what the twin adds to them, caches, and what the compiled loop takes beside its arguments."""
+    twin = model.quantized()
+    added = {name: leaf for name, leaf in twin.params.items() if leaf is not model.params.get(name)}
+    elements = sum(leaf.size for leaf in added.values())
+    result = {
+        "weights": model.nbytes,
+        "twin_adds": sum(leaf.nbytes for leaf in added.values()),
+        "bf16_bytes_of_what_is_quantized": 2 * elements,
+    }
+    for name, (drafters, how) in {
+        "plain": ([], {}),
+        "mxfp4:6": ([(twin, 6)], {}),
+        "mxfp4:6, own cache": ([(twin, 6)], {"share_cache": False}),
+    }.items():
+        stack = mlsd.stack(model, *drafters, **how)
+        batch = mlsd.prepare(stack, [[1, 2, 3]], max_new_tokens=128)
+        sampling = mlsd.Sampling.create(1, stack.model.vocab_size)
+        state = jax.eval_shape(mlsd.init, stack, batch.tokens, batch.length, sampling)
+        program = jax.jit(mlsd.advance, donate_argnames="state").lower(stack, state, batch.limit, sampling, 1).compile()
+        caches = [state.cache, getattr(state.below, "cache", None)]
+        result[name] = {
+            "caches": sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(caches)),
+            "temporary": program.memory_analysis().temp_size_in_bytes,
+        }
+    return result
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", help="a folder or an owner/name id")
@@ -83,6 +112,7 @@ def main() -> None:
         "command": f"python benchmarks/acceptance.py {Path(options.model).name} {options.prompts.name}",
         "prompts": len(prompts),
         "new_tokens": options.new_tokens,
+        "memory": memory(mlsd.load(options.model)),
         "runs": runs,
     } | describe()
     if options.out:

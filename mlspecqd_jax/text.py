@@ -119,11 +119,15 @@ def _encode_text(card, text, chat):
     except UnicodeEncodeError:
         raise ValueError(f"the prompt {text[:40]!r} is not valid Unicode; give UTF-8 text") from None
     if not chat:
-        return list(card.tokenizer(text)["input_ids"])
+        return list(card.tokenizer(text, verbose=False)["input_ids"])  # a long text is judged by `prepare`
     if not card.tokenizer.chat_template:
         raise ValueError(f"{card.name} has no chat template; leave out --chat, or use an instruction-tuned model")
     ids = card.tokenizer.apply_chat_template(
-        [{"role": "user", "content": text}], add_generation_prompt=True, tokenize=True, return_dict=True
+        [{"role": "user", "content": text}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        tokenizer_kwargs={"verbose": False},
     )
     return list(ids["input_ids"])
 

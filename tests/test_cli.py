@@ -10,11 +10,12 @@ import time
 
 import pytest
 
-from mlspecqd_jax import checkpoint, cli
+from mlspecqd_jax import checkpoint, cli, report
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 DEMO = ROOT / "checkpoints" / "demo"
 SHORT = ["--prompt", "def fibonacci(n):\n", "--max-new-tokens", "12"]
+PLAIN = [*SHORT, "--draft", "none"]
 
 
 def run(capsys, *arguments):
@@ -45,15 +46,41 @@ def test_generate_prints_text_to_stdout_and_the_rest_to_stderr(capsys):
     assert code == 0
     value = json.loads(as_json)
     assert out == value["text"][0] + "\n"
+    assert "demo < demo@mxfp4" in err  # the default stack
     assert "12 tokens" in err
+    assert "tokens drafted by demo@mxfp4" in err
     assert "tokens/s" in err
     assert set(value) == {"text", "tokens", "prompt_tokens", "finish_reason", "report"}
     assert value["report"]["new_tokens"] == len(value["tokens"][0])
+    _, plain, err = run(capsys, "generate", *PLAIN)
+    assert plain == out
+    assert "drafted" not in err
+
+
+def test_drafts_of_the_command_line(capsys):
+    arguments = ["--draft", "mxfp4:3", "--draft", "ngram:2", "--own-cache", "--rule", "rejection", "--synthetic-acceptance", "1,0"]
+    code, out, err = run(capsys, "generate", *SHORT, *arguments, "--json")
+    assert (code, err) == (0, "")
+    found = json.loads(out)["report"]
+    assert [(level["name"], level["draft_len"]) for level in found["levels"]] == [("demo", 3), ("demo@mxfp4", 2), ("ngram", 0)]
+    assert [level["token_acceptance"] for level in found["levels"]] == [1, 0, None]
+    assert (found["rule"], found["synthetic_acceptance"]) == ("rejection", [1, 0])
+    _, _, err = run(capsys, "generate", *SHORT, *arguments)
+    assert "the text is meaningless" in err
+
+
+def test_a_draft_that_is_hardly_accepted_is_warned_of_on_stderr(capsys, monkeypatch):
+    monkeypatch.setattr(report, "JUDGED", 1)
+    monkeypatch.setattr(report, "COLLAPSED", 1.1)
+    code, out, err = run(capsys, "generate", *SHORT)
+    assert code == 0
+    assert "mlspecqd: warning: demo accepts" in err
+    assert "warning" not in out
 
 
 def test_several_prompts_files_and_stdin_are_the_same_batch(capsys, tmp_path, monkeypatch):
     prompts = ["import os\n", "class A:\n"]
-    options = ["--max-new-tokens", "6", "--json", "--temperature", "0.8", "--seed", "3"]
+    options = ["--max-new-tokens", "6", "--json", "--draft", "none", "--temperature", "0.8", "--seed", "3"]
 
     def tokens(*arguments):
         code, out, _ = run(capsys, "generate", *options, *arguments)
@@ -101,13 +128,13 @@ def test_info_shows_the_recorded_sampling_and_does_not_apply_it(capsys, tmp_path
     _, out, _ = run(capsys, "info", tmp_path / "m")
     assert '{"do_sample": true, "temperature": 0.6, "top_p": 0.9} (not applied)' in out
     assert "end of text ids:      0, 7" in out
-    _, sampled, _ = run(capsys, "generate", tmp_path / "m", *SHORT)
-    _, greedy, _ = run(capsys, "generate", "demo", *SHORT)
+    _, sampled, _ = run(capsys, "generate", tmp_path / "m", *PLAIN)
+    _, greedy, _ = run(capsys, "generate", "demo", *PLAIN)
     assert sampled == greedy
 
 
 def test_convert_then_generate(capsys, tmp_path):
-    code, _, err = run(capsys, "convert", "demo", tmp_path / "out")
+    code, _, err = run(capsys, "convert", "demo", tmp_path / "out", "--draft", "mxfp4")
     assert code == 0
     assert str(tmp_path / "out") in err
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
@@ -153,7 +180,16 @@ def test_an_unfinished_or_damaged_conversion_does_not_load(capsys, tmp_path):
         (["generate", *SHORT, "--seed", "-1"], ["seed is -1"]),
         (["generate", *SHORT, "--rule", "r"], ["rule is 'r'", "coupled, rejection"]),
         (["generate", *SHORT, "--dtype", "int4"], ["dtype is 'int4'", "bfloat16"]),
-        (["generate", *SHORT, "--draft", "mxfp4"], ["--draft mxfp4 is not supported"]),
+        (["generate", *SHORT, "--draft", "mxfp5"], ["--draft mxfp5 is no draft", "mxfp4", "ngram"]),
+        (["generate", *SHORT, "--draft", "no/such@mxfp9:3"], ["no/such@mxfp9:3 is no draft"]),
+        (["generate", *SHORT, "--draft", "mxfp4:0"], ["draft_len is 0"]),
+        (["generate", *SHORT, "--draft", "mxfp4:90"], ["draft_len 90 needs a window", "at most 64"]),
+        (["generate", *SHORT, "--draft", "ngram", "--draft", "mxfp4"], ["--draft mxfp4 cannot draft for ngram"]),
+        (["generate", *SHORT, "--draft", "mxfp4", "--draft", "none"], ["--draft none is plain decoding"]),
+        (["generate", *SHORT, "--synthetic-acceptance", "0.9,x"], ["--synthetic-acceptance", "0.9,x"]),
+        (["generate", *SHORT, "--synthetic-acceptance", "1.5"], ["synthetic_acceptance has 1.5"]),
+        (["generate", *SHORT, "--synthetic-acceptance", "0.5,0.5"], ["2 rates", "1 levels"]),
+        (["convert", "demo", "out", "--draft", "int4"], ["'int4' is not a format", "mxfp4"]),
         (["generate", *SHORT, "--logprobs"], ["--logprobs needs --json"]),
         (["generate", *SHORT, "--chat"], ["no chat template"]),
         (["generate", "--prompt", ""], ["prompt 0 is empty"]),

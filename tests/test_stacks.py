@@ -258,6 +258,25 @@ def test_other_specs_are_refused_before_anything_is_loaded(given, message):
     assert "\n" not in str(caught.value)
 
 
+def cache_bytes(stack):
+    """Return the bytes of all caches that a generation allocates."""
+    batch = mlsd.prepare(stack, PROMPTS, max_new_tokens=8)
+    sampling = mlsd.Sampling.create(len(PROMPTS), stack.model.vocab_size)
+    state = jax.eval_shape(mlsd.init, stack, batch.tokens, batch.length, sampling)
+    caches, part = [], state
+    while part is not None:
+        caches, part = caches + jax.tree.leaves(part.cache), part.below
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in caches)
+
+
+def test_a_twin_adds_no_cache_unless_asked_to(demo, other):
+    plain = cache_bytes(mlsd.stack(demo))
+    fine, coarse = demo.quantized("mxfp8_e4m3"), demo.quantized()
+    assert cache_bytes(mlsd.stack(demo, fine, coarse)) == plain
+    assert cache_bytes(mlsd.stack(demo, fine, coarse, share_cache=False)) == 3 * plain
+    assert cache_bytes(mlsd.stack(demo, other)) == plain + cache_bytes(mlsd.stack(other))
+
+
 def test_a_stack_is_a_tree_of_its_weights(demo):
     stack = mlsd.stack(demo, demo.quantized())
     assert isinstance(jax.tree.map(lambda x: x, stack), Level)
