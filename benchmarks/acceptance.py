@@ -52,7 +52,7 @@ def measure(stack, prompts, plain, arguments) -> dict:
 
 
 def memory(model) -> dict:
-    """Return bytes on the device: weights, what the twin adds to them, caches, and what the compiled loop takes beside its arguments."""
+    """Return bytes on the device: weights, what the twin adds, caches, and what the compiled loop takes beside its arguments."""
     twin = model.quantized()
     added = {name: leaf for name, leaf in twin.params.items() if leaf is not model.params.get(name)}
     elements = sum(leaf.size for leaf in added.values())
