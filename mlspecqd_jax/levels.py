@@ -161,13 +161,15 @@ class Level:
         def run(progress, refed):
             return run_round(self, progress, limit, sampling, number, refed)
 
-        def more(progress):
-            return jnp.any(is_open(progress, limit))
-
         refed = refed if self.share_cache else number
-        # A cache of its own must catch up in every round of the verifier, also where no draft is of use.
-        if refed or self.has_own_cache:
+        if refed:
             begun = run(begun, refed)
+
+        def more(progress):
+            # A cache of its own, here or below, must catch up in every round of the verifier, also where no draft is of use.
+            first = self.has_own_cache & (progress.counts.passes == state.counts.passes)
+            return first | jnp.any(is_open(progress, limit))
+
         end = jax.lax.while_loop(more, lambda progress: run(progress, 0), begun)
         draft = Draft(read(end.tokens, end.begin, draft_len), end.probs, end.length - end.begin)
         if self.share_cache:
