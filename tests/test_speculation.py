@@ -19,6 +19,8 @@ from toys import (
     filtered_oracle,
     g_test,
     level,
+    logprob_rows,
+    pick_rows,
     quick_jit,
     ragged,
     rows,
@@ -62,11 +64,6 @@ def prompts_of(prompts=PROMPTS, size=S):
 def generate(stack, limits, sampling, prompts=PROMPTS):
     tokens, length, state = run(stack, *prompts_of(prompts), jnp.asarray(limits, jnp.int32), sampling)
     return rows(tokens, length), state
-
-
-def logprob_rows(state):
-    begin, end = np.asarray(state.begin), np.asarray(state.length)
-    return [row[b:e].tolist() for row, b, e in zip(np.asarray(state.logprobs), begin, end, strict=True)]
 
 
 plain = level(toy, table)
@@ -119,15 +116,8 @@ def test_many_stop_tokens():
 
 
 def alone(stack, sampling, limits, r):
-    """Row r as a batch of its own; settings are one entry a row, so the row's entries are cut out."""
-    own = dataclasses.replace(
-        sampling,
-        **{
-            f.name: getattr(sampling, f.name)[r : r + 1]
-            for f in dataclasses.fields(sampling)
-            if f.name not in ("stop_token_ids", "logit_bias", "synthetic_acceptance", "vocab_size", "rule", "logprobs")
-        },
-    )
+    """Row r as a batch of its own."""
+    own = pick_rows(sampling, slice(r, r + 1))
     return generate(stack, limits[r : r + 1], own, PROMPTS[r : r + 1])[0][0]
 
 

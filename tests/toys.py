@@ -13,6 +13,7 @@ from scipy import stats
 
 from mlspecqd_jax.buffers import put
 from mlspecqd_jax.levels import SLACK, Level
+from mlspecqd_jax.prompt_lookup import PromptLookup
 from mlspecqd_jax.sampling import DRAW, RESIDUAL, Sampling, choose, gumbel, noise, probabilities
 from mlspecqd_jax.speculation import generate_tokens
 from mlspecqd_jax.verification import Draft
@@ -20,8 +21,19 @@ from mlspecqd_jax.verification import Draft
 MODULUS = 1009
 EMPTY = -1
 
-# Toys take longer to compile than to run, so the compiler is asked for less.
-quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+def _quick_options():
+    """Toys take longer to compile than to run, so the compiler is asked for less: three times as fast."""
+    options = {"xla_backend_optimization_level": 0}
+    without_emitters = options | {"xla_cpu_use_fusion_emitters": False}
+    try:
+        jax.jit(jnp.negative, compiler_options=without_emitters)(0)
+    except jax.errors.JaxRuntimeError:  # not every version of XLA knows it
+        return options
+    return without_emitters
+
+
+quick_jit = functools.partial(jax.jit, compiler_options=_quick_options())
 
 run = quick_jit(generate_tokens, static_argnames="prefill_width")
 
@@ -70,11 +82,40 @@ class Toy:
 
 
 @dataclasses.dataclass(frozen=True)
+class Markov:
+    """A light `Model` that reads only the last `order` entries of its cache; params = table f32 [(V + 1) ** order, V]."""
+
+    vocab_size: int = 4
+    order: int = 2
+
+    def table(self, seed, scale=1.0):
+        shape = ((self.vocab_size + 1) ** self.order, self.vocab_size)
+        return jnp.asarray(scale * np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+    def init_cache(self, batch, length, params):
+        return jnp.full((batch, length), EMPTY, jnp.int32)
+
+    def __call__(self, params, tokens, start, cache):
+        cache = put(cache, start, tokens)
+        context = 0
+        for i in range(self.order):
+            at = start[:, None] + jnp.arange(tokens.shape[1]) - i
+            last = jnp.take_along_axis(cache, jnp.clip(at, 0, cache.shape[1] - 1), axis=1)
+            context += jnp.where(at < 0, 0, last + 1) * (self.vocab_size + 1) ** i
+        return params[context], cache
+
+    def truth(self, table, tokens):
+        """Return the logits f32 [V] after a list of tokens, in plain Python."""
+        last = [*[EMPTY] * self.order, *tokens][::-1]
+        return np.asarray(table)[sum((last[i] + 1) * (self.vocab_size + 1) ** i for i in range(self.order))]
+
+
+@dataclasses.dataclass(frozen=True)
 class SharedToy:
     """A `Toy` whose cache entries bear the mark of who wrote them; params = (table, mark).
 
-    The owner of a cache has mark 0 and sounds the alarm where it reads an entry of anybody else; a twin that shares the cache has
-    another mark and reads everything. So a draft that writes below its verifier's window is heard.
+    The owner of a cache has mark 0, a twin that shares it the mark of its verifier plus one. Whoever reads an entry of a higher
+    mark than its own sounds the alarm. So a draft that writes below its verifier's window is heard.
     """
 
     toy: Toy = Toy()
@@ -89,7 +130,7 @@ class SharedToy:
     def __call__(self, params, tokens, start, cache):
         table, mark = params
         cache = put(cache, start, tokens + self.vocab_size * mark)
-        foreign = (cache >= self.vocab_size) & (mark == 0)
+        foreign = cache >= self.vocab_size * (mark + 1)
         read = jnp.where(foreign | (cache == EMPTY), EMPTY, cache % self.vocab_size)
         return self.toy.score(table, read, start[:, None] + jnp.arange(tokens.shape[1])), cache
 
@@ -142,6 +183,29 @@ def level(toy, table, drafter=None, draft_len=0, window_multiple=1):
     return Level(toy, table, drafter, draft_len, window_multiple)
 
 
+def chain(names, tables, draft_lens, models):
+    """Build a stack of `SharedToy`s.
+
+    Args:
+      names: what is below the target, such as "own>shared>ngram", outermost first; "" for plain decoding.
+      tables: one for each level with a model, the target first.
+      draft_lens: one for each name.
+      models: one for all levels or one for each.
+    """
+    names = ["target", *filter(None, names.split(">"))]
+    models = models if isinstance(models, tuple) else (models,) * len(tables)
+    marks = [0]
+    for name in names[1:]:
+        marks.append(marks[-1] + 1 if name == "shared" else 0)
+    drafter = None
+    for i, draft_len in reversed(list(enumerate([*draft_lens, 0]))):
+        if names[i] == "ngram":
+            drafter = PromptLookup()
+        else:
+            drafter = Level(models[i], (tables[i], jnp.int32(marks[i])), drafter, draft_len, share_cache=names[i] == "shared")
+    return drafter
+
+
 def ragged(prompts, size, filler=0):
     """Lay lists of tokens out as (tokens [B, size], length [B]); what lies beyond a prompt is `filler`."""
     tokens = np.full((len(prompts), size), filler, np.int32)
@@ -190,6 +254,31 @@ def adjust_oracle(logits, tokens, prompt_length, repetition, presence, frequency
     return x
 
 
+PER_BATCH = ("stop_token_ids", "synthetic_acceptance", "vocab_size", "rule", "logprobs")
+
+
+def pick_rows(sampling: Sampling, index):
+    """Return the settings of the rows in `index`, a slice or a list."""
+    index = index if isinstance(index, slice) else np.asarray(index)
+    per_row = [f.name for f in dataclasses.fields(sampling) if f.name not in PER_BATCH and getattr(sampling, f.name) is not None]
+    return dataclasses.replace(sampling, **{name: getattr(sampling, name)[index] for name in per_row})
+
+
+def logprob_rows(state):
+    """Return the log-probabilities of each row's new tokens, as lists."""
+    begin, end = np.asarray(state.begin), np.asarray(state.length)
+    return [row[b:e].tolist() for row, b, e in zip(np.asarray(state.logprobs), begin, end, strict=True)]
+
+
+def level_counts(state):
+    """Return the counts of all levels as numpy arrays, outermost first."""
+    found = []
+    while hasattr(state, "counts"):
+        found.append(jax.tree.map(np.asarray, state.counts))
+        state = state.below
+    return found
+
+
 def softmax(x):
     """Return softmax of [V] in float64."""
     x = np.asarray(x, np.float64)
@@ -203,28 +292,49 @@ def _gumbel_of_rows(seeds, size, vocab_size, purpose):
     return gumbel(noise(seeds, t, 0, purpose), vocab_size)
 
 
+def perturbation_of(sampling: Sampling, size):
+    """Return the package's noise for plain decoding, [B, size, V], by index of the token that it draws."""
+    purpose = DRAW if sampling.rule == "coupled" else RESIDUAL
+    return np.asarray(_gumbel_of_rows(sampling.seed, size, sampling.vocab_size, purpose))
+
+
+def choice_oracle(logits, row, prompt_length, settings, r, perturbation):
+    """Choose what follows a list of tokens from logits [V]: row r of a numpy `Sampling`, with its noise [size, V]."""
+    s = settings
+    bias = () if s.logit_bias is None else enumerate(s.logit_bias[r])
+    penalties = s.repetition_penalty[r], s.presence_penalty[r], s.frequency_penalty[r]
+    logits = adjust_oracle(logits, row, prompt_length, *penalties, bias).astype(np.float32)
+    if s.temperature[r] == 0:
+        return int(np.argmax(logits))
+    kept, _ = filtered_oracle(logits, s.temperature[r], int(s.top_k[r]), float(s.top_p[r]), float(s.min_p[r]))
+    return int(np.argmax(kept + perturbation[len(row)]))
+
+
 def decode_oracle(toy, table, prompts, limits, sampling: Sampling, size):
     """Decode plainly in a Python loop with the package's noise; return (rows, log-probabilities of the new tokens)."""
-    purpose = DRAW if sampling.rule == "coupled" else RESIDUAL
-    perturbation = np.asarray(_gumbel_of_rows(sampling.seed, size, toy.vocab_size, purpose))
+    perturbation = perturbation_of(sampling, size)
     s = jax.tree.map(np.asarray, sampling)
     out, logprobs = [], []
     for r, prompt in enumerate(prompts):
         row, scores = list(prompt), []
         while len(row) < min(limits[r], size - SLACK) and not (len(row) > len(prompt) and row[-1] in s.stop_token_ids):
             given = toy.truth(table, row)
-            penalties = s.repetition_penalty[r], s.presence_penalty[r], s.frequency_penalty[r]
-            logits = adjust_oracle(given, row, len(prompt), *penalties).astype(np.float32)
-            if s.temperature[r] == 0:
-                token = int(np.argmax(logits))
-            else:
-                kept, _ = filtered_oracle(logits, s.temperature[r], int(s.top_k[r]), float(s.top_p[r]), float(s.min_p[r]))
-                token = int(np.argmax(kept + perturbation[r, len(row)]))
+            token = choice_oracle(given, row, len(prompt), s, r, perturbation[r])
             scores.append(float(np.log(softmax(given)[token])))
             row.append(token)
         out.append(row)
         logprobs.append(scores)
     return out, logprobs
+
+
+def lookup_oracle(tokens, n, max_ngram=3, min_ngram=1):
+    """Propose n tokens after a list of tokens, or none, by trying every n-gram, longest first, and every place, latest first."""
+    for size in range(max_ngram, min_ngram - 1, -1):
+        for end in range(len(tokens) - 1, size - 1, -1):
+            if tokens[end - size : end] == tokens[len(tokens) - size :]:
+                period = tokens[end:]
+                return [period[i % len(period)] for i in range(n)]
+    return []
 
 
 def g_test(observed, expected):

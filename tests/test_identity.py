@@ -1,0 +1,169 @@
+"""Law 4: with every draft equal to its verifier, every draft is accepted in full.
+
+A bug in a draft's cache never changes the output, only what is accepted, so this is the only test that sees it. Each way of getting
+the catch-up wrong is tried at the end, and heard.
+"""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from stacks import (
+    CHAINS,
+    GREEDY,
+    LENGTHS,
+    MIXED,
+    PROMPTS,
+    S,
+    generate,
+    limits_of,
+    plain,
+    sampling_of,
+    stack_of,
+    toy,
+    with_models,
+)
+from toys import level_counts, quick_jit, ragged, rows
+
+from mlspecqd_jax import levels
+from mlspecqd_jax.speculation import advance, generate_tokens
+
+jit_advance = quick_jit(advance)
+
+slow = pytest.mark.slow
+# The recursion is one for both rules, and the coupled one compiles faster.
+CASES = [
+    pytest.param(name, rule, marks=[slow] if rule == "rejection" and name != "own>shared" else [])
+    for rule in ("coupled", "rejection")
+    for name in CHAINS
+]
+
+
+def whole_rounds(new, draft_lens):
+    """Count the rounds of each level that `new` tokens take where every draft is accepted in full."""
+    count = [0] * (len(draft_lens) + 1)
+
+    def run(level, missing):
+        while missing > 0:
+            draft_len = draft_lens[level] if level < len(draft_lens) else 0
+            useful = min(draft_len, missing - 1)
+            count[level] += 1
+            run(level + 1, useful)
+            missing -= useful + 1
+
+    run(0, new)
+    return count
+
+
+def assert_accepted_in_full(name, state, begin=0, counts_before=None):
+    """Assert that from the lengths `begin` on, drafts were as long as was of use, and accepted throughout."""
+    new = np.asarray(state.length) - (begin if counts_before else np.asarray(state.begin))
+    expected = np.array([whole_rounds(int(n), CHAINS[name]) for n in new])  # [B, levels]
+    for i, counts in enumerate(level_counts(state)):
+        judging_a_model = i + 1 < with_models(name)
+        if judging_a_model:
+            assert np.array_equal(counts.accepted, counts.judged)
+            assert np.array_equal(counts.accepted.sum(axis=1), counts.drafted)
+        if with_models(name) == 1 + len(CHAINS[name]) or i == 0:  # how long an n-gram's rounds are depends on what it finds
+            rounds = counts.rounds - (counts_before[i].rounds if counts_before else 0)
+            assert rounds.tolist() == expected[:, i].tolist(), f"level {i}"
+
+
+@pytest.mark.parametrize(("name", "rule"), CASES)
+def test_every_draft_is_accepted_in_full(name, rule):
+    """Law 4: draft_len + 1 tokens a round at every level, for prompts of every length, also beside rows that finished early."""
+    assert {1, 2, 3} < set(LENGTHS)
+    stack = stack_of(name)
+    for choice in (GREEDY, MIXED):
+        sampling = sampling_of(rule=rule, seed=7, **choice)
+        out, state = generate(stack, limits_of(), sampling)
+        assert_accepted_in_full(name, state)
+        assert state.counts.passes == max(whole_rounds(20 + offset, CHAINS[name])[0] for offset in range(9))
+        if rule == "coupled" or not choice:
+            assert out == generate(plain, limits_of(), sampling)[0]
+
+    # Rows that finish early, or have nothing to do, while others go on.
+    early = [limit if r % 3 else len(PROMPTS[r]) + r // 3 for r, limit in enumerate(limits_of())]
+    out, state = generate(stack, early, sampling)
+    assert [len(row) for row in out] == early
+    assert_accepted_in_full(name, state)
+
+
+@pytest.mark.parametrize(
+    ("name", "rule"),
+    [
+        ("shared>own", "coupled"),
+        pytest.param("own", "coupled", marks=slow),
+        pytest.param("own>shared", "rejection", marks=slow),
+        pytest.param("own>own", "rejection", marks=slow),
+        pytest.param("own>shared>own", "coupled", marks=slow),
+    ],
+)
+def test_every_draft_is_accepted_in_full_after_a_resume(name, rule):
+    """Law 4: also where the last round before had no use for a draft (limits one apart end it at every offset)."""
+    stack = stack_of(name)
+    sampling = sampling_of(rule=rule, seed=7, **MIXED)
+    _, state = generate(stack, limits_of(), sampling)
+    for more in (1, 2, 9):
+        before, begin = level_counts(state), np.asarray(state.length)
+        state = jit_advance(stack, state, jnp.asarray(begin + more), sampling, 100)
+        assert np.array_equal(state.length, begin + more)
+        assert_accepted_in_full(name, state, begin, before)
+    if rule == "coupled":
+        assert rows(state.tokens, state.length) == generate(plain, state.length, sampling)[0]
+
+
+def cut_without_bonus(verdict, length, limit, open_, stop_token_ids, real=levels._cut):
+    kept, ended = real(verdict, length, limit, open_, stop_token_ids)
+    return jnp.where(open_, jnp.clip(verdict.accepted, 1, kept), 0), ended
+
+
+def refeeding(drafter_shares, change):
+    """Return `run_round` with another number of tokens fed again, for drafters that share their cache or those that do not."""
+    real = levels.run_round
+
+    def mutated(level, progress, limit, sampling, number=0, refed=0):
+        changes = number > 0 and level.share_cache == drafter_shares and (refed > 0 or change > 0)
+        return real(level, progress, limit, sampling, number, refed + change if changes else refed)
+
+    return mutated
+
+
+def without_prefill(level, prompts, prefill_width, real=levels._prefilled):
+    if level.drafter is not None:
+        return real(level, prompts, prefill_width)
+    return level.model.init_cache(*prompts.tokens.shape, level.params)
+
+
+MUTATIONS = {
+    "no bonus token": ("own", "_cut", lambda: cut_without_bonus),
+    "own cache re-fed one token less": ("own", "run_round", lambda: refeeding(False, -1)),
+    "own cache below a twin re-fed one token less": ("shared>own", "run_round", lambda: refeeding(False, -1)),
+    "twin below an own cache re-fed nothing": ("own>shared", "run_round", lambda: refeeding(True, -1)),
+    "own cache not prefilled": ("own", "_prefilled", lambda: without_prefill),
+}
+
+
+def run_mutated(monkeypatch, name, attribute, mutated, stack):
+    monkeypatch.setattr(levels, attribute, mutated)
+    sampling = sampling_of(seed=7, **MIXED)
+    tokens, length = ragged(PROMPTS, S, toy.alarm)
+    mutated_run = quick_jit(lambda *arguments: generate_tokens(*arguments))  # traced anew
+    return mutated_run(stack, tokens, length, jnp.asarray(limits_of(), jnp.int32), sampling)
+
+
+@pytest.mark.parametrize("kind", MUTATIONS)
+def test_a_wrong_catch_up_is_heard(monkeypatch, kind):
+    """Law 4 is seen to break, by acceptance alone: the output stays that of plain decoding (law 5)."""
+    name, attribute, mutate = MUTATIONS[kind]
+    tokens, length, state = run_mutated(monkeypatch, name, attribute, mutate(), stack_of(name))
+    with pytest.raises(AssertionError):
+        assert_accepted_in_full(name, state)
+    assert rows(tokens, length) == generate(plain, limits_of(), sampling_of(seed=7, **MIXED))[0]
+
+
+def test_a_twin_that_writes_below_its_verifiers_window_is_heard(monkeypatch):
+    """Law 3: re-fed one token more than its verifier, it changes what the verifier reads, and so the output."""
+    tokens, length, _ = run_mutated(monkeypatch, "shared", "run_round", refeeding(True, 1), stack_of("shared"))
+    out = rows(tokens, length)
+    assert out != generate(plain, limits_of(), sampling_of(seed=7, **MIXED))[0]
+    assert any(toy.alarm in row for row in out)
