@@ -1,0 +1,327 @@
+"""Levels: what they hand up (law 1), rows apart from each other (law 6), one trace (law 7), and what they count (C10)."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+from stacks import (
+    CHAINS,
+    MIXED,
+    PROMPTS,
+    B,
+    S,
+    V,
+    generate,
+    limits_of,
+    sampling_of,
+    shared_toy,
+    stack_of,
+    table,
+    toy,
+    with_models,
+)
+from toys import (
+    Toy,
+    adjust_oracle,
+    choice_oracle,
+    filtered_oracle,
+    level_counts,
+    lookup_oracle,
+    perturbation_of,
+    pick_rows,
+    quick_jit,
+    ragged,
+    run,
+    softmax,
+)
+
+from mlspecqd_jax.levels import Level, Sequences
+from mlspecqd_jax.prompt_lookup import PromptLookup
+from mlspecqd_jax.sampling import Sampling
+from mlspecqd_jax.speculation import init
+
+slow = pytest.mark.slow
+OTHERS = [toy.table(1), toy.table(2), toy.table(3)]
+
+
+def near(seed):
+    """Return a table that often agrees with the target's."""
+    return 0.8 * table + 0.2 * toy.table(seed)
+
+
+def unlike(name):
+    """Return a chain whose drafts are accepted now and then, at every level."""
+    return stack_of(name, [near(1), near(2), near(3)][: with_models(name) - 1])
+
+
+# Law 1
+
+
+@functools.partial(quick_jit, static_argnames=("number", "draft_len"))
+def jit_propose(stack, state, cache, sequences, sampling, limit, number, draft_len):
+    return stack.drafter.propose(state, cache, sequences, sampling, draft_len, limit, number, 0)
+
+
+@pytest.mark.parametrize("name", ["own>shared", pytest.param("shared>own", marks=slow)])
+def test_a_level_hands_up_its_own_models_probabilities(name):
+    """Law 1: at the prefix that it drafted itself, whatever drafted below it."""
+    stack, (draft_len, _) = unlike(name), CHAINS[name]
+    sampling = sampling_of(rule="rejection", seed=3, stop_token_ids=[5], **MIXED)
+    sampling = dataclasses.replace(sampling, prompt_length=jnp.asarray([len(p) for p in PROMPTS]))
+    begun = quick_jit(init)(stack, *ragged(PROMPTS, S, toy.alarm), sampling)
+    state, cache, prefixes = begun.below, begun.cache, PROMPTS
+    limit = np.resize([draft_len, draft_len, 2, 0], B)
+    own_table = np.asarray(stack.drafter.params[0])
+    s = jax.tree.map(np.asarray, sampling)
+    for _ in range(2):
+        tokens, length = ragged(prefixes, S, toy.alarm)
+        draft, state, cache = jit_propose(stack, state, cache, Sequences(tokens, length), sampling, limit, 1, draft_len)
+        checked = 0
+        for r, prefix in enumerate(prefixes):
+            drafted = draft.tokens[r, : draft.length[r]].tolist()
+            assert 5 not in drafted[:-1]
+            assert len(drafted) == limit[r] or drafted[-1] == 5
+            for i in range(len(drafted)):
+                row = prefix + drafted[:i]
+                penalties = s.repetition_penalty[r], s.presence_penalty[r], s.frequency_penalty[r]
+                logits = adjust_oracle(toy.truth(own_table, row), row, len(PROMPTS[r]), *penalties, enumerate(s.logit_bias[r]))
+                if s.temperature[r] == 0:
+                    truth = np.eye(V)[np.argmax(logits)]
+                else:
+                    kept, doubtful = filtered_oracle(logits, s.temperature[r], s.top_k[r], s.top_p[r], s.min_p[r])
+                    assert not doubtful
+                    truth = softmax(kept)
+                np.testing.assert_allclose(draft.probs[r, i], truth, atol=1e-5)
+                assert draft.probs[r, i, drafted[i]] > 0
+                checked += 1
+        assert checked > B
+        # As after a verifier that redraws one token, or that accepts all and adds one (which a twin's verifier would feed first).
+        kept = [int(n) if r % 2 and name.startswith("own") else int(n) // 2 for r, n in enumerate(draft.length)]
+        prefixes = [prefix + draft.tokens[r, : kept[r]].tolist() + [r % 5] for r, prefix in enumerate(prefixes)]
+
+
+def test_no_probabilities_are_kept_under_the_coupled_rule():
+    """C5."""
+    stack = stack_of("own>shared")
+    sampling = sampling_of()
+    tokens, length = ragged(PROMPTS, S)
+
+    def propose(rule):
+        settings = dataclasses.replace(sampling, rule=rule)
+        state = init(stack, tokens, length, settings)
+        limit = jnp.full((B,), 5)
+        return stack.drafter.propose(state.below, state.cache, Sequences(tokens, length), settings, 5, limit, 1, 0)[0].probs
+
+    assert jax.eval_shape(lambda: propose("coupled")) is None
+    assert jax.eval_shape(lambda: propose("rejection")).shape == (B, 5, V)
+
+
+# Law 6
+
+
+def counts_of_rows(state, index):
+    return [[np.asarray(x)[index].tolist() for x in counts[:4]] for counts in level_counts(state)]
+
+
+@pytest.mark.parametrize(("name", "rule"), [("shared>own", "coupled"), ("own>shared", "rejection")])
+def test_no_row_depends_on_its_neighbours(name, rule):
+    """Law 6: neither its tokens nor what is accepted of its drafts, at any level."""
+    stack = unlike(name)
+    sampling = sampling_of(rule=rule, seed=5, stop_token_ids=[5], **MIXED)
+    truth, state = generate(stack, limits_of(), sampling)
+    expected = [counts_of_rows(state, r) for r in range(B)]
+    assert all(0 < counts.accepted.sum() < counts.judged.sum() for counts in level_counts(state)[:-1])
+
+    order = np.random.default_rng(0).permutation(B)
+    strangers = sampling_of(rule=rule, seed=900, temperature=np.resize([1, 0, 2], B), top_k=3, stop_token_ids=[5])
+    for stay in (np.arange(B) % 2 == 0, np.arange(B) % 4 == 1, np.arange(B) == 3, np.arange(B) == 12):
+        # Other rows in other places: prompts, limits and settings of strangers.
+        place = [r if stay[r] else None for r in order]
+        prompts = [[6, 1, 2] * (1 + i % 5) if r is None else PROMPTS[r] for i, r in enumerate(place)]
+        limits = [15 + 3 * i if r is None else limits_of()[r] for i, r in enumerate(place)]
+        both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]) if jnp.ndim(a) else a, sampling, strangers)
+        both = dataclasses.replace(both, stop_token_ids=sampling.stop_token_ids)
+        mixed = pick_rows(both, [B + i if r is None else r for i, r in enumerate(place)])
+        out, state = generate(stack, limits, mixed, prompts)
+        for i, r in enumerate(place):
+            if r is not None:
+                assert out[i] == truth[r]
+                assert counts_of_rows(state, i) == expected[r]
+
+
+@pytest.mark.parametrize(("name", "rule"), [("shared>own", "coupled"), pytest.param("own>shared", "rejection", marks=slow)])
+def test_a_row_alone_is_that_row_in_a_batch(name, rule):
+    """Law 6, for a batch of one."""
+    stack = unlike(name)
+    sampling = sampling_of(rule=rule, seed=5, stop_token_ids=[5], **MIXED)
+    truth, state = generate(stack, limits_of(), sampling)
+    for r in range(B):
+        out, alone = generate(stack, limits_of()[r : r + 1], pick_rows(sampling, [r]), PROMPTS[r : r + 1])
+        assert out == [truth[r]]
+        assert counts_of_rows(alone, 0) == counts_of_rows(state, r)
+
+
+# Law 7
+
+
+def test_one_trace_for_many_requests():
+    """Law 7: other prompts, limits, sampling values, seeds and weights are no other program."""
+    rng = np.random.default_rng(0)
+    for name, rule in (("shared", "coupled"), ("shared>own", "coupled"), ("own>shared", "rejection")):
+        generate(stack_of(name), limits_of(), sampling_of(rule=rule))
+        traced = run._cache_size()
+        for seed in range(3):
+            prompts = [rng.integers(V - 1, size=n).tolist() for n in rng.integers(1, 20, size=B)]
+            values = {"temperature": rng.random(B), "top_k": rng.integers(9, size=B), "min_p": rng.random(B), "seed": seed}
+            sampling = sampling_of(rule=rule, stop_token_ids=[seed], **values)
+            generate(unlike(name), rng.integers(70, size=B), sampling, prompts)
+        assert run._cache_size() == traced
+    generate(stack_of("shared"), [9], sampling_of(1), [[1, 2]])  # another batch size is one
+    assert run._cache_size() == traced + 1
+
+
+# C10
+
+
+class Account:
+    """What the rounds of a coupled stack of toys do to one row, in plain Python: its tokens and the counts of every level."""
+
+    def __init__(self, name, tables, settings, r, perturbation, prompt, limit):
+        self.names, self.draft_lens = name.split(">"), CHAINS[name]
+        self.tables = [np.asarray(t) for t in tables]
+        self.settings, self.r, self.perturbation, self.prompt = settings, r, perturbation, prompt
+        self.counts = [[0, 0, [0] * g, [0] * g] for g in [*self.draft_lens, 0][: len(tables)]]
+        self.row = prompt + self.filled(0, prompt, min(limit, S - 64))
+
+    def filled(self, level, row, limit):
+        """Run rounds of a level until the limit or a stop token."""
+        new = []
+        while len(row) + len(new) < limit and not (new and self.stops(new[-1])):
+            new += self.round(level, row + new, limit)
+        return new
+
+    def round(self, level, row, limit):
+        draft = self.draft(level, row, limit) if level < len(self.draft_lens) else []
+        new = []
+        while len(new) <= len(draft) and new == draft[: len(new)]:
+            new.append(self.choice(level, row + new))
+        accepted, appended = len(new) - 1, new
+        for i, token in enumerate(new):
+            if self.stops(token):
+                appended = new[: i + 1]
+                break
+        kept = len(draft) if appended == new else min(len(draft), len(appended))
+        counts = self.counts[level]
+        counts[0] += 1
+        counts[1] += kept
+        for g in range(kept):
+            counts[2][g] += g < accepted
+            counts[3][g] += g <= accepted
+        return appended
+
+    def draft(self, level, row, limit):
+        useful = min(self.draft_lens[level], limit - len(row) - 1)
+        if self.names[level] == "ngram":
+            return lookup_oracle(row, useful)
+        return self.filled(level + 1, row, len(row) + useful)
+
+    def choice(self, level, row):
+        logits = toy.truth(self.tables[level], row)
+        return choice_oracle(logits, row, len(self.prompt), self.settings, self.r, self.perturbation)
+
+    def stops(self, token):
+        return token in self.settings.stop_token_ids
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["shared>own", "own>shared", "shared>ngram", "own>shared>own", *(pytest.param(n, marks=slow) for n in ("own", "own>own"))],
+)
+def test_counts_are_those_of_a_plain_account(name):
+    """C10: at every level, for limits at every offset and with stop tokens within blocks, within drafts and in none."""
+    tables = [table, near(1), near(2), near(3)][: with_models(name)]
+    for stops in ([], [5, 2]):
+        sampling = sampling_of(seed=21, stop_token_ids=stops, **MIXED)
+        settings, perturbation = jax.tree.map(np.asarray, sampling), perturbation_of(sampling, S)
+        out, state = generate(stack_of(name, tables[1:]), limits_of(), sampling)
+        for r, prompt in enumerate(PROMPTS):
+            account = Account(name, tables, settings, r, perturbation[r], prompt, limits_of()[r])
+            assert out[r] == account.row
+            assert counts_of_rows(state, r) == account.counts
+        assert state.counts.passes == state.counts.rounds.max()
+        for counts in level_counts(state)[: len(CHAINS[name])]:
+            assert 0 < counts.accepted.sum() < counts.judged.sum() <= counts.drafted.sum()
+
+
+# Benchmarks' coins
+
+
+def measured(stack, rule, rates, requests=6):
+    """Return (accepted, judged) of each level that judges, over a few requests."""
+    total = np.zeros((len(rates), 2), int)
+    for seed in range(requests):
+        sampling = sampling_of(rule=rule, seed=1000 * seed, temperature=1, synthetic_acceptance=rates)
+        _, state = generate(stack, [S - 64] * B, sampling)
+        total += np.array([[counts.accepted.sum(), counts.judged.sum()] for counts in level_counts(state)[: len(rates)]])
+    return total
+
+
+@pytest.mark.parametrize(
+    ("name", "rule"),
+    [
+        ("shared>ngram", "coupled"),
+        pytest.param("own>own", "rejection", marks=slow),
+        pytest.param("shared>own", "coupled", marks=slow),
+    ],
+)
+def test_synthetic_acceptance_is_what_was_asked_for(name, rule):
+    """Each level that judges, at its own rate; 0 and 1 are exact, though no model agrees with another."""
+    stack = stack_of(name, [toy.table(5), toy.table(6)][: with_models(name) - 1])
+    for rates in ((1.0, 0.0), (0.0, 1.0), (1.0, 1.0)):
+        accepted, judged = measured(stack, rule, rates, requests=1).T
+        assert (accepted / judged).tolist() == list(rates)
+    # Where the target accepts all, no position is met twice, so that the inner level's coins are as independent as the target's.
+    for rates in ((1.0, 0.6), (0.7, 0.9), (0.35, 0.2)):
+        counts = measured(stack, rule, rates)
+        assert stats.binomtest(*counts[0].tolist(), rates[0]).pvalue > 1e-4
+        if rates[0] == 1:
+            assert stats.binomtest(*counts[1].tolist(), rates[1]).pvalue > 1e-4
+            assert stats.binomtest(*counts[1].tolist(), rates[1] + 0.08).pvalue < 1e-4  # the bound is no empty one
+        else:
+            assert abs(counts[1][0] / counts[1][1] - rates[1]) < 0.1
+
+
+# Refusals
+
+
+def test_a_window_that_does_not_fit_at_its_depth_is_refused():
+    bottom = Level(toy, table)
+    wide = Level(toy, table, bottom, 62)  # 63 rows, and one more for each level above
+    Level(toy, table, wide, 1)
+    with pytest.raises(ValueError, match="draft_len 62 needs a window of 65 positions; at most 64"):
+        Level(toy, table, Level(toy, table, wide, 1), 1)
+    with pytest.raises(ValueError, match="draft_len 63 needs a window of 65 positions"):
+        Level(toy, table, Level(toy, table, bottom, 63), 1)
+    with pytest.raises(ValueError, match="window of 80 positions"):
+        Level(toy, table, Level(toy, table, PromptLookup(), 63, window_multiple=40), 1)
+
+
+def test_sharing_the_cache_of_another_model_is_refused():
+    other = Level(Toy(V, order=3), table, share_cache=True)
+    with pytest.raises(ValueError, match="only if it is the same model"):
+        Level(toy, table, other, 2)
+    Level(toy, table, dataclasses.replace(other, share_cache=False), 2)
+    Level(toy, table, dataclasses.replace(other, model=toy), 2)
+
+
+def test_sampling_for_another_vocabulary_is_refused():
+    with pytest.raises(ValueError, match="sampling is for a vocabulary of 9, but the target's has 8"):
+        init(stack_of("own"), *ragged(PROMPTS, S), Sampling.create(B, V + 1))
+    # A draft's vocabulary may differ (C9).
+    drafter = Level(Toy(V + 1), Toy(V + 1).table(0))
+    jax.eval_shape(lambda: init(Level(toy, table, drafter, 2), *ragged(PROMPTS, S), Sampling.create(B, V)))
+    assert shared_toy.vocab_size == V
