@@ -45,10 +45,10 @@ def with_models(name):
     return 1 + len([n for n in name.split(">") if n != "ngram"])
 
 
-def stack_of(name, tables=None, models=shared_toy):
+def stack_of(name, tables=None):
     """Return a chain with the target's table in all of its levels, or with others below."""
     below = [table] * (with_models(name) - 1) if tables is None else tables
-    return chain(name, [table, *below], CHAINS[name], models)
+    return chain(name, [table, *below], CHAINS[name], shared_toy)
 
 
 def sampling_of(batch=B, **settings):

@@ -42,7 +42,7 @@ FILTERS = {
     "min_p": {"temperature": 1.5, "min_p": 0.35},
     "all": {"temperature": 1.2, "top_k": 2, "top_p": 0.85, "min_p": 0.2},
 }
-CASES = [(name, rule, kind) for name in CHAINS | DEEP for rule in ("rejection", "coupled") for kind in FILTERS]
+CASES = [(name, rule, kind) for name in CHAINS for rule in ("rejection", "coupled") for kind in FILTERS]
 CHEAP = [("own>own", "rejection", "temperature"), ("shared>ngram", "rejection", "all"), ("shared>own", "coupled", "top_p")]
 P_VALUE = 1e-3 / len(CASES)
 jit = jax.jit(generate_tokens)
@@ -50,7 +50,7 @@ jit = jax.jit(generate_tokens)
 
 def arguments(name, rule, settings):
     tables = [table for table, level in zip(TABLES, ["target", *name.split(">")], strict=False) if level not in ("ngram", "")]
-    stack = chain(name, tables, (CHAINS | DEEP)[name], model)
+    stack = chain(name, tables, CHAINS[name], model)
     size = SLACK + NEW + max(map(len, PROMPTS))
     tokens, length = (jnp.repeat(x, ROWS // len(PROMPTS), axis=0) for x in ragged(PROMPTS, size))
     return stack, tokens, length, length + NEW, Sampling.create(ROWS, V, rule=rule, seed=0, **settings)

@@ -183,17 +183,16 @@ def level(toy, table, drafter=None, draft_len=0, window_multiple=1):
     return Level(toy, table, drafter, draft_len, window_multiple)
 
 
-def chain(names, tables, draft_lens, models):
-    """Build a stack of `SharedToy`s.
+def chain(names, tables, draft_lens, model):
+    """Build a stack of one model with other parameters at each level.
 
     Args:
       names: what is below the target, such as "own>shared>ngram", outermost first; "" for plain decoding.
       tables: one for each level with a model, the target first.
       draft_lens: one for each name.
-      models: one for all levels or one for each.
+      model: of all levels; a `SharedToy` gets the marks that tell its levels apart.
     """
     names = ["target", *filter(None, names.split(">"))]
-    models = models if isinstance(models, tuple) else (models,) * len(tables)
     marks = [0]
     for name in names[1:]:
         marks.append(marks[-1] + 1 if name == "shared" else 0)
@@ -202,7 +201,8 @@ def chain(names, tables, draft_lens, models):
         if names[i] == "ngram":
             drafter = PromptLookup()
         else:
-            drafter = Level(models[i], (tables[i], jnp.int32(marks[i])), drafter, draft_len, share_cache=names[i] == "shared")
+            params = (tables[i], jnp.int32(marks[i])) if isinstance(model, SharedToy) else tables[i]
+            drafter = Level(model, params, drafter, draft_len, share_cache=names[i] == "shared")
     return drafter
 
 
