@@ -31,10 +31,9 @@ jit_advance = quick_jit(advance)
 
 slow = pytest.mark.slow
 # The recursion is one for both rules, and the coupled one compiles faster.
+CHEAP = [(name, "coupled") for name in CHAINS if name not in ("shared>shared", "own>own")] + [("own>shared", "rejection")]
 CASES = [
-    pytest.param(name, rule, marks=[slow] if rule == "rejection" and name != "own>shared" else [])
-    for rule in ("coupled", "rejection")
-    for name in CHAINS
+    pytest.param(name, rule, marks=[] if (name, rule) in CHEAP else [slow]) for rule in ("coupled", "rejection") for name in CHAINS
 ]
 
 
@@ -151,7 +150,9 @@ def run_mutated(monkeypatch, name, attribute, mutated, stack):
     return mutated_run(stack, tokens, length, jnp.asarray(limits_of(), jnp.int32), sampling)
 
 
-@pytest.mark.parametrize("kind", MUTATIONS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[slow] if "below an" in kind and "twin b" in kind else []) for kind in MUTATIONS]
+)
 def test_a_wrong_catch_up_is_heard(monkeypatch, kind):
     """Law 4 is seen to break, by acceptance alone: the output stays that of plain decoding (law 5)."""
     name, attribute, mutate = MUTATIONS[kind]

@@ -153,7 +153,8 @@ def test_no_row_depends_on_its_neighbours(name, rule):
                 assert counts_of_rows(state, i) == expected[r]
 
 
-@pytest.mark.parametrize(("name", "rule"), [("shared>own", "coupled"), pytest.param("own>shared", "rejection", marks=slow)])
+@slow
+@pytest.mark.parametrize(("name", "rule"), [("shared>own", "coupled"), ("own>shared", "rejection")])
 def test_a_row_alone_is_that_row_in_a_batch(name, rule):
     """Law 6, for a batch of one."""
     stack = unlike(name)

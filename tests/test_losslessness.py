@@ -32,7 +32,8 @@ from toys import MODULUS, Toy, chain, level_counts, ragged, rows, run
 from mlspecqd_jax.levels import SLACK, Level
 
 slow = pytest.mark.slow
-NAMES = [pytest.param(name, marks=[slow] if name in ("shared>shared", "own>own") else []) for name in CHAINS]
+FAST = ["own", "shared", "own>shared", "shared>own", "shared>ngram"]
+NAMES = [pytest.param(name, marks=[] if name in FAST else [slow]) for name in CHAINS]
 
 
 some = np.random.default_rng(3).random((MODULUS, 1)) < 0.3
@@ -156,11 +157,8 @@ def check_request(stack_from, request):
     assert_equal_to_plain(stack_from(tables), limits, sampling, prompts)
 
 
-FAST = [name for name in CHAINS if name not in ("shared>shared", "own>own")]
-
-
 @settings(max_examples=20, derandomize=True, deadline=None)
-@given(st.sampled_from(FAST), requests)
+@given(st.sampled_from([*FAST, "own>shared>own"]), requests)
 def test_any_request(name, request):
     """Law 5 over depths, prompts, limits, stops, temperatures, seeds and drafts, on stacks that are compiled already."""
     check_request(lambda tables: stack_of(name, tables[: with_models(name) - 1]), request)
