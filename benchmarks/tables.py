@@ -36,13 +36,63 @@ def loading(result: dict) -> str:
     return "\n".join([*lines, "", source(result)])
 
 
-def source(result: dict) -> str:
-    """Return the line that says where a table comes from."""
-    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+def acceptance(result: dict) -> str:
+    """Return the tables of acceptance by draft, by position and by level, and what was equal to plain decoding."""
+    runs = {(run["stack"], run["choice"]): run for run in result["runs"]}
+    stacks = list(dict.fromkeys(run["stack"] for run in result["runs"]))
+    rates = ["| drafts | token acceptance: greedy | coupled, T = 0.8 | rejection, T = 0.8 | tokens a round, greedy (formula) |"]
+    positions = ["| mxfp4:6, P(accepted if judged) at position | 1 | 2 | 3 | 4 | 5 | 6 |"]
+    nested = ["| nested, greedy | token acceptance of the inner draft | inner rounds a round (formula) |"]
+    for table in (rates, positions, nested):
+        table.append("|---" * (table[0].count("|") - 1) + "|")
+    for name in stacks:
+        greedy, *_ = chosen = [runs[name, choice] for choice in ("greedy", "coupled", "rejection")]
+        each = " | ".join(f"{run['levels'][0]['token_acceptance']:.3f}" for run in chosen)
+        tokens = f"{greedy['levels'][0]['mean_acceptance_length']:.2f} ({greedy['predicted_tokens_per_round']:.2f})"
+        rates.append(f"| {name} | {each} | {tokens} |")
+        if "inner_rounds_per_round" in greedy:
+            inner = f"{greedy['inner_rounds_per_round']:.2f} ({greedy['predicted_inner_rounds_per_round']:.2f})"
+            nested.append(f"| {name} | {greedy['levels'][1]['token_acceptance']:.3f} | {inner} |")
+    for choice in ("greedy", "coupled", "rejection"):
+        each = runs["mxfp4:6", choice]["levels"][0]["acceptance_by_position"]
+        positions.append(f"| {choice} | {' | '.join(f'{rate:.3f}' for rate in each)} |")
+    note = "The formula supposes a full draft in every round; look-up without a match drafts nothing."
+    last = f"{environment(result)}; `{result['command']}`."
+    return "\n".join([*rates, "", *positions, "", *nested, "", note, equality(result), memory(result["memory"]), "", last])
+
+
+def equality(result: dict) -> str:
+    """Return how many runs gave the tokens of plain decoding."""
+    judged = [run["equal"] for run in result["runs"] if run["equal"] is not None]
+    dtype, prompts, new = result["runs"][0]["dtype"], result["prompts"], result["new_tokens"]
     return (
-        f"{result['cores']} cores of {result['cpu']}, {versions}; median of {result['trials']} (least to greatest); "
-        f"`{result['command']}`."
+        f"{sum(judged)} of {len(judged)} greedy and coupled runs gave, token for token, what plain decoding gives "
+        f"({prompts} prompts in one batch, up to {new} new tokens each, {dtype})."
     )
+
+
+def memory(m: dict) -> str:
+    """Return what the twin costs in bytes."""
+    share = m["twin_adds"] / m["bf16_bytes_of_what_is_quantized"]
+    caches, temporary = (
+        [f"{m[stack][kind]:,}" for stack in ("plain", "mxfp4:6", "mxfp4:6, own cache")] for kind in ("caches", "temporary")
+    )
+    return (
+        f"The twin adds {m['twin_adds']:,} bytes to the model's {m['weights']:,}, {share:.4f} of the BF16 bytes of what it casts. "
+        f"One row's caches take {caches[0]} bytes in plain decoding, {caches[1]} with the twin and {caches[2]} if it has its own; "
+        f"the compiled loop takes {temporary[0]}, {temporary[1]} and {temporary[2]} bytes beside its arguments."
+    )
+
+
+def source(result: dict) -> str:
+    """Return the line that says where a table of times comes from."""
+    return f"{environment(result)}; median of {result['trials']} (least to greatest); `{result['command']}`."
+
+
+def environment(result: dict) -> str:
+    """Return the machine and the versions of a result."""
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    return f"{result['cores']} cores of {result['cpu']}, {versions}"
 
 
 def spread(seconds: dict) -> str:
@@ -52,7 +102,7 @@ def spread(seconds: dict) -> str:
     return f"{median} s ({least} to {most})"
 
 
-TABLES = {"startup-cpu": startup, "loading-cpu": loading}
+TABLES = {"startup-cpu": startup, "loading-cpu": loading, "acceptance-stories260K": acceptance}
 
 
 def rewritten(readme: str) -> str:

@@ -48,9 +48,11 @@ def main() -> None:
     parser.add_argument("--prompt", default="def fibonacci(n):")
     parser.add_argument("--samples", type=int, default=4)
     parser.add_argument("--max-new-tokens", type=int, default=48)
+    parser.add_argument("--draft-len", type=int, default=4, help="of the model's MXFP4 twin; 0 decodes plainly")
     options = parser.parse_args()
 
-    stack = mlsd.stack(mlsd.load(options.model))
+    model = mlsd.load(options.model)
+    stack = mlsd.stack(model, (model.quantized(), options.draft_len)) if options.draft_len else mlsd.stack(model)
     tokenizer = stack.card.tokenizer
     batch = mlsd.prepare(stack, [options.prompt] * options.samples, max_new_tokens=options.max_new_tokens)
 
