@@ -35,6 +35,7 @@ class Arguments(TypedDict, total=False):
     top_p: float | Sequence[float]  # default 1: off
     min_p: float | Sequence[float]  # default 0: off
     seed: int | Sequence[int]  # default 0; an int s means s, s + 1, ... for rows 0, 1, ...
+    draft_limit: int | Sequence[int]  # drafted tokens a round for the target, at most; default the stack's draft_len; 0: plain
     rule: str  # "coupled" (default) or "rejection"
     repetition_penalty: float | Sequence[float]  # default 1: off
     presence_penalty: float | Sequence[float]  # default 0: off

@@ -279,6 +279,8 @@ def _drafted(level, progress, limit, open_, sampling, number, refed):
         return Draft.empty(open_.shape[0], sampling.vocab_size), progress.below, progress.cache
     # The token after the draft comes from the verifier, so one less than what is missing is of use.
     useful = jnp.where(open_, jnp.clip(limit - progress.length - 1, 0, level.draft_len), 0)
+    if number == 0:
+        useful = jnp.minimum(useful, sampling.draft_limit)
     sequences = Sequences(progress.tokens, progress.length)
     return level.drafter.propose(progress.below, progress.cache, sequences, sampling, level.draft_len, useful, number + 1, refed)
 

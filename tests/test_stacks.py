@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import mlspecqd_jax as mlsd
-from mlspecqd_jax import specs, stacks
+from mlspecqd_jax import api, specs, stacks
 from mlspecqd_jax.levels import Level
 from mlspecqd_jax.prompt_lookup import PromptLookup
 from mlspecqd_jax.transformer import LanguageModel
@@ -256,6 +256,24 @@ def test_other_specs_are_refused_before_anything_is_loaded(given, message):
     with pytest.raises(ValueError, match=message) as caught:
         specs.parse(given)
     assert "\n" not in str(caught.value)
+
+
+def test_a_limit_of_drafts_for_each_row(quick):
+    """Rows that draft less, or nothing, say the same."""
+    stack = mlsd.stack(quick, (quick.quantized(), 4))
+    arguments = {"max_new_tokens": 20, "stop_token_ids": [], "temperature": 0.6}
+    free = mlsd.generate(stack, PROMPTS, **arguments)
+    before = api._advance._cache_size()
+    out = mlsd.generate(stack, PROMPTS, draft_limit=[0, 2, 99], **arguments)
+    assert api._advance._cache_size() == before
+    assert out.tokens == free.tokens
+    none, two, all_ = out.report["requests"]
+    assert (none["rounds"], none["drafted"]) == (20, 0)
+    assert two["acceptance_by_position"][2:] == [None, None]
+    assert two["drafted"] > 0
+    assert all_ == free.report["requests"][2]
+    with pytest.raises(ValueError, match="draft_limit is -1, but must be 0"):
+        mlsd.generate(stack, PROMPTS, draft_limit=-1)
 
 
 def cache_bytes(stack):
