@@ -18,7 +18,6 @@ from stacks import (
     generate,
     limits_of,
     sampling_of,
-    shared_toy,
     stack_of,
     table,
     toy,
@@ -39,7 +38,7 @@ from toys import (
     softmax,
 )
 
-from mlspecqd_jax.levels import Level, Sequences
+from mlspecqd_jax.levels import SLACK, Level, Sequences
 from mlspecqd_jax.prompt_lookup import PromptLookup
 from mlspecqd_jax.sampling import Sampling
 from mlspecqd_jax.speculation import init
@@ -196,7 +195,7 @@ class Account:
         self.tables = [np.asarray(t) for t in tables]
         self.settings, self.r, self.perturbation, self.prompt = settings, r, perturbation, prompt
         self.counts = [[0, 0, [0] * g, [0] * g] for g in [*self.draft_lens, 0][: len(tables)]]
-        self.row = prompt + self.filled(0, prompt, min(limit, S - 64))
+        self.row = prompt + self.filled(0, prompt, min(limit, S - SLACK))
 
     def filled(self, level, row, limit):
         """Run rounds of a level until the limit or a stop token."""
@@ -266,7 +265,7 @@ def measured(stack, rule, rates, requests=6):
     total = np.zeros((len(rates), 2), int)
     for seed in range(requests):
         sampling = sampling_of(rule=rule, seed=1000 * seed, temperature=1, synthetic_acceptance=rates)
-        _, state = generate(stack, [S - 64] * B, sampling)
+        _, state = generate(stack, [S - SLACK] * B, sampling)
         total += np.array([[counts.accepted.sum(), counts.judged.sum()] for counts in level_counts(state)[: len(rates)]])
     return total
 
@@ -325,4 +324,3 @@ def test_sampling_for_another_vocabulary_is_refused():
     # A draft's vocabulary may differ (C9).
     drafter = Level(Toy(V + 1), Toy(V + 1).table(0))
     jax.eval_shape(lambda: init(Level(toy, table, drafter, 2), *ragged(PROMPTS, S), Sampling.create(B, V)))
-    assert shared_toy.vocab_size == V
