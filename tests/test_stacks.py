@@ -171,6 +171,12 @@ def test_what_does_not_fit_is_refused(demo, other):
         assert "\n" not in str(caught.value)
 
 
+def test_the_exact_width_bounds_the_draft_where_windows_are_sixteen_rows():
+    assert [stacks.exact_rows("cpu", 40), stacks.exact_rows("tpu", 15), stacks.exact_rows("gpu", 0)] == [2, 16, 16]
+    with pytest.raises(ValueError, match="draft_len 16 is more than the 15 that exact=True allows on tpu; pass exact=False"):
+        stacks.exact_rows("tpu", 16)
+
+
 def test_tokenizers_are_compared_by_their_tokens(demo, other):
     one = renamed(demo, tokenizer=Words({"a": 0, "b": 1, "<s>": 2}, ["<s>"]))
     for vocab, added, message in [
