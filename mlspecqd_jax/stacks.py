@@ -65,7 +65,7 @@ def exact_rows(platform: str, draft_len: int) -> int:
     """Return how many rows every window of the target is a multiple of, so that all stacks compute a row alike.
 
     Raises:
-      ValueError: a window of draft_len + 1 would be another multiple than that of plain decoding, where that is not known to be alike.
+      ValueError: a window of draft_len + 1 would be wider than plain decoding's, where that is not known to be alike.
     """
     if platform == "cpu":
         return CPU_ROWS
