@@ -133,11 +133,12 @@ def without_prefill(level, prompts, prefill_width, real=levels._prefilled):
     return level.model.init_cache(*prompts.tokens.shape, level.params)
 
 
+LONG = "twin below an own cache re-fed nothing"
 MUTATIONS = {
     "no bonus token": ("own", "_cut", cut_without_bonus),
     "own cache re-fed one token less": ("own", "run_round", refeeding(False, -1)),
     "own cache below a twin re-fed one token less": ("shared>own", "run_round", refeeding(False, -1)),
-    "twin below an own cache re-fed nothing": ("own>shared", "run_round", refeeding(True, -1)),
+    LONG: ("own>shared", "run_round", refeeding(True, -1)),
     "own cache not prefilled": ("own", "_prefilled", without_prefill),
 }
 
@@ -150,7 +151,7 @@ def run_mutated(monkeypatch, name, attribute, mutated, stack):
     return mutated_run(stack, tokens, length, jnp.asarray(limits_of(), jnp.int32), sampling)
 
 
-@pytest.mark.parametrize("kind", MUTATIONS)
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=[slow] if kind == LONG else []) for kind in MUTATIONS])
 def test_a_wrong_catch_up_is_heard(monkeypatch, kind):
     """Law 4 is seen to break, by acceptance alone: the output stays that of plain decoding (law 5)."""
     name, attribute, mutated = MUTATIONS[kind]

@@ -138,7 +138,7 @@ def bonus_from_the_draft(logits, draft, position, sampling, level=0):
 @pytest.mark.parametrize(
     ("name", "mutated"),
     [
-        ("shared", redrawn_from_all),
+        pytest.param("shared", redrawn_from_all, marks=pytest.mark.slow),  # test_verification.py sees it too
         ("shared", bonus_from_the_draft),
         ("shared>shared", from_below_handed_up),
     ],
