@@ -237,11 +237,7 @@ def _request(stack: Level, prompts, arguments: dict[str, Any]) -> tuple[Batch, S
         arguments["stop_token_ids"] = stack.card.eos_token_ids
     batch = prepare(stack, prompts, **batch_arguments)
     sampling = Sampling.create(len(batch.length), stack.model.vocab_size, **arguments)
-    rates, judges = sampling.synthetic_acceptance, sum(level.draft_len > 0 for level in stack.levels)
-    if rates is not None and len(rates) != judges:
-        raise ValueError(
-            f"synthetic_acceptance has {len(rates)} rates, but {judges} levels of the stack judge a draft; give one rate for each"
-        )
+    speculation.check(stack, sampling)
     return batch, sampling, stops
 
 

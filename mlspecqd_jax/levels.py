@@ -55,6 +55,8 @@ class Drafter(Protocol):
     Law: each proposed token was drawn from exactly the distribution handed up with it.
     """
 
+    has_own_cache: bool  # here or in what drafts for it: then it is asked in every round, to be fed what was appended above
+
     def init(self, prompts: Sequences, prefill_width: int) -> Any:
         """Return the drafter's state, a cache of its own fed with all prompt tokens but the last."""
 
@@ -125,8 +127,8 @@ class Level:
 
     @property
     def has_own_cache(self) -> bool:
-        """Whether this level, as a drafter, or one below it keeps a cache that must be fed what was appended above."""
-        return not all(level.share_cache for level in self.levels)
+        """Whether this level, as a drafter, or what drafts for it keeps a cache that must be fed what was appended above."""
+        return not self.share_cache or (self.drafter is not None and self.drafter.has_own_cache)
 
     def window(self, refed: int = 0) -> int:
         """Return the number of positions that one round feeds to the model, `refed` of them for the second time."""

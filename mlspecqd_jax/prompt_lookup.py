@@ -24,6 +24,8 @@ class PromptLookup:
     drafted, on the solutions of HumanEval: 1.84; 1.76 without the repetition, 1.57 from the first occurrence.)
     """
 
+    has_own_cache = False
+
     max_ngram: int = dataclasses.field(metadata={"static": True}, default=3)
     min_ngram: int = dataclasses.field(metadata={"static": True}, default=1)
 

@@ -37,11 +37,7 @@ def init(stack: Level, tokens: jax.Array, length: jax.Array, sampling: Sampling,
     widest = max(level.window(number) for number, level in enumerate(stack.levels))
     if size < widest + 1:
         raise ValueError(f"tokens has {size} positions, but a window of {widest} needs more; see buffer_length")
-    if sampling.vocab_size != stack.model.vocab_size:
-        raise ValueError(
-            f"sampling is for a vocabulary of {sampling.vocab_size}, but the target's has {stack.model.vocab_size}; "
-            "create it with the target's"
-        )
+    check(stack, sampling)
     prompts = Sequences(tokens.astype(jnp.int32), length.astype(jnp.int32))
     below = stack.init(prompts, prefill_width)
     return State(
@@ -55,6 +51,22 @@ def init(stack: Level, tokens: jax.Array, length: jax.Array, sampling: Sampling,
         probs=None,
         logprobs=jnp.zeros((batch, size), jnp.float32) if sampling.logprobs else None,
     )
+
+
+def check(stack: Level, sampling: Sampling) -> None:
+    """Raise a ValueError unless the stack can be run as the outermost level, with these settings."""
+    if stack.share_cache:
+        raise ValueError("the outermost level has no verifier whose cache it could share; build it with share_cache=False")
+    if sampling.vocab_size != stack.model.vocab_size:
+        raise ValueError(
+            f"sampling is for a vocabulary of {sampling.vocab_size}, but the target's has {stack.model.vocab_size}; "
+            "create it with the target's"
+        )
+    rates, judges = sampling.synthetic_acceptance, sum(level.draft_len > 0 for level in stack.levels)
+    if rates is not None and len(rates) != judges:
+        raise ValueError(
+            f"synthetic_acceptance has {len(rates)} rates, but {judges} levels of the stack judge a draft; give one rate for each"
+        )
 
 
 def finished(state: State, limit: jax.Array) -> jax.Array:

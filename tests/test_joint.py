@@ -43,12 +43,13 @@ FILTERS = [
 ]
 GROUPS = [(prompt, settings) for settings in FILTERS for prompt in PROMPTS]  # each the same share of a batch
 SHORT, LONG = (rows // len(GROUPS) * len(GROUPS) for rows in (30_000, 210_000))
+BATCHES = len(FILTERS)  # of LONG rows, so that each filter has as many
 # Under the coupled rule the output is that of plain decoding, whatever drafts; so few stacks are enough.
 LENGTHY = [(name, "rejection") for name in CHAINS] + [(name, "coupled") for name in ("", "own>shared>own")]
 P_VALUE = 1e-3 / (len(LENGTHY) * len(FILTERS))
 
 
-def arguments(name, rule, batch):
+def arguments(name, rule, batch, seed=0):
     tables = [table for table, level in zip(TABLES, ["target", *name.split(">")], strict=False) if level not in ("ngram", "")]
     stack = chain(name, tables, CHAINS[name], model)
     share = batch // len(GROUPS)
@@ -56,7 +57,7 @@ def arguments(name, rule, batch):
     off = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
     settings = {key: np.repeat([(off | given)[key] for _, given in GROUPS], share) for key in ("temperature", *off)}
     tokens, length = (jnp.repeat(x, share, axis=0) for x in (tokens, length))
-    return stack, tokens, length, length + NEW, Sampling.create(batch, V, rule=rule, seed=0, **settings)
+    return stack, tokens, length, length + NEW, Sampling.create(batch, V, rule=rule, seed=seed, **settings)
 
 
 def exact(settings):
@@ -75,20 +76,27 @@ def exact(settings):
     return np.array(expected) / len(PROMPTS)
 
 
-def p_values(tokens, length):
-    """Return how well the rows follow the target's joint distribution, and one a little more certain, for each filter."""
+def counted(tokens, length):
+    """Count the rows by filter, prompt and outcome."""
     begin = np.repeat([len(prompt) for prompt, _ in GROUPS], len(length) // len(GROUPS))
     assert np.array_equal(length, begin + NEW)
     new = np.take_along_axis(np.asarray(tokens), begin[:, None] + np.arange(NEW), axis=1)
     counts = np.stack([count_sequences(part, V) for part in np.split(new, len(GROUPS))])
-    observed = counts.reshape(len(FILTERS), len(PROMPTS), -1)
+    return counts.reshape(len(FILTERS), len(PROMPTS), -1)
+
+
+def p_values(observed):
+    """Return how well counts follow the target's joint distribution, and one a little more certain, at the worst of the filters."""
     expected = [exact(settings) for settings in FILTERS]
     return tuple(min(g_test(o, e**power) for o, e in zip(observed, expected, strict=True)) for power in (1, 1.1))
 
 
-def check(compiled, name, rule, batch):
-    tokens, length, state = compiled(*arguments(name, rule, batch))
-    follows, bent = p_values(tokens, length)
+def check(compiled, name, rule, batch, batches=1):
+    observed = 0
+    for i in range(batches):
+        tokens, length, state = compiled(*arguments(name, rule, batch, seed=i * batch))
+        observed = observed + counted(tokens, length)
+    follows, bent = p_values(observed)
     assert follows > P_VALUE
     assert bent < 1e-6  # the test would see it
     for counts in level_counts(state)[: len(CHAINS[name])]:
@@ -106,7 +114,7 @@ def test_joint_sequences_follow_the_target(name):
 @pytest.mark.parametrize(("name", "rule"), LENGTHY)
 def test_joint_sequences_follow_the_target_at_length(name, rule):
     """Law 5: whatever drafts, at any depth and under any filter."""
-    check(jax.jit(generate_tokens), name, rule, LONG)
+    check(jax.jit(generate_tokens), name, rule, LONG, BATCHES)
 
 
 # Mutations: what `verify` returns, or is given, with one thing wrong.
@@ -147,4 +155,4 @@ def test_a_wrong_rule_is_seen(monkeypatch, name, mutated):
     """The same test, and how far a mutation is from passing it."""
     monkeypatch.setattr(levels, "verify", mutated)
     traced_anew = quick_jit(lambda *given: generate_tokens(*given))
-    assert p_values(*traced_anew(*arguments(name, "rejection", SHORT))[:2])[0] < 1e-6
+    assert p_values(counted(*traced_anew(*arguments(name, "rejection", SHORT))[:2]))[0] < 1e-6

@@ -318,6 +318,12 @@ def test_sharing_the_cache_of_another_model_is_refused():
     Level(toy, table, dataclasses.replace(other, model=toy), 2)
 
 
+def test_an_outermost_level_without_a_cache_is_refused():
+    """It has no verifier to share one with."""
+    with pytest.raises(ValueError, match="outermost level has no verifier whose cache it could share"):
+        init(Level(toy, table, share_cache=True), *ragged([[1]], S), Sampling.create(1, V))
+
+
 def test_sampling_for_another_vocabulary_is_refused():
     with pytest.raises(ValueError, match="sampling is for a vocabulary of 9, but the target's has 8"):
         init(stack_of("own"), *ragged(PROMPTS, S), Sampling.create(B, V + 1))

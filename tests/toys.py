@@ -140,6 +140,8 @@ class SharedToy:
 class Script:
     """A `Drafter` that proposes tokens[r, t] for index t of row r, certain of each; `length` of them at most."""
 
+    has_own_cache = False
+
     tokens: jax.Array  # int32 [B, S]
     length: jax.Array  # int32 [B]
     vocab_size: int = dataclasses.field(metadata={"static": True})
@@ -159,6 +161,8 @@ class Script:
 @dataclasses.dataclass(frozen=True)
 class ToyDrafter:
     """A `Drafter` that draws from another toy's table, without a cache of its own."""
+
+    has_own_cache = False
 
     params: jax.Array
     model: Toy = dataclasses.field(metadata={"static": True})
