@@ -110,7 +110,7 @@ def rewritten(readme: str) -> str:
     for name, make in TABLES.items():
         table = make(json.loads((RESULTS / f"{name}.json").read_text()))
         readme, found = re.subn(
-            rf"(<!-- {name} -->\n).*?(\n<!-- end -->)", lambda m, t=table: m[1] + t + m[2], readme, flags=re.DOTALL
+            rf"(<!-- {name} -->\n).*?(<!-- end -->)", lambda m, t=table: f"{m[1]}{t}\n{m[2]}", readme, flags=re.DOTALL
         )
         if not found:
             raise SystemExit(f"README.md has no place for the table {name}")

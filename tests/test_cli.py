@@ -58,13 +58,13 @@ def test_generate_prints_text_to_stdout_and_the_rest_to_stderr(capsys):
 
 
 def test_drafts_of_the_command_line(capsys):
-    arguments = ["--draft", "mxfp4:3", "--draft", "ngram:2", "--own-cache", "--rule", "rejection", "--synthetic-acceptance", "1,0"]
+    arguments = ["--draft", "ngram:3", "--own-cache", "--rule", "rejection", "--synthetic-acceptance", "1"]
     code, out, err = run(capsys, "generate", *SHORT, *arguments, "--json")
     assert (code, err) == (0, "")
     found = json.loads(out)["report"]
-    assert [(level["name"], level["draft_len"]) for level in found["levels"]] == [("demo", 3), ("demo@mxfp4", 2), ("ngram", 0)]
-    assert [level["token_acceptance"] for level in found["levels"]] == [1, 0, None]
-    assert (found["rule"], found["synthetic_acceptance"]) == ("rejection", [1, 0])
+    assert [(level["name"], level["draft_len"]) for level in found["levels"]] == [("demo", 3), ("ngram", 0)]
+    assert [level["token_acceptance"] for level in found["levels"]] == [1, None]
+    assert (found["rule"], found["synthetic_acceptance"]) == ("rejection", [1])
     _, _, err = run(capsys, "generate", *SHORT, *arguments)
     assert "the text is meaningless" in err
 

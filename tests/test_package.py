@@ -46,8 +46,10 @@ def test_demo_checkpoint_is_small():
     assert size <= 8_000_000
 
 
-def test_jit_generate_example():
-    out = run(sys.executable, "examples/jit_generate.py", "--samples", "2", "--max-new-tokens", "6", PYTHONPATH=str(ROOT))
+@pytest.mark.parametrize("draft_len", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_jit_generate_example(draft_len):
+    options = ["--samples", "2", "--max-new-tokens", "6", "--draft-len", str(draft_len)]
+    out = run(sys.executable, "examples/jit_generate.py", *options, PYTHONPATH=str(ROOT))
     assert "compiled 1 time(s) for 2 calls" in out
     assert out.count("mean log-probability") == 2
     assert "resumed to its end" in out

@@ -112,7 +112,7 @@ def test_prompts_across_the_edges_of_buckets(quick):
 
 def test_the_twin_is_accepted_and_reported_by_level_and_request(demo):
     stack = mlsd.stack(demo, (demo.quantized(), 4), (mlsd.prompt_lookup(), 3))
-    out = mlsd.generate(stack, PROMPTS, max_new_tokens=48, stop_token_ids=[])
+    out = mlsd.generate(stack, PROMPTS, max_new_tokens=48, stop_token_ids=[], logprobs=True)
     target, twin, lookup = out.report["levels"]
     assert [level["name"] for level in (target, twin, lookup)] == ["demo", "demo@mxfp4", "ngram"]
     assert [level["draft_len"] for level in (target, twin, lookup)] == [4, 3, 0]
@@ -129,24 +129,25 @@ def test_the_twin_is_accepted_and_reported_by_level_and_request(demo):
 
 
 def test_a_draft_that_is_never_right_is_warned_of(quick):
-    wrong = dataclasses.replace(quick, params=quick.params | {"model.norm.weight": -quick.params["model.norm.weight"]})
-    stack = mlsd.stack(quick, (renamed(wrong, name="wrong"), 4))
-    with pytest.warns(UserWarning, match=r"quick accepts 0% of the tokens that wrong drafts \(1\d\d judged\)"):
-        out = mlsd.generate(stack, PROMPTS, max_new_tokens=40, stop_token_ids=[])
-    assert out.tokens == mlsd.generate(mlsd.stack(quick), PROMPTS, max_new_tokens=40, stop_token_ids=[]).tokens
+    twin = quick.quantized()
+    wrong = dataclasses.replace(twin, params=twin.params | {"model.norm.weight": -twin.params["model.norm.weight"]})
+    arguments = {"max_new_tokens": 20, "stop_token_ids": []}
+    with pytest.warns(UserWarning, match=r"quick accepts \d% of the tokens that quick@mxfp4 drafts \(\d+ judged\)"):
+        out = mlsd.generate(mlsd.stack(quick, (wrong, 4)), PROMPTS * 2, **arguments)
+    assert out.tokens == mlsd.generate(mlsd.stack(quick), PROMPTS * 2, **arguments).tokens
 
 
 @pytest.mark.filterwarnings("error")
 def test_synthetic_acceptance_is_what_was_asked_for_and_marked(quick):
-    stack = mlsd.stack(quick, (quick.quantized(), 4), (mlsd.prompt_lookup(), 2))
-    for rates in ([1.0, 0.0], [0.0, 1.0]):
-        out = mlsd.generate(stack, PROMPTS, max_new_tokens=20, stop_token_ids=[], synthetic_acceptance=rates)
-        assert out.report["synthetic_acceptance"] == rates
-        assert [level["token_acceptance"] for level in out.report["levels"]] == [*rates, None]
-    with pytest.raises(ValueError, match="synthetic_acceptance has 1 rates, but 2 levels of the stack judge a draft"):
-        mlsd.generate(stack, PROMPTS, synthetic_acceptance=[0.5])
+    stack = mlsd.stack(quick, (quick.quantized(), 4))
+    for rate in (1.0, 0.0):
+        out = mlsd.generate(stack, PROMPTS, max_new_tokens=20, stop_token_ids=[], synthetic_acceptance=[rate])
+        assert out.report["synthetic_acceptance"] == [rate]
+        assert [level["token_acceptance"] for level in out.report["levels"]] == [rate, None]
+    with pytest.raises(ValueError, match="synthetic_acceptance has 2 rates, but 1 levels of the stack judge a draft"):
+        mlsd.generate(stack, PROMPTS, synthetic_acceptance=[0.5, 0.5])
     with pytest.raises(ValueError, match=r"synthetic_acceptance has 1\.5, but must hold a probability"):
-        mlsd.generate(stack, PROMPTS, synthetic_acceptance=[0.5, 1.5])
+        mlsd.generate(stack, PROMPTS, synthetic_acceptance=1.5)
 
 
 def renamed(model, **changes):
@@ -219,6 +220,7 @@ def test_a_draft_of_too_few_positions_is_refused(demo, other):
         mlsd.generate(stack, PROMPTS[0])
 
 
+@slow
 def test_padded_vocabularies_of_one_tokenizer_draft_for_each_other(quick):
     """A draft of fewer and of more logits than the target; the latter's favourites are tokens that the target has not got."""
     plain = mlsd.generate(mlsd.stack(quick), PROMPTS, max_new_tokens=NEW, temperature=0.7)
@@ -283,12 +285,12 @@ def test_a_limit_of_drafts_for_each_row(quick):
     """Rows that draft less, or nothing, say the same."""
     stack = mlsd.stack(quick, (quick.quantized(), 4))
     arguments = {"max_new_tokens": 20, "stop_token_ids": [], "temperature": 0.6}
-    free = mlsd.generate(stack, PROMPTS, **arguments)
+    free = mlsd.generate(stack, PROMPTS * 2, **arguments)
     before = api._advance._cache_size()
-    out = mlsd.generate(stack, PROMPTS, draft_limit=[0, 2, 99], **arguments)
+    out = mlsd.generate(stack, PROMPTS * 2, draft_limit=[0, 2, 99, 4, 4, 4], **arguments)
     assert api._advance._cache_size() == before
     assert out.tokens == free.tokens
-    none, two, all_ = out.report["requests"]
+    none, two, all_ = out.report["requests"][:3]
     assert (none["rounds"], none["drafted"]) == (20, 0)
     assert two["acceptance_by_position"][2:] == [None, None]
     assert two["drafted"] > 0

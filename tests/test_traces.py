@@ -1,6 +1,7 @@
 """What is compiled: one trace for many requests, and a loop that calls nobody, copies no cache and widens no weight."""
 
 import dataclasses
+import functools
 import pathlib
 
 import jax
@@ -57,21 +58,26 @@ def stack(request):
     return stacks.stack(target, *[(target.quantized(), 6), (small, 3)] * (request.param != "plain"))
 
 
+PROGRAMS = pytest.mark.parametrize("name", ["init", "advance", pytest.param("generate_tokens", marks=pytest.mark.slow)])
+
+
 @pytest.fixture(scope="module")
-def programs(stack):
-    """Optimized HLO of the decode loop alone and of prefill and loop together."""
+def program(stack):
+    """Optimized HLO by name: prefill, the decode loop, and both in one."""
     tokens, length, limit, sampling = request(stack)
     state = jax.eval_shape(lambda *arguments: speculation.init(*arguments, prefill_width=16), stack, tokens, length, sampling)
-    generate_tokens = jax.jit(speculation.generate_tokens, static_argnames="prefill_width")
-    return {
-        "advance": api._advance.lower(stack, state, limit, sampling, np.int32(1)).compile().as_text(),
-        "generate_tokens": generate_tokens.lower(stack, tokens, length, limit, sampling, prefill_width=16).compile().as_text(),
+    whole = jax.jit(speculation.generate_tokens, static_argnames="prefill_width")
+    lowered = {
+        "init": lambda: api._init.lower(stack, tokens, length, sampling, prefill_width=16),
+        "advance": lambda: api._advance.lower(stack, state, limit, sampling, np.int32(1)),
+        "generate_tokens": lambda: whole.lower(stack, tokens, length, limit, sampling, prefill_width=16),
     }
+    return functools.cache(lambda name: lowered[name]().compile().as_text())
 
 
-@pytest.mark.parametrize("program", ["advance", "generate_tokens"])
-def test_nothing_leaves_the_device_within_a_call(programs, program):
-    assert not HOST_OPERATIONS.search(programs[program])
+@PROGRAMS
+def test_nothing_leaves_the_device_within_a_call(program, name):
+    assert not HOST_OPERATIONS.search(program(name))
 
 
 def test_a_callback_would_be_seen():
@@ -82,10 +88,10 @@ def test_a_callback_would_be_seen():
     assert HOST_OPERATIONS.search(jax.jit(spoken).lower(1.0).compile().as_text())
 
 
-@pytest.mark.parametrize("program", ["advance", "generate_tokens"])
-def test_the_loop_copies_no_cache(programs, program):
+@PROGRAMS
+def test_the_loop_copies_no_cache(program, name):
     for level in (CONFIG, SMALL):
-        assert not cache_copies(programs[program], cache_shape(level)[1:])
+        assert not cache_copies(program(name), cache_shape(level)[1:])
 
 
 def test_a_copy_of_a_cache_would_be_seen():
@@ -100,17 +106,17 @@ def test_a_copy_of_a_cache_would_be_seen():
     assert cache_copies(swap.lower(*caches).compile().as_text(), cache_shape(CONFIG)[1:])
 
 
-def test_the_donated_caches_are_updated_where_they_are(programs, stack):
+def test_the_donated_caches_are_updated_where_they_are(program, stack):
     for config in (CONFIG, SMALL) if len(stack.levels) > 1 else (CONFIG,):
-        caches, in_place = aliased(programs["advance"], "bf16", cache_shape(config))
+        caches, in_place = aliased(program("advance"), "bf16", cache_shape(config))
         assert len(caches) == 2 * config.num_hidden_layers  # a shared cache counts once
         assert in_place == caches
 
 
-@pytest.mark.parametrize("program", ["advance", "generate_tokens"])
-def test_no_weight_is_widened(programs, program):
+@PROGRAMS
+def test_no_weight_is_widened(program, name):
     """Neither a plain one nor one that is decoded."""
-    assert not widened(programs[program], weight_shapes())
+    assert not widened(program(name), weight_shapes())
 
 
 def test_a_widened_weight_would_be_seen():
