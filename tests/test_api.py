@@ -39,7 +39,7 @@ def test_greedy_is_the_argmax_of_the_whole_text(demo, stack):
     assert out.text[0] == demo.tokenizer.decode(out.prompt_tokens[0] + out.tokens[0], skip_special_tokens=True)[len(PROMPTS[0]) :]
 
 
-@pytest.mark.parametrize("rule", ["coupled", "rejection"])
+@pytest.mark.parametrize("rule", ["coupled", pytest.param("rejection", marks=pytest.mark.slow)])
 def test_row_r_of_a_batch_at_seed_s_is_that_prompt_alone_at_seed_s_plus_r(stack, rule):
     arguments = {"max_new_tokens": NEW, "temperature": 0.9, "top_p": 0.95, "rule": rule}
     batch = mlsd.generate(stack, PROMPTS, seed=5, **arguments)
@@ -57,13 +57,13 @@ def test_a_stack_built_again_is_not_traced_again(demo, stack):
     assert (api._init._cache_size(), api._advance._cache_size()) == before
 
 
-def test_bfloat16_and_float16_generate(demo):
-    for dtype in ("bfloat16", "float16"):
-        model = mlsd.load("demo", dtype=dtype)
-        assert {leaf.dtype.name for leaf in model.params.values()} == {dtype}
-        out = mlsd.generate(mlsd.stack(model), PROMPTS[0], max_new_tokens=8)
-        assert out.report["dtype"] == dtype
-        assert len(out.tokens[0]) == 8 or out.finish_reason == ["stop"]
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
+def test_sixteen_bits_generate(dtype):
+    model = mlsd.load("demo", dtype=dtype)
+    assert {leaf.dtype.name for leaf in model.params.values()} == {dtype}
+    out = mlsd.generate(mlsd.stack(model), PROMPTS[0], max_new_tokens=8)
+    assert out.report["dtype"] == dtype
+    assert len(out.tokens[0]) == 8 or out.finish_reason == ["stop"]
 
 
 def test_inexact_differs_in_the_window_alone(demo, stack):

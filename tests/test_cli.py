@@ -234,7 +234,8 @@ def test_an_unwritable_folder_is_refused(capsys, tmp_path, monkeypatch):
 def test_ctrl_c_during_conversion_leaves_nothing(tmp_path):
     # The child stops in the middle of the save, with weights on disk and the marker not yet written, and waits for the signal.
     child = (
-        "import pathlib, sys, time\n"
+        "import pathlib, signal, sys, time\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background job ignores it
         "from mlspecqd_jax import checkpoint, cli\n"
         "def slow(*a, **k):\n"
         "    print('saving', flush=True)\n"

@@ -146,8 +146,8 @@ def bonus_from_the_draft(logits, draft, position, sampling, level=0):
     ("name", "mutated"),
     [
         pytest.param("shared", redrawn_from_all, marks=pytest.mark.slow),  # test_verification.py sees it too
-        ("shared", bonus_from_the_draft),
-        ("shared>shared", from_below_handed_up),
+        pytest.param("shared", bonus_from_the_draft, marks=pytest.mark.slow),
+        pytest.param("shared>shared", from_below_handed_up, marks=pytest.mark.slow),
     ],
 )
 def test_a_wrong_rule_is_seen(monkeypatch, name, mutated):

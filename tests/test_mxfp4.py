@@ -51,7 +51,7 @@ def mxfp4(values) -> tuple[list[int], int]:
     return codes_of(a)[0, : len(values)].tolist(), int(a.scales[0, 0])
 
 
-@formats
+@pytest.mark.parametrize("format", ["mxfp4", *(pytest.param(f, marks=pytest.mark.slow) for f in FORMATS if f != "mxfp4")])
 @rules
 def test_every_bf16_value(format, rule):
     a = assert_as_the_oracle(blocks_of(finite_values(ml_dtypes.bfloat16)), format, rule)

@@ -50,7 +50,7 @@ def random_model(config, name):
     return models.Model(network, params, card, pathlib.Path())
 
 
-@pytest.fixture(scope="module", params=["plain", "three levels"])
+@pytest.fixture(scope="module", params=["plain", pytest.param("three levels", marks=pytest.mark.slow)])
 def stack(request):
     """Random models in bfloat16: a target alone; or with its twin, on the same cache, and a small model, on a cache of its own."""
     models.enable_compilation_cache()  # what is compiled to be read is not compiled again to be run
