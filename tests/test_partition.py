@@ -14,6 +14,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from mlspecqd_jax import partition
 
+pytestmark = pytest.mark.slow  # four devices, each program compiled for one and for four
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SIZES = {"hidden_size": 40, "intermediate_size": 56, "num_attention_heads": 8, "head_dim": 6, "num_hidden_layers": 1}
 CONFIGS = {
