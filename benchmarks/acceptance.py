@@ -7,6 +7,7 @@ times: the result does not depend on how busy the machine is.
 """
 
 import argparse
+import dataclasses
 import json
 from pathlib import Path
 
@@ -35,6 +36,11 @@ def variants(model) -> dict[str, tuple[list, dict]]:
     for name in ("mxfp4:6", "mxfp4:6 ngram:3", "mxfp8_e4m3:6 mxfp4:3"):
         found[f"{name}, own cache"] = (found[name][0], {"share_cache": False})
     return found
+
+
+def named(model):
+    """Return the model under its folder's name, since the result should not tell where the folder is."""
+    return dataclasses.replace(model, card=dataclasses.replace(model.card, name=Path(model.card.name).name))
 
 
 def measure(stack, prompts, plain, arguments) -> dict:
@@ -93,7 +99,7 @@ def main() -> None:
     prompts = [" ".join(text.split()[: options.words]) for text in json.loads(options.prompts.read_text())[: options.number]]
     runs = []
     for dtype in options.dtypes:
-        model = mlsd.load(options.model, dtype=dtype)
+        model = named(mlsd.load(options.model, dtype=dtype))
         chosen = {name: v for name, v in variants(model).items() if not options.only or name in options.only}
         for choice, settings in CHOICES.items():
             arguments = {"max_new_tokens": options.new_tokens} | settings
