@@ -1,0 +1,75 @@
+// The handlers behind XLA's FFI, and the names of the instruction sets that this processor can run.
+
+#include <array>
+#include <cstdint>
+#include <string>
+#include <string_view>
+
+#include "products.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace mlspecqd {
+
+namespace ffi = xla::ffi;
+
+using X = ffi::Buffer<ffi::BF16, 2>;
+using Bytes = ffi::Buffer<ffi::U8, 2>;
+using Y = ffi::Buffer<ffi::F32, 2>;
+
+static ffi::Error unsupported(std::string_view isa) {
+  return ffi::Error::InvalidArgument("this processor cannot run '" + std::string(isa) + "'");
+}
+
+static ffi::Error unfitting() { return ffi::Error::InvalidArgument("the shapes do not belong together"); }
+
+static ffi::Error bf16_handler(ffi::ThreadPool pool, std::string_view isa, X x, X w, ffi::Result<Y> y) {
+  const auto a = x.dimensions(), b = w.dimensions(), c = y->dimensions();
+  if (b[1] != a[1] || c[0] != a[0] || c[1] != b[0]) return unfitting();
+  const auto* kernel = choose(bf16_choices(), isa);
+  if (kernel == nullptr) return unsupported(isa);
+  bf16_matmul(*kernel, pool, x.typed_data(), w.typed_data(), y->typed_data(), a[0], b[0], a[1]);
+  return ffi::Error::Success();
+}
+
+static ffi::Error mxfp4_handler(ffi::ThreadPool pool, std::string_view isa, X x, Bytes packed, Bytes scales, ffi::Result<Y> y) {
+  const auto a = x.dimensions(), b = packed.dimensions(), s = scales.dimensions(), c = y->dimensions();
+  if (2 * b[1] != a[1] || mxfp4::kBlock * s[1] != a[1] || s[0] != b[0] || c[0] != a[0] || c[1] != b[0]) return unfitting();
+  const auto* kernel = choose(mxfp4_choices(), isa);
+  if (kernel == nullptr) return unsupported(isa);
+  mxfp4_matmul(*kernel, pool, x.typed_data(), packed.typed_data(), scales.typed_data(), y->typed_data(), a[0], b[0], a[1]);
+  return ffi::Error::Success();
+}
+
+template <class Choices>
+static const char* names(const Choices& choices) {
+  static const std::string joined = [&] {
+    std::string all;
+    for (const auto& choice : choices) {
+      if (choice.supported) all += (all.empty() ? "" : ",") + std::string(choice.isa);
+    }
+    return all;
+  }();
+  return joined.c_str();
+}
+
+}  // namespace mlspecqd
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(bf16_matmul, mlspecqd::bf16_handler,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::ThreadPool>()
+                                  .Attr<std::string_view>("isa")
+                                  .Arg<mlspecqd::X>()
+                                  .Arg<mlspecqd::X>()
+                                  .Ret<mlspecqd::Y>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(mxfp4_matmul, mlspecqd::mxfp4_handler,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::ThreadPool>()
+                                  .Attr<std::string_view>("isa")
+                                  .Arg<mlspecqd::X>()
+                                  .Arg<mlspecqd::Bytes>()
+                                  .Arg<mlspecqd::Bytes>()
+                                  .Ret<mlspecqd::Y>());
+
+extern "C" const char* bf16_matmul_isas() { return mlspecqd::names(mlspecqd::bf16_choices()); }
+extern "C" const char* mxfp4_matmul_isas() { return mlspecqd::names(mlspecqd::mxfp4_choices()); }

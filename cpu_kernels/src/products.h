@@ -1,0 +1,133 @@
+// The two products over plain pointers: which instruction sets this processor has, the scratch memory, the split over threads.
+
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+#include <new>
+#include <string_view>
+
+#include "bf16.h"
+#include "mxfp4.h"
+#include "parallel.h"
+
+namespace mlspecqd {
+
+template <class Kernel>
+struct Choice {
+  std::string_view isa;
+  const Kernel* kernel;
+  bool supported;
+};
+
+#if defined(__x86_64__)
+inline bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+inline bool has_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl");
+}
+#endif
+
+// Instruction sets by name, the best first. Intel's bfloat16 instruction has half the throughput of two f32 multiply-adds, AMD's
+// twice (Sapphire Rapids: one every two cycles against two a cycle), so it leads on AMD alone.
+inline const auto& bf16_choices() {
+#if defined(__x86_64__)
+  static const auto choices = [] {
+    const bool bf16 = has_avx512() && __builtin_cpu_supports("avx512bf16");
+    std::array<Choice<bf16::Kernel>, 4> all = {{
+        {"avx512bf16", &bf16::avx512bf16::kernel, bf16},
+        {"avx512", &bf16::avx512::kernel, has_avx512()},
+        {"avx2", &bf16::avx2::kernel, has_avx2()},
+        {"portable", &bf16::portable::kernel, true},
+    }};
+    if (!__builtin_cpu_is("amd")) std::swap(all[0], all[1]);
+    return all;
+  }();
+#else
+  static constexpr std::array<Choice<bf16::Kernel>, 1> choices = {{{"portable", &bf16::portable::kernel, true}}};
+#endif
+  return choices;
+}
+
+inline const auto& mxfp4_choices() {
+#if defined(__x86_64__)
+  static const std::array<Choice<mxfp4::Kernel>, 3> choices = {{
+      {"avx512vnni", &mxfp4::avx512vnni::kernel, has_avx512() && __builtin_cpu_supports("avx512vnni")},
+      {"avx2", &mxfp4::avx2::kernel, has_avx2()},
+      {"portable", &mxfp4::portable::kernel, true},
+  }};
+#else
+  static constexpr std::array<Choice<mxfp4::Kernel>, 1> choices = {{{"portable", &mxfp4::portable::kernel, true}}};
+#endif
+  return choices;
+}
+
+// The kernel of this name, or the best for an empty one; nullptr if this processor cannot run it.
+template <class Choices>
+auto choose(const Choices& choices, std::string_view isa) -> decltype(choices[0].kernel) {
+  for (const auto& choice : choices) {
+    if (choice.supported && (isa.empty() || choice.isa == isa)) return choice.kernel;
+  }
+  return nullptr;
+}
+
+constexpr int64_t kChunkBytes = 64 << 10;        // of a weight: some microseconds of reading
+constexpr int64_t kLeastShared = 128 << 10;  // multiply-adds below which waking a thread takes longer than the work
+constexpr int64_t kChunkColumns = 12;            // a multiple of the tiles' widths
+
+// Calls columns(x, rows, first row, begin, end) for all blocks of rows and ranges of columns, over the pool's threads.
+//
+// Args:
+//   block: rows prepared together, `block_bytes` for each row of them.
+//   prepare(first row, rows, out): writes a block of rows.
+template <class Pool, class Prepare, class Columns>
+void blocked(Pool& pool, int64_t m, int64_t n, int64_t k, int64_t row_bytes, int block, int64_t prepared_bytes, const Prepare& prepare,
+             const Columns& columns) {
+  if (m == 0 || n == 0) return;
+  const std::unique_ptr<char, decltype(&std::free)> scratch(
+      static_cast<char*>(std::aligned_alloc(64, (m * prepared_bytes + 64) / 64 * 64)), &std::free);
+  if (scratch == nullptr) throw std::bad_alloc();
+  {
+    FlushSubnormals flush;
+    for (int64_t at = 0; at < m; at += block) {
+      prepare(at, static_cast<int>(std::min<int64_t>(block, m - at)), scratch.get() + at * prepared_bytes);
+    }
+  }
+  const int64_t wanted = std::max<int64_t>(kChunkBytes / std::max<int64_t>(row_bytes, 1), 1);
+  const int64_t width = m * n * k < kLeastShared ? n : (wanted + kChunkColumns - 1) / kChunkColumns * kChunkColumns;
+  for_each_chunk(pool, (n + width - 1) / width, [&](int64_t chunk) {
+    const int64_t begin = chunk * width, end = std::min(n, begin + width);
+    for (int64_t at = 0; at < m; at += block) {
+      columns(at, static_cast<int>(std::min<int64_t>(block, m - at)), scratch.get() + at * prepared_bytes, begin, end);
+    }
+  });
+}
+
+template <class Pool>
+void bf16_matmul(const bf16::Kernel& kernel, Pool& pool, const uint16_t* x, const uint16_t* w, float* out, int64_t m, int64_t n,
+                 int64_t k) {
+  const int64_t prepared = (k + kernel.step - 1) / kernel.step * kernel.step * kernel.activation_bytes;
+  blocked(
+      pool, m, n, k, 2 * k, kernel.rows, prepared,
+      [&](int64_t at, int rows, char* block) { kernel.prepare(x + at * k, rows, k, block); },
+      [&](int64_t at, int rows, const char* block, int64_t begin, int64_t end) {
+        kernel.product(block, rows, w, k, begin, end, out + at * n, n);
+      });
+}
+
+template <class Pool>
+void mxfp4_matmul(const mxfp4::Kernel& kernel, Pool& pool, const uint16_t* x, const uint8_t* packed, const uint8_t* scales, float* out,
+                  int64_t m, int64_t n, int64_t k) {
+  const int64_t prepared = (k + kernel.group - 1) / kernel.group * kernel.group_bytes;
+  blocked(
+      pool, m, n, k, k / 2, kernel.rows, prepared,
+      [&](int64_t at, int rows, char* block) { kernel.prepare(x + at * k, rows, k, block); },
+      [&](int64_t at, int rows, const char* block, int64_t begin, int64_t end) {
+        kernel.product(block, rows, packed, scales, k, begin, end, out + at * n, n);
+      });
+}
+
+}  // namespace mlspecqd
