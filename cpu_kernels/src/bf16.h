@@ -5,9 +5,7 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
+#include "sums.h"
 
 namespace mlspecqd::bf16 {
 
@@ -34,6 +32,7 @@ struct Kernel {
 namespace portable {
 
 #define TARGET
+#define KEEP(a)
 #define FOUR_ROWS
 
 using Activation = float;
@@ -73,9 +72,12 @@ inline Vector fma(const float* a, const Vector& b, Vector c) {
   return c;
 }
 
-inline float sum(const Vector& v) {
-  const float* a = v.lane;
-  return ((a[0] + a[4]) + (a[2] + a[6])) + ((a[1] + a[5]) + (a[3] + a[7]));
+template <int N>
+inline void sums(const Vector* v, float* out) {
+  for (int i = 0; i < N; ++i) {
+    const float* a = v[i].lane;
+    out[i] = ((a[0] + a[4]) + (a[2] + a[6])) + ((a[1] + a[5]) + (a[3] + a[7]));
+  }
 }
 
 inline void prepare_step(const uint16_t* x, float* out) {
@@ -86,6 +88,7 @@ inline void prepare_step(const uint16_t* x, float* out) {
 MLSPECQD_KERNEL
 
 #undef TARGET
+#undef KEEP
 #undef FOUR_ROWS
 
 }  // namespace portable
@@ -96,6 +99,7 @@ MLSPECQD_KERNEL
 // prepared in that order.
 namespace avx2 {
 
+#define KEEP(a) asm("" : "+v"(a))
 #define TARGET __attribute__((target("avx2,fma")))
 #define FOUR_ROWS
 
@@ -116,10 +120,10 @@ TARGET inline Vector activation(const float* x, int part) { return _mm256_loadu_
 
 TARGET inline Vector fma(Vector a, Vector b, Vector c) { return _mm256_fmadd_ps(a, b, c); }
 
-TARGET inline float sum(Vector v) {
-  __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-  s = _mm_add_ps(s, _mm_movehl_ps(s, s));
-  return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+template <int N>
+TARGET inline void sums(const Vector* v, float* out) {
+#pragma GCC unroll 8
+  for (int i = 0; i < N; ++i) out[i] = lane_sum(v[i]);
 }
 
 TARGET inline void prepare_step(const uint16_t* x, float* out) {
@@ -131,12 +135,14 @@ TARGET inline void prepare_step(const uint16_t* x, float* out) {
 MLSPECQD_KERNEL
 
 #undef TARGET
+#undef KEEP
 #undef FOUR_ROWS
 
 }  // namespace avx2
 
 namespace avx512 {
 
+#define KEEP(a) asm("" : "+v"(a))
 #define TARGET __attribute__((target("avx512f,avx512dq,avx512bw,avx512vl")))
 
 using Vector = __m512;
@@ -156,11 +162,9 @@ TARGET inline Vector activation(const float* x, int part) { return _mm512_loadu_
 
 TARGET inline Vector fma(Vector a, Vector b, Vector c) { return _mm512_fmadd_ps(a, b, c); }
 
-TARGET inline float sum(Vector v) {
-  const __m256 h = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
-  __m128 s = _mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));
-  s = _mm_add_ps(s, _mm_movehl_ps(s, s));
-  return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+template <int N>
+TARGET inline void sums(const Vector* v, float* out) {
+  lane_sums<N>(v, out);
 }
 
 TARGET inline void prepare_step(const uint16_t* x, float* out) {
@@ -172,11 +176,13 @@ TARGET inline void prepare_step(const uint16_t* x, float* out) {
 MLSPECQD_KERNEL
 
 #undef TARGET
+#undef KEEP
 
 }  // namespace avx512
 
 namespace avx512bf16 {
 
+#define KEEP(a) asm("" : "+v"(a))
 #define TARGET __attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,avx512bf16")))
 
 using Vector = __m512;
@@ -193,11 +199,9 @@ TARGET inline __m512bh activation(const uint16_t* x, int) { return (__m512bh)_mm
 
 TARGET inline Vector fma(__m512bh a, __m512bh b, Vector c) { return _mm512_dpbf16_ps(c, a, b); }
 
-TARGET inline float sum(Vector v) {
-  const __m256 h = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
-  __m128 s = _mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));
-  s = _mm_add_ps(s, _mm_movehl_ps(s, s));
-  return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+template <int N>
+TARGET inline void sums(const Vector* v, float* out) {
+  lane_sums<N>(v, out);
 }
 
 TARGET inline void prepare_step(const uint16_t* x, uint16_t* out) { std::memcpy(out, x, kStep * sizeof *x); }
@@ -206,6 +210,7 @@ TARGET inline void prepare_step(const uint16_t* x, uint16_t* out) { std::memcpy(
 MLSPECQD_KERNEL
 
 #undef TARGET
+#undef KEEP
 
 }  // namespace avx512bf16
 

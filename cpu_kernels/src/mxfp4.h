@@ -18,9 +18,7 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
+#include "sums.h"
 
 namespace mlspecqd::mxfp4 {
 
@@ -171,61 +169,79 @@ TARGET inline void prepare(const uint16_t* x, int rows, int64_t k, void* out) {
   }
 }
 
-// The dot products of one row of the weight and MT rows of x.
-template <int MT>
-TARGET inline void dot(const Group* x, const uint8_t* packed, const uint8_t* scales, int64_t blocks, float* out, int64_t stride) {
+// One group of a row of the weight: dword j of its blocks, a block a lane, as elements (the even, then the odd ones), and the scales.
+struct Decoded {
+  __m512i elements[8];
+  __m512 scale;
+};
+
+// Args:
+//   blocks: how many of the group's blocks there are; those missing are read as zero elements with scale 0.
+TARGET inline __attribute__((always_inline)) void decode(const uint8_t* packed, const uint8_t* scales, int64_t blocks, Decoded& out) {
   const __m512i table = _mm512_broadcast_i32x4(_mm_setr_epi8(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0));
   const __m128i order = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
   const __m512i low = _mm512_set1_epi8(15);
-  __m512 sums[MT];
-  for (auto& sum : sums) sum = _mm512_setzero_ps();
+  __m512i v[4];
+  __m128i s;
+  if (blocks >= kLanes) {
+    for (int r = 0; r < 4; ++r) {
+      v[r] = _mm512_loadu_si512(packed + 64 * r);
+      __builtin_prefetch(packed + 64 * r + kPrefetch);
+    }
+    s = _mm_loadu_si128(reinterpret_cast<const __m128i*>(scales));
+  } else {
+    const uint64_t dwords = (uint64_t{1} << 4 * blocks) - 1;
+    for (int r = 0; r < 4; ++r) v[r] = _mm512_maskz_loadu_epi32(static_cast<__mmask16>(dwords >> 16 * r), packed + 64 * r);
+    s = _mm_maskz_loadu_epi8(static_cast<__mmask16>((1u << blocks) - 1), scales);
+  }
+  const __m512i a = _mm512_unpacklo_epi32(v[0], v[1]), b = _mm512_unpackhi_epi32(v[0], v[1]);
+  const __m512i c = _mm512_unpacklo_epi32(v[2], v[3]), d = _mm512_unpackhi_epi32(v[2], v[3]);
+  v[0] = _mm512_unpacklo_epi64(a, c), v[1] = _mm512_unpackhi_epi64(a, c);
+  v[2] = _mm512_unpacklo_epi64(b, d), v[3] = _mm512_unpackhi_epi64(b, d);
+  for (int j = 0; j < 4; ++j) {
+    out.elements[j] = _mm512_shuffle_epi8(table, _mm512_and_si512(v[j], low));
+    out.elements[4 + j] = _mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_srli_epi16(v[j], 4), low));
+  }
+  out.scale = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu8_epi32(_mm_shuffle_epi8(s, order)), 23));
+}
+
+// out[m * stride + n] = the dot products of MT rows of x and NT rows of the weight.
+template <int MT, int NT>
+TARGET void tile(const Group* x, const uint8_t* packed, const uint8_t* scales, int64_t blocks, float* out, int64_t stride) {
+  __m512 acc[MT][NT];
+  for (auto& row : acc) {
+    for (auto& element : row) element = _mm512_setzero_ps();
+  }
   for (int64_t at = 0; at < blocks; at += kLanes, x += MT) {
-    __m512i v[4];
-    __m128i s;
-    if (at + kLanes <= blocks) {
-      for (int r = 0; r < 4; ++r) {
-        v[r] = _mm512_loadu_si512(packed + at * (kBlock / 2) + 64 * r);
-        __builtin_prefetch(packed + at * (kBlock / 2) + 64 * r + kPrefetch);
+#pragma GCC unroll 4
+    for (int n = 0; n < NT; ++n) {
+      Decoded w;
+      decode(packed + (n * blocks + at) * (kBlock / 2), scales + n * blocks + at, blocks - at, w);
+      __m512i totals[MT];
+      for (int m = 0; m < MT; ++m) totals[m] = _mm512_load_si512(x[m].start);
+      for (int j = 0; j < 8; ++j) {
+        for (int m = 0; m < MT; ++m) totals[m] = _mm512_dpbusd_epi32(totals[m], w.elements[j], _mm512_load_si512(x[m].elements[j]));
       }
-      s = _mm_loadu_si128(reinterpret_cast<const __m128i*>(scales + at));
-    } else {
-      const int rest = static_cast<int>(blocks - at);
-      for (int r = 0; r < 4; ++r) {
-        const int here = std::clamp(rest - 4 * r, 0, 4);
-        v[r] = _mm512_maskz_loadu_epi32(static_cast<__mmask16>((1u << 4 * here) - 1), packed + at * (kBlock / 2) + 64 * r);
+      for (int m = 0; m < MT; ++m) {
+        const __m512 sum = _mm512_mul_ps(_mm512_cvtepi32_ps(totals[m]), _mm512_load_ps(x[m].factor));
+        acc[m][n] = _mm512_fmadd_ps(sum, w.scale, acc[m][n]);
       }
-      s = _mm_maskz_loadu_epi8(static_cast<__mmask16>((1u << rest) - 1), scales + at);
-    }
-    const __m512i a = _mm512_unpacklo_epi32(v[0], v[1]), b = _mm512_unpackhi_epi32(v[0], v[1]);
-    const __m512i c = _mm512_unpacklo_epi32(v[2], v[3]), d = _mm512_unpackhi_epi32(v[2], v[3]);
-    const __m512i dwords[4] = {_mm512_unpacklo_epi64(a, c), _mm512_unpackhi_epi64(a, c), _mm512_unpacklo_epi64(b, d),
-                               _mm512_unpackhi_epi64(b, d)};
-    __m512i w[8];
-    for (int j = 0; j < 4; ++j) {
-      w[j] = _mm512_shuffle_epi8(table, _mm512_and_si512(dwords[j], low));
-      w[4 + j] = _mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_srli_epi16(dwords[j], 4), low));
-    }
-    const __m512 scale = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu8_epi32(_mm_shuffle_epi8(s, order)), 23));
-    for (int m = 0; m < MT; ++m) {
-      __m512i total = _mm512_load_si512(x[m].start);
-      for (int j = 0; j < 8; ++j) total = _mm512_dpbusd_epi32(total, w[j], _mm512_load_si512(x[m].elements[j]));
-      sums[m] = _mm512_fmadd_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(total), _mm512_load_ps(x[m].factor)), scale, sums[m]);
     }
   }
-  for (int m = 0; m < MT; ++m) {
-    const __m256 h = _mm256_add_ps(_mm512_castps512_ps256(sums[m]), _mm512_extractf32x8_ps(sums[m], 1));
-    __m128 q = _mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));
-    q = _mm_add_ps(q, _mm_movehl_ps(q, q));
-    out[m * stride] = _mm_cvtss_f32(_mm_add_ss(q, _mm_movehdup_ps(q)));
-  }
+  float result[MT][NT];
+  lane_sums<MT * NT>(acc[0], result[0]);
+  for (int m = 0; m < MT; ++m) std::memcpy(out + m * stride, result[m], sizeof result[m]);
 }
 
 template <int MT>
 TARGET void columns(const Group* x, const uint8_t* packed, const uint8_t* scales, int64_t blocks, int64_t begin, int64_t end, float* out,
                     int64_t stride) {
-  for (int64_t n = begin; n < end; ++n) {
-    dot<MT>(x, packed + n * blocks * (kBlock / 2), scales + n * blocks, blocks, out + n, stride);
+  constexpr int NT = MT <= 2 ? 4 : 2;
+  int64_t n = begin;
+  for (; n + NT <= end; n += NT) {
+    tile<MT, NT>(x, packed + n * blocks * (kBlock / 2), scales + n * blocks, blocks, out + n, stride);
   }
+  for (; n < end; ++n) tile<MT, 1>(x, packed + n * blocks * (kBlock / 2), scales + n * blocks, blocks, out + n, stride);
 }
 
 inline void product(const void* x, int rows, const uint8_t* packed, const uint8_t* scales, int64_t k, int64_t begin, int64_t end,
@@ -317,10 +333,9 @@ TARGET inline void dot(const Group* x, const uint8_t* packed, const uint8_t* sca
           _mm256_mul_ps(_mm256_cvtepi32_ps(total), _mm256_load_ps(x[m].factor)), scale, sums[m]);
     }
   }
+#pragma GCC unroll 8
   for (int m = 0; m < MT; ++m) {
-    __m128 q = _mm_add_ps(_mm256_castps256_ps128(sums[m]), _mm256_extractf128_ps(sums[m], 1));
-    q = _mm_add_ps(q, _mm_movehl_ps(q, q));
-    out[m * stride] = _mm_cvtss_f32(_mm_add_ss(q, _mm_movehdup_ps(q)));
+    out[m * stride] = lane_sum(sums[m]);
   }
 }
 
