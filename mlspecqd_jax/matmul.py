@@ -6,6 +6,7 @@ Layers never look at how a weight is stored; they call `linear(x, w)` and `linea
 import jax
 import jax.numpy as jnp
 
+import cpu_kernels
 from mlspecqd_jax.mxfp4 import FORMATS, MXArray, MXFP4Array
 from pallas_kernels import BLOCK, bf16_matmul, mx_matmul, mxfp4_matmul
 
@@ -23,17 +24,38 @@ def linear(x: jax.Array, w: jax.Array | MXFP4Array | MXArray, *, out_dtype: jnp.
     """
     rows = x.reshape(-1, x.shape[-1])
     if isinstance(w, MXFP4Array):
-        y = mxfp4_matmul(_whole_blocks(rows), w.packed, w.scales)
+        y = _on_cpu(cpu_kernels.mxfp4_matmul, mxfp4_matmul, _whole_blocks(rows), w.packed, w.scales)
     elif isinstance(w, MXArray):
         y = mx_matmul(_whole_blocks(rows), w.codes, w.scales, FORMATS[w.format].exponent_bits, FORMATS[w.format].mantissa_bits)
     else:
-        y = bf16_matmul(rows.astype(w.dtype), w)
+        y = _on_cpu(cpu_kernels.bf16_matmul, bf16_matmul, rows.astype(w.dtype), w)
     return y.reshape(*x.shape[:-1], w.shape[0]).astype(out_dtype or x.dtype)
 
 
 def implementation(platform: str) -> str:
     """Name what `linear` runs on a platform (cpu, gpu or tpu), for plain and for quantized weights."""
-    return "XLA dot, at least two rows" if platform == "cpu" else "XLA dot"
+    if platform != "cpu":
+        return "XLA dot"
+    bf16, mxfp4 = cpu_kernels.isas("bf16_matmul"), cpu_kernels.isas("mxfp4_matmul")
+    if not bf16:
+        return "XLA dot, at least two rows"
+    return f"C++ for bfloat16 ({bf16[0]}) and mxfp4 ({mxfp4[0]}, activations in 8 bits); XLA dot for the rest"
+
+
+def _on_cpu(kernel, otherwise, x, *weight):
+    """`kernel` where the program is lowered for one CPU and there is one, else `otherwise`."""
+    if x.dtype != jnp.bfloat16 or _is_partitioned() or not _has_cpu_kernels():
+        return otherwise(x, *weight)
+    return jax.lax.platform_dependent(x, *weight, cpu=kernel, default=otherwise)
+
+
+def _is_partitioned():
+    # XLA cannot split a foreign call over devices: it would gather the whole weight on each.
+    return not jax.sharding.get_abstract_mesh().empty
+
+
+def _has_cpu_kernels():
+    return jax.default_backend() == "cpu" and bool(cpu_kernels.isas("bf16_matmul"))
 
 
 def _whole_blocks(x):

@@ -9,6 +9,7 @@ V vocabulary, K hidden size. `start[r]` is the absolute position of the first to
 computed from absolute positions, so entries of the cache beyond a row's length are never read and need no trimming.
 """
 
+import contextlib
 import dataclasses
 import functools
 
@@ -254,7 +255,10 @@ class LanguageModel:
         state = nnx.from_flat_state(
             [(_path(name), nnx.Param(head if name == "lm_head.weight" else params[name])) for name in leaves]
         )
-        return nnx.merge(graphdef, state)(tokens, start, cache)
+        # What is traced here sees by this context that its weights are split.
+        partitioned = contextlib.nullcontext() if self.mesh is None else jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh)
+        with partitioned:
+            return nnx.merge(graphdef, state)(tokens, start, cache)
 
 
 @functools.lru_cache(maxsize=32)

@@ -1,0 +1,106 @@
+"""Compiles the C++ source on first use into the user's cache, with the compiler that is found.
+
+The wheel holds no binary. One library has every instruction set of the processor's family in it, so the name of the file is made
+of what it depends on: the source, the flags, jax (whose headers it is compiled with), the machine, its C library, the compiler.
+"""
+
+import functools
+import hashlib
+import os
+import pathlib
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+
+import jax
+
+SOURCE = pathlib.Path(__file__).parent / "src"
+FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fPIC", "-shared")
+SWITCH = "MLSPECQD_CPU_KERNELS"  # 0 switches the kernels off
+
+
+@functools.cache
+def library_path() -> pathlib.Path | None:
+    """Return the compiled library, compiling it if need be; None where that is switched off or cannot be done, with a line why.
+
+    The answer stands for the process, so nothing is tried or said twice.
+    """
+    if os.environ.get(SWITCH) == "0" or os.name != "posix":
+        return None
+    compiler = find_compiler()
+    if compiler is None:
+        say("no C++ compiler found (CXX, g++, clang++): XLA's own products run, which are slower; install one, such as g++")
+        return None
+    name = f"kernels-{_key(compiler)}.so"
+    folder = cache_folder()
+    if (folder / name).is_file():
+        return folder / name
+    if not _can_write(folder):
+        folder = pathlib.Path(tempfile.mkdtemp(prefix="mlspecqd-cpu-kernels-"))
+        say(f"the cache folder {cache_folder()} cannot be written, so the CPU kernels are compiled for this process alone")
+    return _build_once(compiler, folder / name)
+
+
+def find_compiler() -> tuple[str, ...] | None:
+    """Return the command of the C++ compiler: CXX, which may hold arguments too, or else g++ or clang++; None if there is none."""
+    for command in (os.environ.get("CXX", ""), "g++", "clang++"):
+        words = shlex.split(command)
+        if words and (found := shutil.which(words[0])):
+            return (found, *words[1:])
+    return None
+
+
+def cache_folder() -> pathlib.Path:
+    """Return the folder in the user's cache that holds compiled libraries."""
+    base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    return pathlib.Path(base) / "mlspecqd-jax" / "cpu_kernels"
+
+
+def compile_library(compiler: tuple[str, ...], output: pathlib.Path, flags: tuple[str, ...] = ()) -> str | None:
+    """Compile the source to `output`; return None, or the compiler's first complaint."""
+    include = ("-isystem", jax.ffi.include_dir())
+    command = [*compiler, *FLAGS, *flags, *include, str(SOURCE / "handlers.cc"), "-o", str(output)]
+    process = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    if process.returncode == 0:
+        return None
+    lines = [line for line in process.stderr.splitlines() if line.strip()]
+    return next((line for line in lines if "error" in line), lines[0] if lines else f"exit code {process.returncode}")
+
+
+def say(text: str) -> None:
+    """Print one line to stderr."""
+    print(f"mlspecqd: {text}", file=sys.stderr, flush=True)
+
+
+def _key(compiler: tuple[str, ...]) -> str:
+    parts = [*compiler, *FLAGS, jax.__version__, platform.machine(), *platform.libc_ver()]
+    parts += [file.read_text(encoding="utf-8") for file in sorted(SOURCE.iterdir())]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+def _can_write(folder: pathlib.Path) -> bool:
+    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    return existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)
+
+
+def _build_once(compiler: tuple[str, ...], library: pathlib.Path) -> pathlib.Path | None:
+    """Compile under a lock, so that of several processes one compiles and the others wait; the library appears all at once."""
+    import fcntl
+
+    library.parent.mkdir(parents=True, exist_ok=True)
+    with open(library.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if library.is_file():
+            return library
+        say(f"compiling the CPU kernels with {os.path.basename(compiler[0])}, once; this takes some seconds")
+        part = library.with_suffix(f".{os.getpid()}.part")
+        complaint = compile_library(compiler, part)
+        if complaint is not None:
+            part.unlink(missing_ok=True)
+            say(f"the CPU kernels cannot be compiled, so XLA's own products run, which are slower ({complaint})")
+            return None
+        part.replace(library)
+        return library

@@ -1,0 +1,105 @@
+"""The C++ products as JAX functions, by XLA's foreign function interface. They exist on CPU alone, and where `isas` names one.
+
+Notation: M rows of activations, N outputs, K contracted. Weights are [N, K], K last.
+"""
+
+import ctypes
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from cpu_kernels.build import library_path
+
+PRODUCTS = ("bf16_matmul", "mxfp4_matmul")
+
+
+@functools.cache
+def isas(product: str) -> tuple[str, ...]:
+    """Return the instruction sets for which a product is there and which this processor can run, the best first.
+
+    The first call compiles the library if need be; where that cannot be done there are none.
+    """
+    library = _library()
+    if library is None:
+        return ()
+    names = getattr(library, f"{product}_isas")
+    names.restype = ctypes.c_char_p
+    return tuple(names().decode().split(","))
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def bf16_matmul(x: jax.Array, w: jax.Array, isa: str | None = None) -> jax.Array:
+    """x @ w.T with f32 accumulation; each row of the result is bit for bit the same whatever M, N and the number of threads.
+
+    Args:
+      x: bfloat16 [M, K].
+      w: bfloat16 [N, K].
+      isa: one of `isas("bf16_matmul")`; None is the first.
+
+    Returns:
+      f32 [M, N].
+    """
+    if (x.dtype, w.dtype) != (jnp.bfloat16, jnp.bfloat16) or x.ndim != 2 or x.shape[1:] != w.shape[1:]:
+        raise ValueError(f"x {x.dtype}{list(x.shape)} and w {w.dtype}{list(w.shape)} should be bfloat16 [M, K] and [N, K]")
+    return _call("bf16_matmul", isa, x, w)
+
+
+@bf16_matmul.defjvp
+def _(isa, primals, tangents):
+    (x, w), (dx, dw) = primals, tangents
+
+    def plain(x, w):
+        return jax.lax.dot_general(x, w, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+
+    return bf16_matmul(x, w, isa), plain(dx, w) + plain(x, dw)
+
+
+def mxfp4_matmul(x: jax.Array, packed: jax.Array, scales: jax.Array, isa: str | None = None) -> jax.Array:
+    """x @ decoded.T with each block of x rounded to eight bits: q = round(127 x / a) and x taken for q a / 127, a = max |block|.
+
+    Sums over a block are exact, and added in f32. Rows do not depend on M, N and the number of threads. A row of x with a NaN or
+    an infinity gives a row of NaN, and blocks below 2^-120 count as zero.
+
+    Args:
+      x: bfloat16 [M, K], K a multiple of 32.
+      packed: uint8 [N, K/2], element 2i in the low half of byte i.
+      scales: uint8 [N, K/32]; byte s is 2^(s - 127), and 0 is read as scale 0.
+      isa: one of `isas("mxfp4_matmul")`; None is the first.
+
+    Returns:
+      f32 [M, N].
+    """
+    dtypes = tuple(str(array.dtype) for array in (x, packed, scales))
+    if dtypes != ("bfloat16", "uint8", "uint8"):
+        raise ValueError(f"x, packed and scales are {', '.join(dtypes)}, but should be bfloat16, uint8, uint8")
+    k, n = x.shape[-1], packed.shape[0]
+    if k % 32 or x.ndim != 2 or packed.shape != (n, k // 2) or scales.shape != (n, k // 32):
+        raise ValueError(
+            f"x {list(x.shape)}, packed {list(packed.shape)} and scales {list(scales.shape)} do not belong together; "
+            "give x [M, K], packed [N, K/2] and scales [N, K/32], with K padded to whole blocks"
+        )
+    return _call("mxfp4_matmul", isa, x, packed, scales)
+
+
+def _call(product, isa, x, *weight):
+    here = isas(product)
+    if not here or isa not in (None, *here):
+        raise NotImplementedError(f"{product} for {isa or 'any instruction set'}: this machine has {', '.join(here) or 'none'}")
+    result = jax.ShapeDtypeStruct((x.shape[0], weight[0].shape[0]), jnp.float32)
+    return jax.ffi.ffi_call(_target(product), result, vmap_method="sequential")(x, *weight, isa=isa or "")
+
+
+def _target(product):
+    return f"mlspecqd_{product}"
+
+
+@functools.cache
+def _library():
+    path = library_path()
+    if path is None:
+        return None
+    library = ctypes.CDLL(str(path))
+    for product in PRODUCTS:
+        jax.ffi.register_ffi_target(_target(product), jax.ffi.pycapsule(getattr(library, product)), platform="cpu")
+    return library
