@@ -4,6 +4,7 @@ The wheel holds no binary. One library has every instruction set of the processo
 of what it depends on: the source, the flags, jax (whose headers it is compiled with), the machine, its C library, the compiler.
 """
 
+import atexit
 import functools
 import hashlib
 import os
@@ -40,6 +41,7 @@ def library_path() -> pathlib.Path | None:
         return folder / name
     if not _can_write(folder):
         folder = pathlib.Path(tempfile.mkdtemp(prefix="mlspecqd-cpu-kernels-"))
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
         say(f"the cache folder {cache_folder()} cannot be written, so the CPU kernels are compiled for this process alone")
     return _build_once(compiler, folder / name)
 

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "floats.h"
 #include "sums.h"
 
 namespace mlspecqd::bf16 {
@@ -43,13 +44,6 @@ struct Vector {
 };
 
 constexpr int width(int) { return 2; }
-
-inline float widened(uint16_t x) {
-  const uint32_t bits = uint32_t{x} << 16;
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
-}
 
 inline Vector zero() { return {}; }
 
@@ -93,7 +87,7 @@ MLSPECQD_KERNEL
 
 }  // namespace portable
 
-#if defined(__x86_64__)
+#if defined(MLSPECQD_X86)
 
 // Without bfloat16 instructions a register of pairs becomes two of f32, the even elements and the odd ones, and rows of x are
 // prepared in that order.
@@ -214,6 +208,6 @@ MLSPECQD_KERNEL
 
 }  // namespace avx512bf16
 
-#endif  // __x86_64__
+#endif  // MLSPECQD_X86
 
 }  // namespace mlspecqd::bf16

@@ -18,6 +18,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "floats.h"
 #include "sums.h"
 
 namespace mlspecqd::mxfp4 {
@@ -34,12 +35,6 @@ struct Kernel {
   void (*product)(const void* x, int rows, const uint8_t* packed, const uint8_t* scales, int64_t k, int64_t begin, int64_t end,
                   float* out, int64_t stride);
 };
-
-inline float as_float(uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
-}
 
 // A block's largest magnitude, as the bits of a bfloat16, to the factor that makes integers of it and the one that undoes that and
 // halves.
@@ -74,8 +69,9 @@ inline void prepare(const uint16_t* x, int rows, int64_t k, void* out) {
       const Factors f = factors(largest);
       int32_t total = 0;
       for (int i = 0; i < kBlock; ++i) {
-        const int32_t q = f.to_integer == 0 ? 0 : static_cast<int32_t>(std::nearbyintf(as_float(block[i] << 16) * f.to_integer));
-        (i % 2 ? group->odd : group->even)[i / 2] = static_cast<int8_t>(q);
+        const int32_t q = f.to_integer == 0 ? 0 : static_cast<int32_t>(std::nearbyintf(widened(block[i]) * f.to_integer));
+        int8_t* const half = i % 2 ? group->odd : group->even;
+        half[i / 2] = static_cast<int8_t>(q);
         total += q;
       }
       group->start = -kOffset * total;
@@ -113,7 +109,7 @@ inline constexpr Kernel kernel = {4, kBlock, sizeof(Group), prepare, product};
 
 }  // namespace portable
 
-#if defined(__x86_64__)
+#if defined(MLSPECQD_X86)
 
 // Both x86 forms hold dword j of sixteen (eight) blocks in one register. A register as loaded holds four dwords of four (two)
 // blocks, so four of them are transposed, and lane 4q + r then belongs to block 4r + q (2r + q) of the group: scales and
@@ -359,6 +355,6 @@ inline constexpr Kernel kernel = {4, kGroup, sizeof(Group), prepare, product};
 
 }  // namespace avx2
 
-#endif  // __x86_64__
+#endif  // MLSPECQD_X86
 
 }  // namespace mlspecqd::mxfp4

@@ -8,9 +8,7 @@
 #include <memory>
 #include <thread>
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
+#include "target.h"
 
 namespace mlspecqd {
 
@@ -18,7 +16,7 @@ namespace mlspecqd {
 // threads of Python come with different settings, and a result must not depend on the thread that made it.
 class FlushSubnormals {
  public:
-#if defined(__x86_64__)
+#if defined(MLSPECQD_X86)
   FlushSubnormals() : saved_(_mm_getcsr()) { _mm_setcsr((saved_ & ~kRounding) | kFlushToZero | kDenormalsAreZero); }
   ~FlushSubnormals() { _mm_setcsr(saved_); }
 
@@ -39,7 +37,7 @@ class FlushSubnormals {
 };
 
 inline void pause() {
-#if defined(__x86_64__)
+#if defined(MLSPECQD_X86)
   _mm_pause();
 #elif defined(__aarch64__)
   asm volatile("yield");

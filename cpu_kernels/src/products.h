@@ -23,7 +23,7 @@ struct Choice {
   bool supported;
 };
 
-#if defined(__x86_64__)
+#if defined(MLSPECQD_X86)
 inline bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 inline bool has_avx512() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
@@ -34,7 +34,7 @@ inline bool has_avx512() {
 // Instruction sets by name, the best first. Intel's bfloat16 instruction has half the throughput of two f32 multiply-adds, AMD's
 // twice (Sapphire Rapids: one every two cycles against two a cycle), so it leads on AMD alone.
 inline const auto& bf16_choices() {
-#if defined(__x86_64__)
+#if defined(MLSPECQD_X86)
   static const auto choices = [] {
     const bool bf16 = has_avx512() && __builtin_cpu_supports("avx512bf16");
     std::array<Choice<bf16::Kernel>, 4> all = {{
@@ -53,7 +53,7 @@ inline const auto& bf16_choices() {
 }
 
 inline const auto& mxfp4_choices() {
-#if defined(__x86_64__)
+#if defined(MLSPECQD_X86)
   static const std::array<Choice<mxfp4::Kernel>, 3> choices = {{
       {"avx512vnni", &mxfp4::avx512vnni::kernel, has_avx512() && __builtin_cpu_supports("avx512vnni")},
       {"avx2", &mxfp4::avx2::kernel, has_avx2()},

@@ -2,9 +2,9 @@
 
 #pragma once
 
-#if defined(__x86_64__)
+#include "target.h"
 
-#include <immintrin.h>
+#if defined(MLSPECQD_X86)
 
 namespace mlspecqd {
 
@@ -32,4 +32,4 @@ __attribute__((target("avx512f,avx512dq,avx512bw,avx512vl"))) inline void lane_s
 
 }  // namespace mlspecqd
 
-#endif  // __x86_64__
+#endif  // MLSPECQD_X86

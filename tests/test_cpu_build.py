@@ -1,0 +1,151 @@
+"""Compiling the C++ products on first use: once, for all processes; and what happens where it cannot be done."""
+
+import os
+import pathlib
+import shutil
+import stat
+import subprocess
+import sys
+
+import pytest
+
+from cpu_kernels import build
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+needs_compiler = pytest.mark.skipif(build.find_compiler() is None, reason="needs a C++ compiler")
+
+# A compiler that takes its time and writes what counts the times it ran; the library itself comes from this session's cache.
+STAND_IN = """#!/bin/sh
+echo ran >> "{log}"
+sleep 0.5
+for last; do :; done
+cp "{library}" "$last"
+"""
+PRODUCT = """
+import jax.numpy as jnp
+from mlspecqd_jax import matmul
+print(matmul.implementation("cpu"))
+for _ in range(2):
+    print(matmul.linear(jnp.ones((2, 3, 40), jnp.bfloat16), jnp.ones((5, 40), jnp.bfloat16), out_dtype=jnp.float32).sum())
+"""
+XLA, CPP = "XLA dot, at least two rows\n1200.0\n1200.0\n", "C++ for bfloat16"
+
+
+def start(cache, **environment):
+    command = [sys.executable, "-c", PRODUCT]
+    environment = (
+        {k: v for k, v in os.environ.items() if k not in ("CXX", build.SWITCH)}
+        | {
+            "PYTHONPATH": str(ROOT),
+            "JAX_PLATFORMS": "cpu",
+            "XDG_CACHE_HOME": str(cache),
+        }
+        | {k: str(v) for k, v in environment.items()}
+    )
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def outcome(process):
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    return out, [line for line in err.splitlines() if line.startswith("mlspecqd")]
+
+
+@pytest.fixture
+def stand_in(tmp_path):
+    """Return (path of a compiler, function that counts how often it ran)."""
+    log, script = tmp_path / "log", tmp_path / "compiler"
+    script.write_text(STAND_IN.format(log=log, library=build.library_path()))
+    script.chmod(0o755)
+    return script, lambda: len(log.read_text().splitlines())
+
+
+@needs_compiler
+def test_two_processes_that_start_together_compile_once(tmp_path, stand_in):
+    compiler, runs = stand_in
+    processes = [start(tmp_path / "cache", CXX=compiler) for _ in range(2)]
+    outcomes = [outcome(process) for process in processes]
+    assert all(out.startswith(CPP) and out.endswith("1200.0\n1200.0\n") for out, _ in outcomes)
+    assert runs() == 1
+    assert sorted(len(said) for _, said in outcomes) == [0, 1]  # one says that it compiles
+    assert [file.suffix for file in sorted((tmp_path / "cache/mlspecqd-jax/cpu_kernels").iterdir())] == [".lock", ".so"]
+    assert outcome(start(tmp_path / "cache", CXX=compiler))[1] == []  # a later process finds it
+    assert runs() == 1
+
+
+@needs_compiler
+def test_a_cache_that_cannot_be_written_costs_one_compilation_a_process(tmp_path, stand_in):
+    compiler, runs = stand_in
+    (tmp_path / "file").write_text("not a folder")
+    out, said = outcome(start(tmp_path / "file" / "cache", CXX=compiler, TMPDIR=tmp_path))
+    assert out.startswith(CPP)
+    assert runs() == 1
+    assert len(said) == 2
+    assert "cannot be written" in said[0]
+
+
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        ({"PATH": "/nowhere"}, "no C++ compiler found"),
+        ({"CXX": "false"}, "cannot be compiled, so XLA's own products run, which are slower (exit code 1)"),
+        ({build.SWITCH: "0"}, None),
+    ],
+)
+def test_without_a_library_xla_runs_and_that_is_said_once(tmp_path, environment, said):
+    out, lines = outcome(start(tmp_path, **environment))
+    assert out == XLA
+    assert [said in line for line in lines if "compiling" not in line] == ([] if said is None else [True])
+
+
+@needs_compiler
+def test_a_compiler_that_complains_is_quoted(tmp_path):
+    complaint = build.compile_library(build.find_compiler(), tmp_path / "out.so", ("-fno-such-thing",))
+    assert "no-such-thing" in complaint
+    assert not (tmp_path / "out.so").exists()
+
+
+def test_the_compiler_is_cxx_or_the_first_that_is_there(tmp_path, monkeypatch):
+    for name in ("clang++", "mine"):
+        (tmp_path / name).write_text("")
+        (tmp_path / name).chmod(stat.S_IRWXU)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    assert build.find_compiler() == (str(tmp_path / "clang++"),)
+    monkeypatch.setenv("CXX", "mine -march=old")
+    assert build.find_compiler() == (str(tmp_path / "mine"), "-march=old")
+    monkeypatch.setenv("CXX", "gone")
+    assert build.find_compiler() == (str(tmp_path / "clang++"),)
+
+
+def test_the_name_of_the_library_follows_the_source(tmp_path, monkeypatch):
+    before = build._key(("g++",))
+    assert build._key(("clang++",)) != before
+    shutil.copytree(build.SOURCE, tmp_path / "src")
+    monkeypatch.setattr(build, "SOURCE", tmp_path / "src")
+    assert build._key(("g++",)) == before
+    with open(tmp_path / "src" / "parallel.h", "a") as file:
+        file.write("\n")
+    assert build._key(("g++",)) != before
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_the_portable_form_alone(tmp_path):
+    """What other processors get, as if this were one."""
+    out, _ = outcome(start(tmp_path, CXX=f"{build.find_compiler()[0]} -DMLSPECQD_PORTABLE"))
+    assert out.startswith("C++ for bfloat16 (portable) and mxfp4 (portable")
+    assert out.endswith("1200.0\n1200.0\n")
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("sanitizers", ["address,undefined", "thread"])
+def test_sanitizers_find_nothing(tmp_path, sanitizers):
+    """Every instruction set on odd sizes in buffers of exact length, from two threads at once, over a pool."""
+    compiler, harness = build.find_compiler(), tmp_path / "harness"
+    flags = ("-std=c++17", "-O1", "-g", "-pthread", f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all", f"-I{build.SOURCE}")
+    subprocess.run([*compiler, *flags, ROOT / "tests/cpu_kernels_harness.cc", "-o", harness], check=True)
+    process = subprocess.run([harness], capture_output=True, text=True, timeout=300)
+    assert process.returncode == 0, process.stdout + process.stderr
+    assert process.stdout.endswith("done\n")
