@@ -10,6 +10,8 @@ import zipfile
 
 import pytest
 
+import cpu_kernels
+
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 
@@ -60,7 +62,9 @@ def test_the_wheel_works_outside_the_tree(tmp_path):
     run(sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", tmp_path, ROOT)
     wheel = next(tmp_path.glob("mlspecqd_jax-*.whl"))
     names = zipfile.ZipFile(wheel).namelist()
-    for needed in ("pallas_kernels/reference.py", "mlspecqd_jax/_demo/demo/model.safetensors", "mlspecqd_jax/cli.py"):
+    sources = [path.relative_to(ROOT).as_posix() for path in (ROOT / "cpu_kernels" / "src").iterdir()]
+    assert len(sources) > 3
+    for needed in ("pallas_kernels/reference.py", "mlspecqd_jax/_demo/demo/model.safetensors", "mlspecqd_jax/cli.py", *sources):
         assert needed in names
     assert not [name for name in names if name.startswith(("tests/", "examples/", "benchmarks/"))]
     run(sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", tmp_path / "site", wheel)
@@ -70,4 +74,6 @@ def test_the_wheel_works_outside_the_tree(tmp_path):
     command = [sys.executable, "-m", "mlspecqd_jax.cli"]
     text = run(*command, "generate", "--prompt", "def fibonacci(n):", "--max-new-tokens", "8", cwd=tmp_path, **environment)
     assert text.strip()
-    assert "_demo" in run(*command, "info", cwd=tmp_path, **environment)
+    facts = run(*command, "info", cwd=tmp_path, **environment)
+    assert "_demo" in facts
+    assert ("C++ for bfloat16" in facts) == bool(cpu_kernels.isas("bf16_matmul"))

@@ -52,52 +52,55 @@ inline Factors factors(uint32_t largest) {
 
 namespace portable {
 
-// A group is a block. Prepared: 32 bytes of elements (the even ones, then the odd ones), minus 12 times their sum, the factor back.
+// A group is a block, in the order of the packed bytes: the even elements, then the odd ones. Signed 16-bit integers, of which
+// compilers know how to vectorize a sum of products.
 struct Group {
-  int8_t even[kBlock / 2], odd[kBlock / 2];
-  int32_t start;
+  int16_t elements[kBlock];
   float factor;
 };
+
+inline void prepare_block(const uint16_t* x, Group* group) {
+  uint32_t largest = 0;
+  for (int i = 0; i < kBlock; ++i) largest = std::max(largest, x[i] & 0x7fffu);
+  const Factors f = factors(largest);
+  for (int i = 0; i < kBlock; ++i) {
+    const float scaled = f.to_integer == 0 ? 0 : widened(x[i]) * f.to_integer;
+    group->elements[i % 2 * (kBlock / 2) + i / 2] = static_cast<int16_t>(std::nearbyintf(scaled));
+  }
+  group->factor = f.back;
+}
 
 inline void prepare(const uint16_t* x, int rows, int64_t k, void* out) {
   Group* group = static_cast<Group*>(out);
   for (int64_t at = 0; at < k; at += kBlock) {
-    for (int row = 0; row < rows; ++row, ++group) {
-      const uint16_t* block = x + row * k + at;
-      uint32_t largest = 0;
-      for (int i = 0; i < kBlock; ++i) largest = largest < (block[i] & 0x7fffu) ? block[i] & 0x7fffu : largest;
-      const Factors f = factors(largest);
-      int32_t total = 0;
-      for (int i = 0; i < kBlock; ++i) {
-        const int32_t q = f.to_integer == 0 ? 0 : static_cast<int32_t>(std::nearbyintf(widened(block[i]) * f.to_integer));
-        int8_t* const half = i % 2 ? group->odd : group->even;
-        half[i / 2] = static_cast<int8_t>(q);
-        total += q;
-      }
-      group->start = -kOffset * total;
-      group->factor = f.back;
-    }
+    for (int row = 0; row < rows; ++row, ++group) prepare_block(x + row * k + at, group);
   }
+}
+
+// The integer that a code stands for, its element twice, in arithmetic that compilers vectorize.
+inline int16_t element(int16_t code) {
+  const int16_t magnitude = code & 7, sign = code >> 3;
+  const int16_t beyond_4 = magnitude > 4 ? magnitude - 4 : 0, beyond_6 = magnitude > 6 ? magnitude - 6 : 0;
+  const int16_t value = magnitude + beyond_4 + 2 * beyond_6;
+  return (value ^ -sign) + sign;
 }
 
 inline void product(const void* prepared, int rows, const uint8_t* packed, const uint8_t* scales, int64_t k, int64_t begin,
                     int64_t end, float* out, int64_t stride) {
-  static constexpr uint8_t kElements[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
   const int64_t blocks = k / kBlock;
   for (int64_t n = begin; n < end; ++n) {
     float sums[4] = {};
     const Group* x = static_cast<const Group*>(prepared);
     for (int64_t b = 0; b < blocks; ++b, x += rows) {
       const uint8_t* codes = packed + (n * blocks + b) * (kBlock / 2);
-      uint8_t even[kBlock / 2], odd[kBlock / 2];
-      for (int i = 0; i < kBlock / 2; ++i) {
-        even[i] = kElements[codes[i] & 15];
-        odd[i] = kElements[codes[i] >> 4];
-      }
+      int16_t w[kBlock];
+      for (int i = 0; i < kBlock / 2; ++i) w[i] = codes[i] & 15;
+      for (int i = 0; i < kBlock / 2; ++i) w[kBlock / 2 + i] = codes[i] >> 4;
+      for (int16_t& v : w) v = element(v);
       const float scale = as_float(uint32_t{scales[n * blocks + b]} << 23);
       for (int m = 0; m < rows; ++m) {
-        int32_t total = x[m].start;
-        for (int i = 0; i < kBlock / 2; ++i) total += even[i] * x[m].even[i] + odd[i] * x[m].odd[i];
+        int32_t total = 0;
+        for (int i = 0; i < kBlock; ++i) total += int32_t{w[i]} * x[m].elements[i];
         sums[m] += (static_cast<float>(total) * x[m].factor) * scale;
       }
     }
@@ -273,12 +276,18 @@ TARGET inline void prepare(const uint16_t* x, int rows, int64_t k, void* out) {
       std::memset(group, 0, sizeof *group);
       for (int b = 0; b < blocks; ++b) {
         portable::Group block;
-        portable::prepare(x + row * k + at + b * kBlock, 1, kBlock, &block);
+        portable::prepare_block(x + row * k + at + b * kBlock, &block);
+        int8_t bytes[kBlock];
+        int32_t total = 0;
+        for (int i = 0; i < kBlock; ++i) {
+          bytes[i] = static_cast<int8_t>(block.elements[i]);
+          total += block.elements[i];
+        }
         int32_t words[8];
-        std::memcpy(words, block.even, sizeof words);  // and the odd ones after them
+        std::memcpy(words, bytes, sizeof words);
         const int lane = 4 * (b % 2) + b / 2;
         for (int j = 0; j < 8; ++j) group->elements[j][lane] = words[j];
-        group->start[lane] = block.start;
+        group->start[lane] = -kOffset * total;
         group->factor[lane] = block.factor;
       }
     }
