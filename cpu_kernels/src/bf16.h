@@ -10,7 +10,7 @@
 
 namespace mlspecqd::bf16 {
 
-constexpr int64_t kPrefetch = 1024;  // elements of a weight's row ahead of the one in use
+constexpr int64_t kNear = 256;  // elements
 
 // One instruction set's product: rows are prepared in blocks of `rows`, each of `activation_bytes` for every element of K, rounded up
 // to `step`; then any range of columns may be computed.

@@ -123,7 +123,7 @@ namespace avx512vnni {
 #define TARGET __attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,avx512vnni")))
 
 constexpr int kLanes = 16, kGroup = kLanes * kBlock;
-constexpr int64_t kPrefetch = 2048;  // bytes
+constexpr int64_t kNear = 1024;  // bytes
 
 // Of one row of x: for dword j of the blocks' even elements and of their odd ones, four elements a lane; the sums' starting
 // values; the factors back.
@@ -176,7 +176,9 @@ struct Decoded {
 
 // Args:
 //   blocks: how many of the group's blocks there are; those missing are read as zero elements with scale 0.
-TARGET inline __attribute__((always_inline)) void decode(const uint8_t* packed, const uint8_t* scales, int64_t blocks, Decoded& out) {
+//   next: bytes from here to the same place in the tile that comes next, which is fetched meanwhile.
+TARGET inline __attribute__((always_inline)) void decode(const uint8_t* packed, const uint8_t* scales, int64_t blocks, int64_t next,
+                                                            Decoded& out) {
   const __m512i table = _mm512_broadcast_i32x4(_mm_setr_epi8(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0));
   const __m128i order = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
   const __m512i low = _mm512_set1_epi8(15);
@@ -185,7 +187,8 @@ TARGET inline __attribute__((always_inline)) void decode(const uint8_t* packed, 
   if (blocks >= kLanes) {
     for (int r = 0; r < 4; ++r) {
       v[r] = _mm512_loadu_si512(packed + 64 * r);
-      __builtin_prefetch(packed + 64 * r + kPrefetch);
+      __builtin_prefetch(packed + 64 * r + next, 0, 2);
+      __builtin_prefetch(packed + 64 * r + kNear);
     }
     s = _mm_loadu_si128(reinterpret_cast<const __m128i*>(scales));
   } else {
@@ -215,7 +218,7 @@ TARGET void tile(const Group* x, const uint8_t* packed, const uint8_t* scales, i
 #pragma GCC unroll 4
     for (int n = 0; n < NT; ++n) {
       Decoded w;
-      decode(packed + (n * blocks + at) * (kBlock / 2), scales + n * blocks + at, blocks - at, w);
+      decode(packed + (n * blocks + at) * (kBlock / 2), scales + n * blocks + at, blocks - at, NT * blocks * (kBlock / 2), w);
       __m512i totals[MT];
       for (int m = 0; m < MT; ++m) totals[m] = _mm512_load_si512(x[m].start);
       for (int j = 0; j < 8; ++j) {
