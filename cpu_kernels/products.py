@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from cpu_kernels.build import library_path
 
-PRODUCTS = ("bf16_matmul", "mxfp4_matmul")
+PRODUCTS = ("bf16_matmul", "mxfp4_matmul", "attention")
 
 
 @functools.cache
@@ -42,7 +42,7 @@ def bf16_matmul(x: jax.Array, w: jax.Array, isa: str | None = None) -> jax.Array
     """
     if (x.dtype, w.dtype) != (jnp.bfloat16, jnp.bfloat16) or x.ndim != 2 or x.shape[1:] != w.shape[1:]:
         raise ValueError(f"x {x.dtype}{list(x.shape)} and w {w.dtype}{list(w.shape)} should be bfloat16 [M, K] and [N, K]")
-    return _call("bf16_matmul", isa, x, w)
+    return _call("bf16_matmul", isa, jax.ShapeDtypeStruct((len(x), len(w)), jnp.float32), x, w)
 
 
 @bf16_matmul.defjvp
@@ -79,15 +79,43 @@ def mxfp4_matmul(x: jax.Array, packed: jax.Array, scales: jax.Array, isa: str | 
             f"x {list(x.shape)}, packed {list(packed.shape)} and scales {list(scales.shape)} do not belong together; "
             "give x [M, K], packed [N, K/2] and scales [N, K/32], with K padded to whole blocks"
         )
-    return _call("mxfp4_matmul", isa, x, packed, scales)
+    return _call("mxfp4_matmul", isa, jax.ShapeDtypeStruct((len(x), n), jnp.float32), x, packed, scales)
 
 
-def _call(product, isa, x, *weight):
+def attention(q: jax.Array, k: jax.Array, v: jax.Array, first: jax.Array, last: jax.Array, isa: str | None = None) -> jax.Array:
+    """softmax(q k^T / sqrt(D)) v, each query over its own range of slots, in f32.
+
+    A row's bits depend neither on other rows nor on S: the slots that it sees are gone through in order.
+
+    Args:
+      q: bfloat16 [B, H, W, D].
+      k, v: bfloat16 [B, Hkv, S, D], H a multiple of Hkv.
+      first, last: int32 [B, W]; the query at [b, w] sees slots first[b, w] to last[b, w] - 1.
+      isa: one of `isas("attention")`; None is the first.
+
+    Returns:
+      f32 [B, W, H, D].
+    """
+    batch, heads, window, depth = q.shape
+    if {str(array.dtype) for array in (q, k, v)} != {"bfloat16"} or {str(array.dtype) for array in (first, last)} != {"int32"}:
+        raise ValueError("q, k and v should be bfloat16, first and last int32")
+    result = jax.ShapeDtypeStruct((batch, window, heads, depth), jnp.float32)
+    return _call("attention", isa, result, q, k, v, first, last)
+
+
+def usable() -> bool:
+    """Return whether a program that is traced here can call these functions: it is for one CPU, and the library is there.
+
+    XLA cannot split a foreign call over the devices of a mesh; it would gather every operand on each.
+    """
+    return jax.default_backend() == "cpu" and jax.sharding.get_abstract_mesh().empty and bool(isas("bf16_matmul"))
+
+
+def _call(product, isa, result, *arguments):
     here = isas(product)
     if not here or isa not in (None, *here):
         raise NotImplementedError(f"{product} for {isa or 'any instruction set'}: this machine has {', '.join(here) or 'none'}")
-    result = jax.ShapeDtypeStruct((x.shape[0], weight[0].shape[0]), jnp.float32)
-    return jax.ffi.ffi_call(_target(product), result, vmap_method="sequential")(x, *weight, isa=isa or "")
+    return jax.ffi.ffi_call(_target(product), result, vmap_method="sequential")(*arguments, isa=isa or "")
 
 
 def _target(product):

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+import cpu_kernels
 from mlspecqd_jax.moves import put_window
 
 
@@ -34,11 +35,23 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array) -> jax.
     Args:
       q: [B, H, W, D].
       k, v: [B, Hkv, S, D].
-      visible: bool [B, W, S].
+      visible: bool [B, W, S]; what a query sees is one run of slots.
 
     Returns:
       [B, W, H * D] in q's dtype.
     """
+    if {array.dtype for array in (q, k, v)} != {jnp.dtype(jnp.bfloat16)} or not cpu_kernels.usable():
+        return _attend(q, k, v, visible)
+    return jax.lax.platform_dependent(q, k, v, visible, cpu=_attend_on_cpu, default=_attend)
+
+
+def _attend_on_cpu(q, k, v, visible):
+    first = jnp.argmax(visible, axis=2).astype(jnp.int32)
+    out = cpu_kernels.attention(q, k, v, first, first + jnp.sum(visible, axis=2, dtype=jnp.int32))
+    return out.reshape(*out.shape[:2], -1).astype(q.dtype)
+
+
+def _attend(q, k, v, visible):
     batch, heads, window, dim = q.shape
     kv, slots = k.shape[1:3]
     groups = heads // kv

@@ -44,18 +44,9 @@ def implementation(platform: str) -> str:
 
 def _on_cpu(kernel, otherwise, x, *weight):
     """`kernel` where the program is lowered for one CPU and there is one, else `otherwise`."""
-    if x.dtype != jnp.bfloat16 or _is_partitioned() or not _has_cpu_kernels():
+    if x.dtype != jnp.bfloat16 or not cpu_kernels.usable():
         return otherwise(x, *weight)
     return jax.lax.platform_dependent(x, *weight, cpu=kernel, default=otherwise)
-
-
-def _is_partitioned():
-    # XLA cannot split a foreign call over devices: it would gather the whole weight on each.
-    return not jax.sharding.get_abstract_mesh().empty
-
-
-def _has_cpu_kernels():
-    return jax.default_backend() == "cpu" and bool(cpu_kernels.isas("bf16_matmul"))
 
 
 def _whole_blocks(x):

@@ -15,6 +15,9 @@ namespace ffi = xla::ffi;
 using X = ffi::Buffer<ffi::BF16, 2>;
 using Bytes = ffi::Buffer<ffi::U8, 2>;
 using Y = ffi::Buffer<ffi::F32, 2>;
+using Heads = ffi::Buffer<ffi::BF16, 4>;
+using HeadsOut = ffi::Buffer<ffi::F32, 4>;
+using Slots = ffi::Buffer<ffi::S32, 2>;
 
 static ffi::Error unsupported(std::string_view isa) {
   return ffi::Error::InvalidArgument("this processor cannot run '" + std::string(isa) + "'");
@@ -37,6 +40,23 @@ static ffi::Error mxfp4_handler(ffi::ThreadPool pool, std::string_view isa, X x,
   const auto* kernel = choose(mxfp4_choices(), isa);
   if (kernel == nullptr) return unsupported(isa);
   mxfp4_matmul(*kernel, pool, x.typed_data(), packed.typed_data(), scales.typed_data(), y->typed_data(), a[0], b[0], a[1]);
+  return ffi::Error::Success();
+}
+
+static ffi::Error attention_handler(ffi::ThreadPool pool, std::string_view isa, Heads q, Heads k, Heads v, Slots first, Slots last,
+                                    ffi::Result<HeadsOut> y) {
+  const auto a = q.dimensions(), b = k.dimensions(), c = v.dimensions(), f = first.dimensions(), l = last.dimensions();
+  const auto out = y->dimensions();
+  const attention::Shape shape = {a[0], a[1], b[1], a[2], b[2], a[3]};
+  const bool windows = f[0] == a[0] && f[1] == a[2] && l[0] == a[0] && l[1] == a[2];
+  const bool result = out[0] == a[0] && out[1] == a[2] && out[2] == a[1] && out[3] == a[3];
+  if (!std::equal(b.begin(), b.end(), c.begin()) || b[0] != a[0] || b[3] != a[3] || b[1] == 0 || a[1] % b[1] || !windows || !result) {
+    return unfitting();
+  }
+  auto* const attend = choose(attention_choices(), isa);
+  if (attend == nullptr) return unsupported(isa);
+  attention::attention(*attend, pool, q.typed_data(), k.typed_data(), v.typed_data(), first.typed_data(), last.typed_data(),
+                       y->typed_data(), shape);
   return ffi::Error::Success();
 }
 
@@ -71,5 +91,17 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(mxfp4_matmul, mlspecqd::mxfp4_handler,
                                   .Arg<mlspecqd::Bytes>()
                                   .Ret<mlspecqd::Y>());
 
+XLA_FFI_DEFINE_HANDLER_SYMBOL(attention, mlspecqd::attention_handler,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::ThreadPool>()
+                                  .Attr<std::string_view>("isa")
+                                  .Arg<mlspecqd::Heads>()
+                                  .Arg<mlspecqd::Heads>()
+                                  .Arg<mlspecqd::Heads>()
+                                  .Arg<mlspecqd::Slots>()
+                                  .Arg<mlspecqd::Slots>()
+                                  .Ret<mlspecqd::HeadsOut>());
+
 extern "C" const char* bf16_matmul_isas() { return mlspecqd::names(mlspecqd::bf16_choices()); }
 extern "C" const char* mxfp4_matmul_isas() { return mlspecqd::names(mlspecqd::mxfp4_choices()); }
+extern "C" const char* attention_isas() { return mlspecqd::names(mlspecqd::attention_choices()); }

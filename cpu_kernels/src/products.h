@@ -10,6 +10,7 @@
 #include <new>
 #include <string_view>
 
+#include "attention.h"
 #include "bf16.h"
 #include "mxfp4.h"
 #include "parallel.h"
@@ -19,7 +20,7 @@ namespace mlspecqd {
 template <class Kernel>
 struct Choice {
   std::string_view isa;
-  const Kernel* kernel;
+  Kernel* kernel;
   bool supported;
 };
 
@@ -37,7 +38,7 @@ inline const auto& bf16_choices() {
 #if defined(MLSPECQD_X86)
   static const auto choices = [] {
     const bool bf16 = has_avx512() && __builtin_cpu_supports("avx512bf16");
-    std::array<Choice<bf16::Kernel>, 4> all = {{
+    std::array<Choice<const bf16::Kernel>, 4> all = {{
         {"avx512bf16", &bf16::avx512bf16::kernel, bf16},
         {"avx512", &bf16::avx512::kernel, has_avx512()},
         {"avx2", &bf16::avx2::kernel, has_avx2()},
@@ -47,20 +48,33 @@ inline const auto& bf16_choices() {
     return all;
   }();
 #else
-  static constexpr std::array<Choice<bf16::Kernel>, 1> choices = {{{"portable", &bf16::portable::kernel, true}}};
+  static constexpr std::array<Choice<const bf16::Kernel>, 1> choices = {{{"portable", &bf16::portable::kernel, true}}};
 #endif
   return choices;
 }
 
 inline const auto& mxfp4_choices() {
 #if defined(MLSPECQD_X86)
-  static const std::array<Choice<mxfp4::Kernel>, 3> choices = {{
+  static const std::array<Choice<const mxfp4::Kernel>, 3> choices = {{
       {"avx512vnni", &mxfp4::avx512vnni::kernel, has_avx512() && __builtin_cpu_supports("avx512vnni")},
       {"avx2", &mxfp4::avx2::kernel, has_avx2()},
       {"portable", &mxfp4::portable::kernel, true},
   }};
 #else
-  static constexpr std::array<Choice<mxfp4::Kernel>, 1> choices = {{{"portable", &mxfp4::portable::kernel, true}}};
+  static constexpr std::array<Choice<const mxfp4::Kernel>, 1> choices = {{{"portable", &mxfp4::portable::kernel, true}}};
+#endif
+  return choices;
+}
+
+inline const auto& attention_choices() {
+#if defined(MLSPECQD_X86)
+  static const std::array<Choice<attention::Attend>, 3> choices = {{
+      {"avx512", &attention::avx512::attend, has_avx512()},
+      {"avx2", &attention::avx2::attend, has_avx2()},
+      {"portable", &attention::portable::attend, true},
+  }};
+#else
+  static constexpr std::array<Choice<attention::Attend>, 1> choices = {{{"portable", &attention::portable::attend, true}}};
 #endif
   return choices;
 }
