@@ -19,7 +19,7 @@ import tempfile
 import jax
 
 SOURCE = pathlib.Path(__file__).parent / "src"
-FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-Wno-psabi", "-fPIC", "-shared")
+FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fPIC", "-shared")
 SWITCH = "MLSPECQD_CPU_KERNELS"  # 0 switches the kernels off
 
 

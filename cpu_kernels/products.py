@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from cpu_kernels.build import library_path
 
-PRODUCTS = ("bf16_matmul", "mxfp4_matmul", "attention")
+PRODUCTS = ("bf16_matmul", "mxfp4_matmul", "attention")  # each in several instruction sets
 
 
 @functools.cache
@@ -90,7 +90,7 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, first: jax.Array, last: 
     Args:
       q: bfloat16 [B, H, W, D].
       k, v: bfloat16 [B, Hkv, S, D], H a multiple of Hkv.
-      first, last: int32 [B, W]; the query at [b, w] sees slots first[b, w] to last[b, w] - 1.
+      first, last: int32 [B, W]; the query at [b, w] sees the slots from first[b, w] to last[b, w], both included.
       isa: one of `isas("attention")`; None is the first.
 
     Returns:
@@ -101,6 +101,14 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, first: jax.Array, last: 
         raise ValueError("q, k and v should be bfloat16, first and last int32")
     result = jax.ShapeDtypeStruct((batch, window, heads, depth), jnp.float32)
     return _call("attention", isa, result, q, k, v, first, last)
+
+
+def put_window(buffer: jax.Array, start: jax.Array, values: jax.Array) -> jax.Array:
+    """Store values [B, H, W, D] in buffer [B, H, S, D], both bfloat16, at start[r] + 0..W-1, in place; what falls outside is dropped."""
+    if not (buffer.dtype == values.dtype == jnp.bfloat16 and start.dtype == jnp.int32):
+        raise ValueError(f"buffer, start and values are {buffer.dtype}, {start.dtype}, {values.dtype}, not bfloat16, int32, bfloat16")
+    call = jax.ffi.ffi_call(_target("put_window"), jax.ShapeDtypeStruct(buffer.shape, buffer.dtype), input_output_aliases={0: 0})
+    return call(buffer, start, values)
 
 
 def usable() -> bool:
@@ -118,8 +126,8 @@ def _call(product, isa, result, *arguments):
     return jax.ffi.ffi_call(_target(product), result, vmap_method="sequential")(*arguments, isa=isa or "")
 
 
-def _target(product):
-    return f"mlspecqd_{product}"
+def _target(name):
+    return f"mlspecqd_{name}"
 
 
 @functools.cache
@@ -128,6 +136,6 @@ def _library():
     if path is None:
         return None
     library = ctypes.CDLL(str(path))
-    for product in PRODUCTS:
-        jax.ffi.register_ffi_target(_target(product), jax.ffi.pycapsule(getattr(library, product)), platform="cpu")
+    for name in (*PRODUCTS, "put_window"):
+        jax.ffi.register_ffi_target(_target(name), jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
     return library

@@ -29,38 +29,46 @@ def finite(x: jax.Array) -> jax.Array:
     return jnp.where(jnp.isfinite(x), x, 0)
 
 
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array) -> jax.Array:
-    """softmax(q k^T / sqrt(D)) v over the visible slots, query heads grouped over key/value heads.
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, first: jax.Array, last: jax.Array) -> jax.Array:
+    """softmax(q k^T / sqrt(D)) v over the slots that a query sees, query heads grouped over key/value heads.
 
     Args:
       q: [B, H, W, D].
       k, v: [B, Hkv, S, D].
-      visible: bool [B, W, S]; what a query sees is one run of slots.
+      first, last: int32 [B, W]; query w of row r sees the slots from first[r, w] to last[r, w], both included.
 
     Returns:
       [B, W, H * D] in q's dtype.
     """
     if {array.dtype for array in (q, k, v)} != {jnp.dtype(jnp.bfloat16)} or not cpu_kernels.usable():
-        return _attend(q, k, v, visible)
-    return jax.lax.platform_dependent(q, k, v, visible, cpu=_attend_on_cpu, default=_attend)
+        return _attend(q, k, v, first, last)
+    return jax.lax.platform_dependent(q, k, v, first, last, cpu=_attend_on_cpu, default=_attend)
 
 
-def _attend_on_cpu(q, k, v, visible):
-    first = jnp.argmax(visible, axis=2).astype(jnp.int32)
-    out = cpu_kernels.attention(q, k, v, first, first + jnp.sum(visible, axis=2, dtype=jnp.int32))
-    return out.reshape(*out.shape[:2], -1).astype(q.dtype)
-
-
-def _attend(q, k, v, visible):
+def _attend(q, k, v, first, last):
     batch, heads, window, dim = q.shape
     kv, slots = k.shape[1:3]
     groups = heads // kv
+    slot = jnp.arange(slots)
+    visible = (first[..., None] <= slot) & (slot <= last[..., None])  # [B, W, S]
     scores = _product(q.reshape(batch, kv, groups * window, dim), k, 3) * dim**-0.5
     scores = scores.reshape(batch, kv, groups, window, slots)
     scores = jnp.where(visible[:, None, None], scores, -jnp.inf)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     out = _product(weights.reshape(batch, kv, groups * window, slots), v, 2).reshape(batch, heads, window, dim)
     return jnp.swapaxes(out, 1, 2).reshape(batch, window, heads * dim).astype(q.dtype)
+
+
+@jax.custom_jvp
+def _attend_on_cpu(q, k, v, first, last):
+    out = cpu_kernels.attention(q, k, v, first, last)
+    return out.reshape(*out.shape[:2], -1).astype(q.dtype)
+
+
+@_attend_on_cpu.defjvp
+def _(primals, tangents):
+    _, tangent = jax.jvp(lambda q, k, v: _attend(q, k, v, *primals[3:]), primals[:3], tangents[:3])
+    return _attend_on_cpu(*primals), tangent
 
 
 def _product(a: jax.Array, b: jax.Array, axis: int) -> jax.Array:

@@ -10,6 +10,8 @@ Notation: B batch, H heads, S cache length, W window, D head size, V vocabulary,
 import jax
 import jax.numpy as jnp
 
+import cpu_kernels
+
 CONVERTS_BEFORE = (0, 11)
 NARROW = 16  # positions
 
@@ -46,6 +48,8 @@ def put_window(buffer: jax.Array, start: jax.Array, values: jax.Array) -> jax.Ar
             buffer = jnp.where(offset == w, values[:, :, w : w + 1], buffer)
         return buffer
 
+    if buffer.dtype == jnp.bfloat16 and cpu_kernels.usable():
+        return jax.lax.platform_dependent(buffer, start, values, cpu=cpu_kernels.put_window, default=scatter)
     # A decode step's window is cheaper in one fused pass over the buffer than in the scatter's three; prompts are wider.
     if _is_converted(buffer) and window <= NARROW:
         return jax.lax.platform_dependent(buffer, start, values, cpu=select, default=scatter)

@@ -118,16 +118,14 @@ class Attention(nnx.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (jnp.swapaxes(t, 1, 2) for t in (rotate(q, *rotation), rotate(k, *rotation), v))  # [B, heads, W, D]
         k, v = finite(k), finite(v)
+        last = positions
         if cache is None:
-            slots = positions[:, None, :]  # [B, 1, W]
+            last = jnp.broadcast_to(jnp.arange(window), positions.shape)
         else:
             cache = write(cache, k, v, positions[:, 0])
             k, v = cache
-            slots = jnp.arange(k.shape[2])[None, None, :]  # [1, 1, S]
-        visible = slots <= positions[:, :, None]  # [B, W, S]
-        if self.sliding_window is not None:
-            visible &= slots > positions[:, :, None] - self.sliding_window
-        out = attend(q, k, v, visible)  # [B, W, H * D]
+        first = jnp.zeros_like(last) if self.sliding_window is None else last - self.sliding_window + 1
+        out = attend(q, k, v, first, last)  # [B, W, H * D]
         return self.o_proj(out), cache
 
 

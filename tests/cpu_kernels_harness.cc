@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "products.h"
+#include "put_window.h"
 
 using namespace mlspecqd;
 
@@ -97,6 +98,44 @@ static void check(Pool& pool, int64_t m, int64_t n, int64_t k, unsigned seed) {
   }
 }
 
+// Every row of a causal window over a cache of exact length, against the definition; the window is written to the cache first.
+static void check_attention(Pool& pool, const attention::Shape& s, unsigned seed) {
+  std::mt19937 random(seed);
+  std::vector<uint16_t> q(s.batch * s.heads * s.window * s.depth), k(s.batch * s.kv_heads * s.slots * s.depth), v(k);
+  std::vector<uint16_t> more(s.batch * s.kv_heads * s.window * s.depth);
+  for (auto* values : {&q, &k, &v, &more}) {
+    for (auto& x : *values) x = static_cast<uint16_t>(0x3e80 + random() % 0x180 + (random() % 2 << 15));
+  }
+  std::vector<int32_t> start(s.batch), first(s.batch * s.window), last(first);
+  for (int64_t b = 0; b < s.batch; ++b) start[b] = static_cast<int32_t>(random() % (s.slots + 2)) - 1;
+  for (size_t i = 0; i < last.size(); ++i) last[i] = static_cast<int32_t>(random() % (s.slots + 1)), first[i] = last[i] / 3 - 1;
+  put_window(k.data(), start.data(), more.data(), s.batch, s.kv_heads, s.slots, s.window, s.depth);
+  for (const auto& choice : attention_choices()) {
+    if (!choice.supported) continue;
+    std::vector<float> y(q.size(), NAN);
+    attention::attention(*choice.kernel, pool, q.data(), k.data(), v.data(), first.data(), last.data(), y.data(), s);
+    for (int64_t row = 0; row < s.batch * s.heads * s.window; ++row) {
+      const int64_t w = row % s.window, h = row / s.window % s.heads, b = row / s.window / s.heads;
+      const int64_t head = b * s.kv_heads + h / (s.heads / s.kv_heads), at = b * s.window + w;
+      std::vector<double> expected(s.depth);
+      double total = 0;
+      for (int64_t slot = std::max(first[at], 0); slot <= std::min<int64_t>(last[at], s.slots - 1); ++slot) {
+        double score = 0;
+        for (int64_t d = 0; d < s.depth; ++d) {
+          score += double{widened(q[row * s.depth + d])} * widened(k[(head * s.slots + slot) * s.depth + d]);
+        }
+        const double weight = std::exp(score / std::sqrt(double(s.depth)));
+        for (int64_t d = 0; d < s.depth; ++d) expected[d] += weight * widened(v[(head * s.slots + slot) * s.depth + d]);
+        total += weight;
+      }
+      for (int64_t d = 0; d < s.depth; ++d) {
+        const float found = y[((b * s.window + w) * s.heads + h) * s.depth + d];
+        require(std::abs(found - expected[d] / total) < 1e-4, "attention", choice.isa, row, s.slots, s.depth);
+      }
+    }
+  }
+}
+
 int main() {
   Pool pool(3);
   const auto all = [&pool](unsigned seed) {
@@ -106,6 +145,11 @@ int main() {
       }
     }
     check(pool, 3, 700, 544, seed);  // large enough for the pool
+    for (int64_t slots : {1, 31, 32, 77}) {
+      for (int64_t window : {1, 5, 18}) {
+        for (int64_t depth : {1, 8, 20}) check_attention(pool, {2, 6, 3, window, slots, depth}, seed++);
+      }
+    }
   };
   std::thread other(all, 1000);
   all(0);

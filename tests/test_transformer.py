@@ -238,8 +238,8 @@ def test_extreme_scores_stay_finite():
     q = np.full((1, 2, 3, 4), 200.0, jnp.bfloat16)
     k = np.array([200.0, 200.0, -200.0], jnp.bfloat16)[None, None, :, None].repeat(4, axis=3)
     v = np.arange(12).astype(jnp.bfloat16).reshape(1, 1, 3, 4)
-    visible = np.tril(np.ones((1, 3, 3), bool))
-    out = quick_jit(attend)(q, k, v, visible).astype(jnp.float32)
+    first, last = np.zeros((1, 3), np.int32), np.arange(3, dtype=np.int32)[None]
+    out = quick_jit(attend)(q, k, v, first, last).astype(jnp.float32)
     expected = np.array([[0, 1, 2, 3], [2, 3, 4, 5], [2, 3, 4, 5]])
     np.testing.assert_allclose(out, np.concatenate([expected, expected], axis=1)[None])
 
@@ -250,13 +250,14 @@ def test_attention_is_its_formula(monkeypatch, platform):
     monkeypatch.setattr(jax.lax, "platform_dependent", lambda *arguments, **forms: forms[platform](*arguments))
     random = np.random.RandomState(2)
     q, k, v = (random.standard_normal(shape).astype(np.float32) for shape in ((2, 6, 4, 10), (2, 3, 9, 10), (2, 3, 9, 10)))
-    visible = np.arange(9)[None, None, :] <= np.array([[1, 2, 3, 4], [5, 6, 7, 8]])[:, :, None]
+    last = np.array([[1, 2, 3, 4], [5, 6, 7, 8]], np.int32)
+    first = np.maximum(last - 5, 0)
     expected = np.zeros((2, 4, 6, 10))
     for row, window, head in np.ndindex(2, 4, 6):
-        seen = visible[row, window]
+        seen = slice(first[row, window], last[row, window] + 1)
         weights = np.exp(k[row, head // 2, seen] @ q[row, head, window] / np.sqrt(10))
         expected[row, window, head] = weights / weights.sum() @ v[row, head // 2, seen]
-    ours = quick_jit(lambda *arguments: attend(*arguments))(q, k, v, visible)
+    ours = quick_jit(lambda *arguments: attend(*arguments))(q, k, v, first, last)
     assert error(ours, expected.reshape(2, 4, 60)) <= 1e-5
 
 

@@ -5,46 +5,79 @@
 #pragma once
 
 #include <algorithm>
-#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <vector>
 
 #include "floats.h"
 #include "parallel.h"
+#include "scratch.h"
 #include "target.h"
 
 namespace mlspecqd::attention {
 
-constexpr int kLanes = 16;
+constexpr int kTile = 32;  // slots
+constexpr int kMostLanes = 16;
+
+// One instruction set's attention of up to `lanes` query rows over one head; the arguments are `attend`'s in attention.inc.
+struct Kernel {
+  int lanes;
+  void (*attend)(const float* q, const uint16_t* k, const uint16_t* v, const int32_t* first, const int32_t* last, int64_t slots,
+                 int64_t depth, float scale, float* tile, float* weights, float* out);
+};
+
+namespace portable {
+
+#define TARGET
+
+constexpr int kLanes = 4;
 typedef float Lanes __attribute__((vector_size(4 * kLanes)));
 typedef int32_t Integers __attribute__((vector_size(4 * kLanes)));
 
-using Attend = void(const Lanes* q, const uint16_t* k, const uint16_t* v, const Integers& first, const Integers& last, int64_t slots,
-                    int64_t depth, float scale, Lanes* weights, Lanes* out);
+inline Lanes multiply_add(Lanes a, Lanes b, Lanes c) { return a * b + c; }
 
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wpsabi"
-
-namespace portable {
-#define TARGET
 #include "attention.inc"
+
 #undef TARGET
+
 }  // namespace portable
 
 #if defined(MLSPECQD_X86)
 
 namespace avx2 {
+
 #define TARGET __attribute__((target("avx2,fma")))
+
+constexpr int kLanes = 8;
+typedef float Lanes __attribute__((vector_size(4 * kLanes)));
+typedef int32_t Integers __attribute__((vector_size(4 * kLanes)));
+
+TARGET inline __attribute__((always_inline)) Lanes multiply_add(const Lanes& a, const Lanes& b, const Lanes& c) {
+  return (Lanes)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+}
+
 #include "attention.inc"
+
 #undef TARGET
+
 }  // namespace avx2
 
 namespace avx512 {
+
 #define TARGET __attribute__((target("avx512f,avx512dq,avx512bw,avx512vl")))
+
+constexpr int kLanes = 16;
+typedef float Lanes __attribute__((vector_size(4 * kLanes)));
+typedef int32_t Integers __attribute__((vector_size(4 * kLanes)));
+
+TARGET inline __attribute__((always_inline)) Lanes multiply_add(const Lanes& a, const Lanes& b, const Lanes& c) {
+  return (Lanes)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+}
+
 #include "attention.inc"
+
 #undef TARGET
+
 }  // namespace avx512
 
 #endif  // MLSPECQD_X86
@@ -53,41 +86,43 @@ struct Shape {
   int64_t batch, heads, kv_heads, window, slots, depth;
 };
 
-// out [B, W, H, D] from q [B, H, W, D] and k, v [B, Hkv, S, D]; the query at [b, w] sees the slots from first[b, w] up to, but not
-// including, last[b, w].
+// out [B, W, H, D] from q [B, H, W, D] and k, v [B, Hkv, S, D]; the query at [b, w] sees the slots from first[b, w] to
+// last[b, w], both included.
 template <class Pool>
-void attention(Attend& attend, Pool& pool, const uint16_t* q, const uint16_t* k, const uint16_t* v, const int32_t* first,
+void attention(const Kernel& kernel, Pool& pool, const uint16_t* q, const uint16_t* k, const uint16_t* v, const int32_t* first,
                const int32_t* last, float* out, const Shape& s) {
-  const int64_t rows = s.heads / s.kv_heads * s.window, blocks = (rows + kLanes - 1) / kLanes, heads = s.batch * s.kv_heads;
-  const auto one = [&](int64_t chunk) {
-    const int64_t head = chunk / blocks, begin = chunk % blocks * kLanes, batch = head / s.kv_heads;
-    const int64_t lanes = std::min<int64_t>(kLanes, rows - begin);
-    std::vector<Lanes> queries(s.depth), result(s.depth);
-    alignas(64) int32_t from[kLanes] = {}, to[kLanes] = {};
+  const int lanes = kernel.lanes;
+  const int64_t rows = s.heads / s.kv_heads * s.window, blocks = (rows + lanes - 1) / lanes, heads = s.batch * s.kv_heads;
+  const float scale = 1 / std::sqrt(static_cast<float>(s.depth));
+  const auto block = [&](int64_t chunk) {
+    const int64_t head = chunk / blocks, begin = chunk % blocks * lanes, batch = head / s.kv_heads;
+    const int there = static_cast<int>(std::min<int64_t>(lanes, rows - begin));
+    alignas(64) int32_t from[kMostLanes] = {}, to[kMostLanes] = {};
     int64_t slots = 0;
-    for (int64_t lane = 0; lane < lanes; ++lane) {
-      const int64_t row = begin + lane, window = batch * s.window + row % s.window;
-      from[lane] = std::max<int32_t>(first[window], 0);
-      to[lane] = static_cast<int32_t>(std::min<int64_t>(last[window], s.slots));
+    for (int lane = 0; lane < there; ++lane) {
+      const int64_t at = batch * s.window + (begin + lane) % s.window;
+      from[lane] = std::max<int32_t>(first[at], 0);
+      to[lane] = static_cast<int32_t>(std::min<int64_t>(int64_t{last[at]} + 1, s.slots));
       slots = std::max<int64_t>(slots, to[lane]);
-      for (int64_t d = 0; d < s.depth; ++d) queries[d][lane] = widened(q[(head * rows + row) * s.depth + d]);
     }
-    std::vector<Lanes> weights(slots);
-    Integers lows, highs;
-    std::memcpy(&lows, from, sizeof lows);
-    std::memcpy(&highs, to, sizeof highs);
+    const int64_t tiles = (slots + kTile - 1) / kTile * kTile;
+    const Scratch memory = scratch(((2 * s.depth + tiles) * lanes + kTile * s.depth) * sizeof(float));
+    float* const queries = reinterpret_cast<float*>(memory.get());
+    float *const result = queries + s.depth * lanes, *const weights = result + s.depth * lanes;
+    std::memset(queries, 0, s.depth * lanes * sizeof(float));
+    for (int lane = 0; lane < there; ++lane) {
+      const uint16_t* const row = q + (head * rows + begin + lane) * s.depth;
+      for (int64_t d = 0; d < s.depth; ++d) queries[d * lanes + lane] = widened(row[d]);
+    }
     const int64_t cache = head * s.slots * s.depth;
-    const float scale = 1 / std::sqrt(static_cast<float>(s.depth));
-    attend(queries.data(), k + cache, v + cache, lows, highs, slots, s.depth, scale, weights.data(), result.data());
-    for (int64_t lane = 0; lane < lanes; ++lane) {
+    kernel.attend(queries, k + cache, v + cache, from, to, slots, s.depth, scale, weights + tiles * lanes, weights, result);
+    for (int lane = 0; lane < there; ++lane) {
       const int64_t row = begin + lane, h = head % s.kv_heads * (s.heads / s.kv_heads) + row / s.window;
       float* const to_row = out + ((batch * s.window + row % s.window) * s.heads + h) * s.depth;
-      for (int64_t d = 0; d < s.depth; ++d) to_row[d] = result[d][lane];
+      for (int64_t d = 0; d < s.depth; ++d) to_row[d] = result[d * lanes + lane];
     }
   };
-  for_each_chunk(pool, heads * blocks, one);
+  for_each_chunk(pool, heads * blocks, block);
 }
-
-#pragma GCC diagnostic pop
 
 }  // namespace mlspecqd::attention

@@ -6,6 +6,7 @@
 #include <string_view>
 
 #include "products.h"
+#include "put_window.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace mlspecqd {
@@ -18,6 +19,7 @@ using Y = ffi::Buffer<ffi::F32, 2>;
 using Heads = ffi::Buffer<ffi::BF16, 4>;
 using HeadsOut = ffi::Buffer<ffi::F32, 4>;
 using Slots = ffi::Buffer<ffi::S32, 2>;
+using Slot = ffi::Buffer<ffi::S32, 1>;
 
 static ffi::Error unsupported(std::string_view isa) {
   return ffi::Error::InvalidArgument("this processor cannot run '" + std::string(isa) + "'");
@@ -53,10 +55,20 @@ static ffi::Error attention_handler(ffi::ThreadPool pool, std::string_view isa, 
   if (!std::equal(b.begin(), b.end(), c.begin()) || b[0] != a[0] || b[3] != a[3] || b[1] == 0 || a[1] % b[1] || !windows || !result) {
     return unfitting();
   }
-  auto* const attend = choose(attention_choices(), isa);
-  if (attend == nullptr) return unsupported(isa);
-  attention::attention(*attend, pool, q.typed_data(), k.typed_data(), v.typed_data(), first.typed_data(), last.typed_data(),
+  const auto* kernel = choose(attention_choices(), isa);
+  if (kernel == nullptr) return unsupported(isa);
+  attention::attention(*kernel, pool, q.typed_data(), k.typed_data(), v.typed_data(), first.typed_data(), last.typed_data(),
                        y->typed_data(), shape);
+  return ffi::Error::Success();
+}
+
+static ffi::Error put_window_handler(Heads buffer, Slot start, Heads values, ffi::Result<Heads> out) {
+  const auto a = buffer.dimensions(), b = values.dimensions();
+  if (a[0] != b[0] || a[1] != b[1] || a[3] != b[3] || start.dimensions()[0] != a[0] || out->element_count() != buffer.element_count()) {
+    return unfitting();
+  }
+  if (out->typed_data() != buffer.typed_data()) std::memcpy(out->typed_data(), buffer.typed_data(), buffer.size_bytes());
+  put_window(out->typed_data(), start.typed_data(), values.typed_data(), a[0], a[1], a[2], b[2], a[3]);
   return ffi::Error::Success();
 }
 
@@ -101,6 +113,13 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(attention, mlspecqd::attention_handler,
                                   .Arg<mlspecqd::Slots>()
                                   .Arg<mlspecqd::Slots>()
                                   .Ret<mlspecqd::HeadsOut>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(put_window, mlspecqd::put_window_handler,
+                              xla::ffi::Ffi::Bind()
+                                  .Arg<mlspecqd::Heads>()
+                                  .Arg<mlspecqd::Slot>()
+                                  .Arg<mlspecqd::Heads>()
+                                  .Ret<mlspecqd::Heads>());
 
 extern "C" const char* bf16_matmul_isas() { return mlspecqd::names(mlspecqd::bf16_choices()); }
 extern "C" const char* mxfp4_matmul_isas() { return mlspecqd::names(mlspecqd::mxfp4_choices()); }

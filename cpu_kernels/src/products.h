@@ -5,22 +5,20 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
-#include <cstdlib>
-#include <memory>
-#include <new>
 #include <string_view>
 
 #include "attention.h"
 #include "bf16.h"
 #include "mxfp4.h"
 #include "parallel.h"
+#include "scratch.h"
 
 namespace mlspecqd {
 
 template <class Kernel>
 struct Choice {
   std::string_view isa;
-  Kernel* kernel;
+  const Kernel* kernel;
   bool supported;
 };
 
@@ -38,7 +36,7 @@ inline const auto& bf16_choices() {
 #if defined(MLSPECQD_X86)
   static const auto choices = [] {
     const bool bf16 = has_avx512() && __builtin_cpu_supports("avx512bf16");
-    std::array<Choice<const bf16::Kernel>, 4> all = {{
+    std::array<Choice<bf16::Kernel>, 4> all = {{
         {"avx512bf16", &bf16::avx512bf16::kernel, bf16},
         {"avx512", &bf16::avx512::kernel, has_avx512()},
         {"avx2", &bf16::avx2::kernel, has_avx2()},
@@ -48,33 +46,33 @@ inline const auto& bf16_choices() {
     return all;
   }();
 #else
-  static constexpr std::array<Choice<const bf16::Kernel>, 1> choices = {{{"portable", &bf16::portable::kernel, true}}};
+  static constexpr std::array<Choice<bf16::Kernel>, 1> choices = {{{"portable", &bf16::portable::kernel, true}}};
 #endif
   return choices;
 }
 
 inline const auto& mxfp4_choices() {
 #if defined(MLSPECQD_X86)
-  static const std::array<Choice<const mxfp4::Kernel>, 3> choices = {{
+  static const std::array<Choice<mxfp4::Kernel>, 3> choices = {{
       {"avx512vnni", &mxfp4::avx512vnni::kernel, has_avx512() && __builtin_cpu_supports("avx512vnni")},
       {"avx2", &mxfp4::avx2::kernel, has_avx2()},
       {"portable", &mxfp4::portable::kernel, true},
   }};
 #else
-  static constexpr std::array<Choice<const mxfp4::Kernel>, 1> choices = {{{"portable", &mxfp4::portable::kernel, true}}};
+  static constexpr std::array<Choice<mxfp4::Kernel>, 1> choices = {{{"portable", &mxfp4::portable::kernel, true}}};
 #endif
   return choices;
 }
 
 inline const auto& attention_choices() {
 #if defined(MLSPECQD_X86)
-  static const std::array<Choice<attention::Attend>, 3> choices = {{
-      {"avx512", &attention::avx512::attend, has_avx512()},
-      {"avx2", &attention::avx2::attend, has_avx2()},
-      {"portable", &attention::portable::attend, true},
+  static const std::array<Choice<attention::Kernel>, 3> choices = {{
+      {"avx512", &attention::avx512::kernel, has_avx512()},
+      {"avx2", &attention::avx2::kernel, has_avx2()},
+      {"portable", &attention::portable::kernel, true},
   }};
 #else
-  static constexpr std::array<Choice<attention::Attend>, 1> choices = {{{"portable", &attention::portable::attend, true}}};
+  static constexpr std::array<Choice<attention::Kernel>, 1> choices = {{{"portable", &attention::portable::kernel, true}}};
 #endif
   return choices;
 }
@@ -101,13 +99,11 @@ template <class Pool, class Prepare, class Columns>
 void blocked(Pool& pool, int64_t m, int64_t n, int64_t k, int64_t row_bytes, int block, int64_t prepared_bytes, const Prepare& prepare,
              const Columns& columns) {
   if (m == 0 || n == 0) return;
-  const std::unique_ptr<char, decltype(&std::free)> scratch(
-      static_cast<char*>(std::aligned_alloc(64, (m * prepared_bytes + 64) / 64 * 64)), &std::free);
-  if (scratch == nullptr) throw std::bad_alloc();
+  const Scratch prepared = scratch(m * prepared_bytes);
   {
     FlushSubnormals flush;
     for (int64_t at = 0; at < m; at += block) {
-      prepare(at, static_cast<int>(std::min<int64_t>(block, m - at)), scratch.get() + at * prepared_bytes);
+      prepare(at, static_cast<int>(std::min<int64_t>(block, m - at)), prepared.get() + at * prepared_bytes);
     }
   }
   const int64_t wanted = std::max<int64_t>(kChunkBytes / std::max<int64_t>(row_bytes, 1), 1);
@@ -115,7 +111,7 @@ void blocked(Pool& pool, int64_t m, int64_t n, int64_t k, int64_t row_bytes, int
   for_each_chunk(pool, (n + width - 1) / width, [&](int64_t chunk) {
     const int64_t begin = chunk * width, end = std::min(n, begin + width);
     for (int64_t at = 0; at < m; at += block) {
-      columns(at, static_cast<int>(std::min<int64_t>(block, m - at)), scratch.get() + at * prepared_bytes, begin, end);
+      columns(at, static_cast<int>(std::min<int64_t>(block, m - at)), prepared.get() + at * prepared_bytes, begin, end);
     }
   });
 }
