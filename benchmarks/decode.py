@@ -1,64 +1,183 @@
-"""Measures decoding of a 1.1B-parameter Llama shape on CPU: plain, its twin alone, and the twin drafting at a synthetic acceptance.
+"""Measures decoding of a 1.1B-parameter Llama shape on CPU: passes of target and twin, where their time goes, and stacks.
 
     python benchmarks/decode.py --out benchmarks/results/decode-cpu.json
 
-Without --model it writes a checkpoint of random weights first (2.2 GB, in a temporary folder), so drafts are accepted by coins and the
-text means nothing. The stacks take turns in every trial; compiling is not timed.
+Without --model it writes a checkpoint of random weights first (2.2 GB, in a temporary folder). Random weights say nothing of
+acceptance, so coins accept the drafts and the text means nothing; what drafts below a twin is prompt look-up, which costs next to
+nothing. All passes take turns with the plain read of memory in every trial, and so do all stacks. Compiling is not timed.
 """
 
 import argparse
+import functools
 import json
 import tempfile
+import time
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 from large_checkpoint import write_checkpoint
-from machine import describe, spread
+from machine import describe, spread, watch
+from matmul import reader
 
 import mlspecqd_jax as mlsd
-from mlspecqd_jax import matmul
+from mlspecqd_jax import matmul as weights
 
-PROMPT = list(range(1, 65))
+WINDOWS = (1, 2, 4, 6, 8)
+SLOTS, POSITION = 512, 256  # of the cache, and of the windows in it
+REPEATED = 4  # passes a measurement
+PROMPT, NEW = 128, 128  # tokens
+LONG_PROMPT = 512
+# Name: draft_len of the twin, of look-up below it, and the rates at which coins accept.
+STACKS = {
+    "plain": ((), ()),
+    **{f"twin, {g} at 0.9": ((g,), (0.9,)) for g in (3, 5, 7)},
+    **{f"twin, {g} at 0.9; free, 3 at 0.6": ((g, 3), (0.9, 0.6)) for g in (5, 7, 9)},
+    **{f"twin, {g} at 0.95; free, 5 at 0.8": ((g, 5), (0.95, 0.8)) for g in (7, 11, 15)},
+}
 
 
-def measure(folder: Path, tokens: int, trials: int, draft_len: int, acceptance: float) -> dict:
-    """Return tokens a second by stack."""
+def passes(model: mlsd.Model, window: int):
+    """Return a function that runs passes of a window over a cache of SLOTS positions, each fed by the one before."""
+
+    @functools.partial(jax.jit, donate_argnums=(1, 2))
+    def run(params, tokens, cache):
+        def one(_, carry):
+            tokens, cache = carry
+            logits, cache = model.network(params, tokens, jnp.full((1,), POSITION, jnp.int32), cache)
+            return jnp.argmax(logits, axis=2).astype(jnp.int32), cache
+
+        return jax.lax.fori_loop(0, REPEATED, one, (tokens, cache))
+
+    carry = jnp.ones((1, window), jnp.int32), model.network.init_cache(1, SLOTS, model.params)
+
+    def call():
+        nonlocal carry
+        carry = jax.block_until_ready(run(model.params, *carry))
+
+    return call
+
+
+def products(model: mlsd.Model, window: int):
+    """Return a function that runs the model's weight products alone, each after the one before, as often as `passes`."""
+
+    @jax.jit
+    def run(params, x):
+        def one(_, x):
+            for name, w in params.items():
+                if len(w.shape) == 2 and "embed" not in name:
+                    y = weights.linear(jnp.full((window, w.shape[1]), x), w)
+                    x = x + 0 * y[0, 0]
+            return x
+
+        return jax.lax.fori_loop(0, REPEATED, one, x)
+
+    return lambda: run(model.params, jnp.bfloat16(1)).block_until_ready()
+
+
+def generation(stack: mlsd.Level, rates: tuple[float, ...], rounds: list[int]):
+    """Return a function of a seed that gives the seconds of NEW tokens after PROMPT, prefill apart; it notes how many rounds."""
+    length = jnp.array([PROMPT], jnp.int32)
+    tokens = jnp.ones((1, mlsd.buffer_length(PROMPT + NEW)), jnp.int32)
+    init, advance = jax.jit(mlsd.init), jax.jit(mlsd.advance, donate_argnums=1)
+
+    def call(seed):
+        sampling = mlsd.Sampling.create(1, stack.card.vocab_size, seed=seed, synthetic_acceptance=rates or None)
+        state = jax.block_until_ready(init(stack, tokens, length, sampling))
+        began = time.perf_counter()
+        state = jax.block_until_ready(advance(stack, state, length + NEW, sampling))
+        took = time.perf_counter() - began
+        rounds.append(int(state.counts.rounds.sum()))
+        return took
+
+    return call
+
+
+def prefill(stack: mlsd.Level):
+    """Return a function that feeds LONG_PROMPT tokens to an empty cache."""
+    sampling = mlsd.Sampling.create(1, stack.card.vocab_size)
+    tokens = jnp.ones((1, mlsd.buffer_length(LONG_PROMPT + 1)), jnp.int32)
+    init = jax.jit(mlsd.init)
+    return lambda: jax.block_until_ready(init(stack, tokens, jnp.array([LONG_PROMPT + 1], jnp.int32), sampling))
+
+
+def timed(call, per: int = 1):
+    """Return a function of the trial's number that gives the seconds of a call, divided by `per`."""
+
+    def seconds(_):
+        began = time.perf_counter()
+        call()
+        return (time.perf_counter() - began) / per
+
+    return seconds
+
+
+def in_turn(calls: dict, trials: int) -> dict[str, dict[str, float]]:
+    """Return the spread of what each function of the trial's number gives; before the first trial each is called to compile."""
+    found = {name: [] for name in calls}
+    for trial in range(-1, trials):
+        for name, call in calls.items():
+            value = call(trial)
+            if trial >= 0:
+                found[name].append(value)
+    return {name: spread(values) for name, values in found.items()}
+
+
+def measure(folder: Path, trials: int) -> dict:
+    """Return the times of passes, of their products, of stacks and of a prefill, and the memory of it all."""
     target = mlsd.load(folder)
     twin = target.quantized()
-    stacks = {
-        "plain": (mlsd.stack(target), {}),
-        "twin alone": (mlsd.stack(twin), {}),
-        f"twin drafts {draft_len}": (mlsd.stack(target, (twin, draft_len)), {"synthetic_acceptance": [acceptance]}),
-    }
-    rates = {name: [] for name in stacks}
-    for trial in range(-1, trials):  # the first compiles
-        for name, (stack, more) in stacks.items():
-            report = mlsd.generate(stack, [PROMPT], max_new_tokens=tokens, stop_token_ids=[], **more).report
-            if trial >= 0:
-                rates[name].append(report["tokens_per_second"])
-                print(f"trial {trial + 1}: {name} {rates[name][-1]:.1f} tokens/s", flush=True)
+    models = {"target": target, "twin": twin}
+    size = sum(w.nbytes for name, w in target.params.items() if "embed" not in name) // 2**16 * 2**16
+    calls = {"read": timed(reader(size), 1)}
+    for name, model in models.items():
+        calls |= {f"{name}, {w}": timed(passes(model, w), REPEATED) for w in WINDOWS}
+        calls |= {f"{name}, {w}, products": timed(products(model, w), REPEATED) for w in (1, 8)}
+    calls["prefill"] = timed(prefill(mlsd.stack(target)))
+    found = {"read_bytes": size, "seconds": in_turn(calls, trials)}
+    del calls
+    stacks, rounds = {}, {name: [] for name in STACKS}
+    for name, (lengths, rates) in STACKS.items():
+        stack = mlsd.stack(target, *zip((twin, mlsd.prompt_lookup()), lengths, strict=False))
+        stacks[name] = generation(stack, rates, rounds[name])
+    found["generation_seconds"] = in_turn(stacks, trials)
+    found["tokens_per_round"] = {name: NEW * len(counts) / sum(counts) for name, counts in rounds.items()}
+    return found
+
+
+def memory(folder: Path) -> dict[str, int]:
+    """Return the anonymous memory that loading, quantizing and generating take at most, and what of it is accounted for."""
+
+    def run():
+        target = mlsd.load(folder)
+        twin = target.quantized()
+        generation(mlsd.stack(target, (twin, 5)), (0.9,), [])(0)
+        return target, twin
+
+    (target, twin), _, peak = watch(run)
+    kept = {id(leaf) for leaf in jax.tree.leaves(target.params)}
+    caches = target.network.init_cache(1, mlsd.buffer_length(PROMPT + NEW), target.params)
     return {
-        "products": matmul.implementation("cpu"),
-        "bytes": {"target": target.nbytes, "twin": twin.nbytes},
-        "tokens_per_second": {name: spread(values) for name, values in rates.items()},
+        "peak_anonymous_bytes": peak,
+        "weights": target.nbytes,
+        "twin_adds": sum(leaf.nbytes for leaf in jax.tree.leaves(twin.params) if id(leaf) not in kept),
+        "caches": sum(leaf.nbytes for leaf in jax.tree.leaves(caches)),
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, help="a folder in Hugging Face's layout")
-    parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--trials", type=int, default=5)
-    parser.add_argument("--draft-len", type=int, default=7)
-    parser.add_argument("--acceptance", type=float, default=0.9, help="the rate at which coins accept a drafted token")
     parser.add_argument("--out", type=Path, help="write the result as JSON")
     o = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         source = o.model or Path(folder) / "large"
         if o.model is None:
             write_checkpoint(source)
-        found = measure(source, o.tokens, o.trials, o.draft_len, o.acceptance)
-    result = {"command": "python benchmarks/decode.py", "trials": o.trials, "tokens": o.tokens} | found | describe()
-    result |= {"draft_len": o.draft_len, "acceptance": o.acceptance}
+        found = {"memory": memory(source)} | measure(source, o.trials)
+    settings = {"command": "python benchmarks/decode.py", "trials": o.trials, "slots": SLOTS, "prompt": PROMPT, "new": NEW}
+    result = settings | {"products": weights.implementation("cpu")} | found | describe()
     print(json.dumps(result, indent=1))
     if o.out:
         o.out.parent.mkdir(parents=True, exist_ok=True)

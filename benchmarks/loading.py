@@ -9,44 +9,17 @@ folder). Files are in the page cache. Linux only: anonymous memory is read from 
 import argparse
 import json
 import tempfile
-import threading
-import time
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint  # noqa: F401  (what is imported later is not counted as the model's memory)
 from large_checkpoint import write_checkpoint
-from machine import describe, spread
+from machine import describe, spread, watch
 from transformers import CONFIG_MAPPING
 
 import mlspecqd_jax as mlsd
 from mlspecqd_jax import checkpoint
-
-
-def anonymous() -> int:
-    """Return the process's anonymous memory, in bytes."""
-    return 1024 * int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0])
-
-
-def watch(call):
-    """Return (result, seconds, peak of anonymous memory above what it was)."""
-    before = peak = anonymous()
-    done = threading.Event()
-
-    def sample():
-        nonlocal peak
-        while not done.wait(0.002):
-            peak = max(peak, anonymous())
-
-    thread = threading.Thread(target=sample)
-    thread.start()
-    began = time.perf_counter()
-    result = call()
-    seconds = time.perf_counter() - began
-    done.set()
-    thread.join()
-    return result, seconds, peak - before
 
 
 def sums(model: mlsd.Model) -> dict[str, float]:

@@ -1,8 +1,10 @@
-"""What a result was measured on, and how its spread is told."""
+"""What a result was measured on, how its spread is told, and what memory a call takes."""
 
 import os
 import platform
 import statistics
+import threading
+import time
 from importlib import metadata
 from pathlib import Path
 
@@ -30,3 +32,28 @@ def cpu_model() -> str:
 def spread(values: list[float]) -> dict[str, float]:
     """Return median, least and greatest."""
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def anonymous() -> int:
+    """Return the process's anonymous memory, in bytes."""
+    return 1024 * int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0])
+
+
+def watch(call):
+    """Return (result, seconds, peak of anonymous memory above what it was)."""
+    before = peak = anonymous()
+    done = threading.Event()
+
+    def sample():
+        nonlocal peak
+        while not done.wait(0.002):
+            peak = max(peak, anonymous())
+
+    thread = threading.Thread(target=sample)
+    thread.start()
+    began = time.perf_counter()
+    result = call()
+    seconds = time.perf_counter() - began
+    done.set()
+    thread.join()
+    return result, seconds, peak - before

@@ -104,9 +104,16 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, first: jax.Array, last: 
 
 
 def put_window(buffer: jax.Array, start: jax.Array, values: jax.Array) -> jax.Array:
-    """Store values [B, H, W, D] in buffer [B, H, S, D], both bfloat16, at start[r] + 0..W-1, in place; what falls outside is dropped."""
+    """Store values [B, H, W, D] in buffer [B, H, S, D] at positions start[r] + 0..W-1, in place; what falls outside is dropped.
+
+    Args:
+      buffer, values: bfloat16.
+      start: int32 [B].
+    """
     if not (buffer.dtype == values.dtype == jnp.bfloat16 and start.dtype == jnp.int32):
-        raise ValueError(f"buffer, start and values are {buffer.dtype}, {start.dtype}, {values.dtype}, not bfloat16, int32, bfloat16")
+        raise ValueError(
+            f"buffer, start and values are {buffer.dtype}, {start.dtype}, {values.dtype}, not bfloat16, int32, bfloat16"
+        )
     call = jax.ffi.ffi_call(_target("put_window"), jax.ShapeDtypeStruct(buffer.shape, buffer.dtype), input_output_aliases={0: 0})
     return call(buffer, start, values)
 

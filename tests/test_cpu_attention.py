@@ -37,7 +37,11 @@ def attention_definition(q, k, v, first, last):
     [(1, 32, 4, 2, 70, 64), (2, 6, 3, 5, 37, 10), (1, 8, 2, 19, 50, 24), (2, 4, 4, 1, 7, 6)],
 )
 def test_attention_is_its_definition(isa, batch, q_heads, kv_heads, window, slots, depth):
-    q, k, v = heads(batch, q_heads, window, depth), heads(batch, kv_heads, slots, depth), heads(batch, kv_heads, slots, depth, seed=1)
+    q, k, v = (
+        heads(batch, q_heads, window, depth),
+        heads(batch, kv_heads, slots, depth),
+        heads(batch, kv_heads, slots, depth, seed=1),
+    )
     for width in (slots, 5):
         first, last = seen(np.arange(batch) + slots - window - 1, window, slots, width)
         y = cpu_kernels.attention(q, k, v, first, last, isa)
