@@ -113,14 +113,12 @@ def timed(call, per: int = 1):
 
 
 def in_turn(calls: dict, trials: int) -> dict[str, dict[str, float]]:
-    """Return the spread of what each function of the trial's number gives; before the first trial each is called to compile."""
+    """Return the spread of what each function of the trial's number gives; the first calls compile and do not count."""
     found = {name: [] for name in calls}
-    for trial in range(-1, trials):
+    for trial in range(trials + 1):
         for name, call in calls.items():
-            value = call(trial)
-            if trial >= 0:
-                found[name].append(value)
-    return {name: spread(values) for name, values in found.items()}
+            found[name].append(call(trial))
+    return {name: spread(values[1:]) for name, values in found.items()}
 
 
 def measure(folder: Path, trials: int) -> dict:
@@ -141,7 +139,7 @@ def measure(folder: Path, trials: int) -> dict:
         stack = mlsd.stack(target, *zip((twin, mlsd.prompt_lookup()), lengths, strict=False))
         stacks[name] = generation(stack, rates, rounds[name])
     found["generation_seconds"] = in_turn(stacks, trials)
-    found["tokens_per_round"] = {name: NEW * len(counts) / sum(counts) for name, counts in rounds.items()}
+    found["tokens_per_round"] = {name: NEW * trials / sum(counts[1:]) for name, counts in rounds.items()}
     return found
 
 
@@ -177,6 +175,7 @@ def main() -> None:
             write_checkpoint(source)
         found = {"memory": memory(source)} | measure(source, o.trials)
     settings = {"command": "python benchmarks/decode.py", "trials": o.trials, "slots": SLOTS, "prompt": PROMPT, "new": NEW}
+    settings |= {"stacks": STACKS}
     result = settings | {"products": weights.implementation("cpu")} | found | describe()
     print(json.dumps(result, indent=1))
     if o.out:

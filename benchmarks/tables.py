@@ -10,6 +10,8 @@ import re
 import sys
 from pathlib import Path
 
+import cpu_tables
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
@@ -89,6 +91,11 @@ def source(result: dict) -> str:
     return f"{environment(result)}; median of {result['trials']} (least to greatest); `{result['command']}`."
 
 
+def with_source(make):
+    """Return `make` with the line after its table that says where the table comes from."""
+    return lambda result: f"{make(result)}\n\n{environment(result)}; `{result['command']}`."
+
+
 def environment(result: dict) -> str:
     """Return the machine and the versions of a result."""
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
@@ -102,7 +109,14 @@ def spread(seconds: dict) -> str:
     return f"{median} s ({least} to {most})"
 
 
-TABLES = {"startup-cpu": startup, "loading-cpu": loading, "acceptance-stories260K": acceptance}
+TABLES = {
+    "startup-cpu": startup,
+    "loading-cpu": loading,
+    "acceptance-stories260K": acceptance,
+    "matmul-cpu": with_source(cpu_tables.products),
+    "decode-cpu": with_source(cpu_tables.decoding),
+    "peers-cpu": with_source(cpu_tables.peers),
+}
 
 
 def rewritten(readme: str) -> str:
