@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import platform
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,20 +9,10 @@ from typing import NamedTuple
 
 import numpy as np
 import tokenizers
+from demo_sources import Origin, Source
 
 END_OF_TEXT = "<|endoftext|>"  # id 0; separates documents, begins and ends a text
 VALIDATION_PERCENT = 5  # of the files
-# Tests are long lists of cases, `encodings` tables of characters, `pydoc_data` one manual: none shows what code looks like.
-SKIPPED_FOLDERS = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test", "encodings", "pydoc_data"}
-SKIPPED_PREFIX = "_sysconfigdata"  # written when Python is built; differs from machine to machine
-
-
-class Source(NamedTuple):
-    """One document; `name` is its path below the root it was found in."""
-
-    name: str
-    text: str
-    sha256: str
 
 
 class Data(NamedTuple):
@@ -32,25 +21,6 @@ class Data(NamedTuple):
     train: np.ndarray  # uint16 [tokens]
     validation: np.ndarray  # uint16 [tokens]
     manifest: dict
-
-
-def collect(roots: Iterable[Path]) -> list[Source]:
-    """Read the .py files below the roots, sorted by name within each root, each content once."""
-    sources, seen = [], set()
-    for root in roots:
-        for path in sorted(root.rglob("*.py"), key=lambda p: p.relative_to(root).as_posix()):
-            inside = path.relative_to(root)
-            if SKIPPED_FOLDERS & set(inside.parts[:-1]) or inside.name.startswith(SKIPPED_PREFIX):
-                continue
-            try:
-                text = path.read_bytes().decode("utf-8").replace("\r\n", "\n")
-            except UnicodeDecodeError:
-                continue
-            digest = hashlib.sha256(text.encode("utf-8")).hexdigest()
-            if text.strip() and digest not in seen:
-                seen.add(digest)
-                sources.append(Source(inside.as_posix(), text, digest))
-    return sources
 
 
 def held_out(source: Source) -> bool:
@@ -79,10 +49,10 @@ def encode(tokenizer: tokenizers.Tokenizer, texts: list[str]) -> np.ndarray:
     return np.concatenate(ids) if ids else np.zeros(0, np.uint16)
 
 
-def prepare(sources: list[Source], vocab_size: int, folder: Path) -> None:
+def prepare(origins: list[Origin], vocab_size: int, folder: Path) -> None:
     """Write tokenizer.json, train.bin, validation.bin and manifest.json; the folder appears complete or not at all."""
     splits = {"train": [], "validation": []}
-    for source in sources:
+    for source in (s for origin in origins for s in origin.sources):
         splits["validation" if held_out(source) else "train"].append(source)
     tokenizer = train_tokenizer((s.text for s in splits["train"]), vocab_size)
     partial = fresh_folder(folder)
@@ -91,21 +61,20 @@ def prepare(sources: list[Source], vocab_size: int, folder: Path) -> None:
     for split, members in splits.items():
         tokens = encode(tokenizer, [s.text for s in members])
         tokens.tofile(partial / f"{split}.bin")
-        streams[split] = {"tokens": len(tokens), "sha256": hashlib.sha256(tokens.tobytes()).hexdigest()}
-    files = [
-        {"name": s.name, "sha256": s.sha256, "bytes": len(s.text.encode()), "split": split}
-        for split, members in splits.items()
-        for s in members
+        size = sum(len(s.text.encode()) for s in members)
+        streams[split] = {"files": len(members), "bytes": size, "tokens": len(tokens), "sha256": sha256(tokens)}
+    listed = [
+        {"name": o.name, "version": o.version, "licence": o.licence, "files": {s.name: s.sha256 for s in o.sources}}
+        for o in origins
     ]
-    manifest = {"python": platform.python_version(), "vocab_size": vocab_size, "streams": streams, "files": files}
-    write_json(partial / "manifest.json", manifest)
+    write_json(partial / "manifest.json", {"vocab_size": vocab_size, "streams": streams, "origins": listed})
     partial.rename(folder)
 
 
 def load_data(folder: Path, vocab_size: int, window: int) -> Data:
     """Map the token files of a prepared folder; both must hold at least one window."""
     if not (folder / "manifest.json").is_file():
-        raise ValueError(f"{folder} holds no manifest.json; name a folder that this script prepared, or leave --data out.")
+        raise ValueError(f"--data {folder} holds no manifest.json; name a folder that this script prepared, or a new one.")
     manifest = json.loads((folder / "manifest.json").read_text())
     if manifest["vocab_size"] != vocab_size:
         raise ValueError(f"the data in {folder} has a vocabulary of {manifest['vocab_size']}, not {vocab_size}; set --vocab.")
@@ -114,6 +83,17 @@ def load_data(folder: Path, vocab_size: int, window: int) -> Data:
             raise ValueError(f"the {split} files give {stream['tokens']} tokens, too few for a window of {window}.")
     streams = (np.memmap(folder / f"{split}.bin", np.uint16, mode="r") for split in ("train", "validation"))
     return Data(*streams, manifest)
+
+
+def same_files(manifest: dict, origins: list[Origin]) -> bool:
+    """Tell whether prepared data came from these very documents."""
+    ours = [digest for origin in manifest["origins"] for digest in origin["files"].values()]
+    return sorted(ours) == sorted(s.sha256 for origin in origins for s in origin.sources)
+
+
+def sha256(tokens: np.ndarray) -> str:
+    """Return the hash of a stream's bytes, as its file has them."""
+    return hashlib.sha256(tokens.tobytes()).hexdigest()
 
 
 def windows(tokens: np.ndarray, starts: np.ndarray, window: int) -> np.ndarray:

@@ -1,168 +1,41 @@
-"""Trains the demonstration checkpoint: a small Llama-shaped model of Python source, from the standard library's own files.
+"""Trains the demonstration family: small Llama-shaped models of Python source, from files that are installed with this project.
 
-    python examples/train_demo.py --overwrite       # prepares data, trains, writes checkpoints/demo
-    python examples/train_demo.py --steps 200 --work work --out demo
+    python examples/train_demo.py demo --overwrite             # prepares the data, trains, writes checkpoints/demo
+    python examples/train_demo.py demo-small --overwrite       # on the same data
+    python examples/train_demo.py demo --steps 200 --work work --out demo
 
-Three steps: `demo_data.prepare` (source files -> tokenizer and token files), `train` (token files -> weights), `export` (weights
--> a folder in Hugging Face's format, BF16). Training may be stopped at any time (Ctrl-C, SIGTERM, a crash): the same command
-goes on from the last save in the work folder and ends with the same weights as a run never stopped, because the batch of a
-step is a pure function of the seed and the step.
+Three steps: `demo_data.prepare` (source files -> tokenizer and token files, once for the family), `demo_training.train` (token
+files -> weights), `export` (weights -> a folder in Hugging Face's format, BF16). Training may be stopped at any time (Ctrl-C,
+SIGTERM, a crash): the same command goes on from the last save in the work folder and ends with the same weights as a run never
+stopped, because the batch of a step is a pure function of the seed and the step.
 """
 
 import argparse
-import contextlib
 import dataclasses
-import functools
 import json
 import math
 import os
 import shutil
-import signal
 import sys
-import sysconfig
-import time
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-import orbax.checkpoint as ocp
-from demo_data import END_OF_TEXT, Data, collect, fresh_folder, load_data, prepare, windows, write_json
-from rich.console import Console
+from demo_data import END_OF_TEXT, Data, fresh_folder, load_data, prepare, same_files, write_json
+from demo_sources import PACKAGES, Origin, folder, package, standard_library, without_duplicates
+from demo_training import Schedule, Stopped, evaluate, train
 from safetensors.numpy import save_file
 
 from mlspecqd_jax.transformer import LanguageModel, ModelConfig
 
-EVAL_BATCHES = 16
-
-
-@dataclasses.dataclass(frozen=True)
-class Schedule:
-    """What decides the weights, next to the data and the model's shape."""
-
-    batch: int
-    window: int
-    steps: int
-    warmup: int
-    learning_rate: float
-    weight_decay: float
-    seed: int
-
-
-def random_batch(tokens: np.ndarray, schedule: Schedule, step: int) -> np.ndarray:
-    """Return the batch of a step, decided by (seed, step) alone: int32 [B, W + 1]."""
-    rng = np.random.default_rng([schedule.seed, step])
-    return windows(tokens, rng.integers(0, len(tokens) - schedule.window, schedule.batch), schedule.window)
-
-
-# --- training -----------------------------------------------------------------------------------------------------------
-
-
-def make_optimizer(schedule: Schedule) -> optax.GradientTransformation:
-    """AdamW with linear warm-up, cosine decay to a tenth, clipping by global norm, weight decay on matrices only."""
-    rate = optax.warmup_cosine_decay_schedule(
-        0.0, schedule.learning_rate, schedule.warmup, schedule.steps, end_value=0.1 * schedule.learning_rate
-    )
-    matrices = functools.partial(jax.tree.map, lambda p: p.ndim > 1)
-    return optax.chain(
-        optax.clip_by_global_norm(1.0),
-        optax.adamw(rate, b1=0.9, b2=0.95, weight_decay=schedule.weight_decay, mask=matrices),
-    )
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def mean_loss(model: LanguageModel, params: dict[str, jax.Array], tokens: jax.Array) -> jax.Array:
-    """Return the mean cross-entropy, in nats, of every next token in tokens [B, W + 1]."""
-    logits, _ = model(params, tokens[:, :-1], jnp.zeros(tokens.shape[0], jnp.int32), None)
-    return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
-def train_step(model: LanguageModel, schedule: Schedule, state: dict, tokens: jax.Array) -> tuple[dict, jax.Array]:
-    """Return (state after one update, loss before it)."""
-    loss, gradient = jax.value_and_grad(mean_loss, argnums=1)(model, state["params"], tokens)
-    updates, optimizer = make_optimizer(schedule).update(gradient, state["optimizer"], state["params"])
-    return {"params": optax.apply_updates(state["params"], updates), "optimizer": optimizer}, loss
-
-
-def evaluate(model: LanguageModel, params: dict[str, jax.Array], tokens: np.ndarray, schedule: Schedule) -> float:
-    """Return the mean loss over EVAL_BATCHES batches of windows spread evenly over a stream."""
-    starts = np.linspace(0, len(tokens) - schedule.window - 1, EVAL_BATCHES * schedule.batch).astype(int)
-    batches = starts.reshape(EVAL_BATCHES, schedule.batch)
-    return float(np.mean([mean_loss(model, params, windows(tokens, b, schedule.window)) for b in batches]))
-
-
-class Stopped(Exception):
-    """Training was saved at `step` and left; `number` is the signal that asked for it, or None."""
-
-    def __init__(self, step: int, number: int | None):
-        super().__init__(f"stopped and saved at step {step}; the same command goes on from there.")
-        self.exit_code = 0 if number is None else 128 + number
-
-
-@contextlib.contextmanager
-def caught_signals():
-    """Yield a list to which SIGINT and SIGTERM, while inside, only append their number."""
-    caught = []
-    previous = {s: signal.signal(s, lambda number, _: caught.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield caught
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
-def train(model: LanguageModel, schedule: Schedule, data: Data, folder: Path, options) -> dict[str, jax.Array]:
-    """Return the parameters after all steps, going on from the last save in `folder`.
-
-    Raises:
-      Stopped: SIGINT or SIGTERM came, or `options.stop_at` was reached; everything so far is saved.
-    """
-    params = model.init(schedule.seed)
-    state = {"params": params, "optimizer": make_optimizer(schedule).init(params)}
-    keep = ocp.CheckpointManagerOptions(max_to_keep=2, create=True)
-    console = Console()
-    with (
-        caught_signals() as signals,
-        ocp.CheckpointManager(folder.resolve(), options=keep) as manager,
-        console.status("compiling") as status,
-    ):
-        step = manager.latest_step() or 0
-        if step:
-            state = manager.restore(step, args=ocp.args.StandardRestore(jax.eval_shape(lambda: state)))
-            console.print(f"going on from step {step} of {schedule.steps}")
-        saved, since, losses = time.monotonic(), time.monotonic(), []
-        while step < schedule.steps:
-            state, loss = train_step(model, schedule, state, random_batch(data.train, schedule, step))
-            losses.append(loss)
-            step += 1
-            last = step == schedule.steps
-            if step % options.log_every == 0 or last:
-                line = progress(step, schedule, losses, since)
-                status.update(line) if console.is_terminal else print(line, flush=True)
-                since, losses = time.monotonic(), []
-            if step % options.eval_every == 0 and not last:
-                loss = evaluate(model, state["params"], data.validation, schedule)
-                console.print(f"step {step}  validation loss {loss:.4f}")
-                since, losses = time.monotonic(), []
-            stop = signals or step == options.stop_at
-            if stop or last or time.monotonic() - saved > 60 * options.save_minutes:
-                manager.save(step, args=ocp.args.StandardSave(state))
-                manager.wait_until_finished()  # the next step overwrites these buffers
-                saved = time.monotonic()
-            if stop and not last:
-                raise Stopped(step, signals[0] if signals else None)
-    return state["params"]
-
-
-def progress(step: int, schedule: Schedule, losses: list[jax.Array], since: float) -> str:
-    """Return the line that says how far training is, over the steps since the last one."""
-    loss = float(np.mean([float(x) for x in losses]))  # waits for the steps, so the clock is read after it
-    seconds = time.monotonic() - since
-    left = int((schedule.steps - step) * seconds / len(losses))
-    speed = len(losses) * schedule.batch * schedule.window / seconds
-    return f"step {step}/{schedule.steps}  loss {loss:.4f}  {speed:.0f} tokens/s  {left // 60}:{left % 60:02d} left"
+CHECKPOINTS = Path(__file__).resolve().parent.parent / "checkpoints"
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlspecqd-jax"
+SHAPES = {
+    "demo": {"hidden": 384, "ffn": 1024, "layers": 4, "heads": 6, "kv_heads": 2, "lr": 1.5e-3},
+    "demo-small": {"hidden": 96, "ffn": 256, "layers": 2, "heads": 3, "kv_heads": 1, "lr": 3e-3},
+}
+FINAL_BATCHES = 64  # of the losses printed at the end
 
 
 # --- export -------------------------------------------------------------------------------------------------------------
@@ -216,44 +89,56 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """Read the command line."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    stdlib = Path(sysconfig.get_paths()["stdlib"])
-    demo = Path(__file__).resolve().parent.parent / "checkpoints" / "demo"
-    shown = argparse.ArgumentDefaultsHelpFormatter
-    parser = Parser("train_demo", description=__doc__.splitlines()[0], formatter_class=shown)
+    """Read the command line; the model's name gives the defaults of its shape."""
+    parser = Parser("train_demo", description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    add("--source", type=Path, action="append", help="root folder of .py files, repeatable; else the standard library")
-    add("--data", type=Path, help="folder prepared by an earlier run (its work folder's data/), in place of --source")
-    add("--work", type=Path, default=cache / "mlspecqd-jax" / "train_demo", help="folder of the prepared data and the saves")
-    add("--out", type=Path, default=demo, help="folder to write the model to")
+    add("name", choices=SHAPES, help="which model; it decides the defaults of its shape and folders")
+    add("--data", type=Path, default=CACHE / "demo_data", help="folder of the prepared data; made where there is none")
+    add("--source", type=Path, action="append", help="root of .py files to prepare, repeatable; else Python and named packages")
+    add("--work", type=Path, help="folder of the saves; else one by the model's name in the user's cache")
+    add("--out", type=Path, help="folder to write the model to; else one by its name in checkpoints/")
     add("--overwrite", action="store_true", help="replace an existing --out")
-    add("--hidden", type=int, default=256, help="hidden size")
-    add("--ffn", type=int, default=640, help="intermediate size")
-    add("--layers", type=int, default=4, help="decoder layers")
-    add("--heads", type=int, default=4, help="query heads")
-    add("--kv-heads", type=int, default=2, help="key/value heads")
-    add("--vocab", type=int, default=4096, help="vocabulary size")
+    add("--hidden", type=int, help="hidden size")
+    add("--ffn", type=int, help="intermediate size")
+    add("--layers", type=int, help="decoder layers")
+    add("--heads", type=int, help="query heads")
+    add("--kv-heads", type=int, help="key/value heads")
+    add("--vocab", type=int, default=8192, help="vocabulary size")
     add("--positions", type=int, default=1024, help="max_position_embeddings of the exported model")
     add("--batch", type=int, default=4, help="windows a step")
     add("--window", type=int, default=512, help="tokens a window")
-    add("--steps", type=int, default=2400, help="steps in all; the learning rate decays over them")
+    add("--steps", type=int, default=4000, help="steps in all; the learning rate decays over them")
+    add("--long-steps", type=int, help="the last ones, of half as many windows twice as long; else a quarter of --steps")
     add("--warmup", type=int, help="steps of linear warm-up; else a twentieth of --steps")
-    add("--lr", type=float, default=2e-3, help="peak learning rate")
+    add("--lr", type=float, help="peak learning rate")
     add("--weight-decay", type=float, default=0.1, help="of matrices")
     add("--seed", type=int, default=0, help="decides the initial weights and the batches")
+    add("--compute", choices=("float32", "bfloat16"), help="dtype of the products; else float32 on CPU, bfloat16 elsewhere")
     add("--log-every", type=int, default=10, help="steps between progress lines")
     add("--eval-every", type=int, default=200, help="steps between validations")
     add("--save-minutes", type=float, default=3.0, help="minutes between saves")
     add("--stop-at", type=int, help="save and leave after this step, as if interrupted")
     options = parser.parse_args(argv)
-    options.source = options.source or [stdlib]
-    options.warmup = max(1, options.steps // 20) if options.warmup is None else options.warmup
+    fill_in(options)
     try:
         check(options)
     except ValueError as error:
         parser.error(str(error))
     return options
+
+
+def fill_in(options: argparse.Namespace) -> None:
+    """Set the options whose defaults depend on others."""
+    defaults = SHAPES[options.name] | {
+        "work": CACHE / f"train_{options.name}",
+        "out": CHECKPOINTS / options.name,
+        "warmup": max(1, options.steps // 20),
+        "long_steps": options.steps // 4,
+        "compute": "float32" if jax.default_backend() == "cpu" else "bfloat16",
+    }
+    for name, value in defaults.items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
 
 
 def check(options: argparse.Namespace) -> None:
@@ -270,15 +155,19 @@ def check(options: argparse.Namespace) -> None:
         raise ValueError(f"--heads {options.heads} must be a multiple of --kv-heads {options.kv_heads}.")
     if not 257 <= options.vocab <= 65536:
         raise ValueError(f"--vocab is {options.vocab}; it must be from 257 (the bytes and one more) to 65536.")
-    if options.window > options.positions:
-        raise ValueError(f"--window {options.window} is more than --positions {options.positions}.")
+    if not 0 <= options.long_steps <= options.steps:
+        raise ValueError(f"--long-steps is {options.long_steps}; it must be from 0 to --steps {options.steps}.")
+    if options.long_steps and options.batch % 2:
+        raise ValueError(f"--batch is {options.batch}; it must be even for --long-steps.")
+    if options.window * (2 if options.long_steps else 1) > options.positions:
+        raise ValueError(f"--window {options.window}, doubled in the last steps, is more than --positions {options.positions}.")
     if options.warmup >= options.steps:
         raise ValueError(f"--warmup {options.warmup} must be less than --steps {options.steps}.")
     if not (math.isfinite(options.lr) and options.lr > 0):
         raise ValueError(f"--lr is {options.lr}; it must be positive.")
     if options.seed < 0:
         raise ValueError(f"--seed is {options.seed}; it must not be negative.")
-    for root in [] if options.data else options.source:
+    for root in options.source or []:
         if not root.is_dir():
             raise ValueError(f"--source {root} is not a folder.")
     if options.out.exists() and not options.overwrite:
@@ -302,18 +191,30 @@ def model_of(options: argparse.Namespace) -> LanguageModel:
     )
 
 
-def data_of(options: argparse.Namespace) -> tuple[Data, Path]:
-    """Return the data of --data, or of --source prepared once into the work folder, and the folder it is in."""
-    if options.data:
-        return load_data(options.data, options.vocab, options.window), options.data
-    folder, sources = options.work / "data", collect(options.source)
-    if not folder.exists():
-        print(f"preparing {len(sources)} files in {folder}", flush=True)
-        prepare(sources, options.vocab, folder)
-    data = load_data(folder, options.vocab, options.window)
-    if sorted(f["sha256"] for f in data.manifest["files"]) != sorted(s.sha256 for s in sources):
-        raise ValueError(f"{folder} was prepared from other files; remove it, or name it with --data to use it as it is.")
-    return data, folder
+def schedule_of(options: argparse.Namespace) -> Schedule:
+    """Return the schedule that the options describe."""
+    names = {"learning_rate": "lr"}
+    return Schedule(**{f.name: getattr(options, names.get(f.name, f.name)) for f in dataclasses.fields(Schedule)})
+
+
+def origins_of(options: argparse.Namespace) -> list[Origin]:
+    """Return what the data is prepared from."""
+    if options.source:
+        return without_duplicates(map(folder, options.source))
+    return without_duplicates([standard_library(), *map(package, PACKAGES)])
+
+
+def data_of(options: argparse.Namespace) -> Data:
+    """Return the data in the folder of --data, prepared there first where there is none."""
+    made = options.data.exists()
+    origins = None if made and not options.source else origins_of(options)
+    if not made:
+        print(f"preparing {sum(len(o.sources) for o in origins)} files in {options.data}", flush=True)
+        prepare(origins, options.vocab, options.data)
+    data = load_data(options.data, options.vocab, options.window * (2 if options.long_steps else 1))
+    if origins and not same_files(data.manifest, origins):
+        raise ValueError(f"{options.data} was prepared from other files; leave --source out, or name a new --data.")
+    return data
 
 
 def same_run(work: Path, model: LanguageModel, schedule: Schedule, data: Data) -> None:
@@ -331,12 +232,10 @@ def main(argv: list[str] | None = None) -> int:
     """Prepare, train, export; return the exit code."""
     options = parse(argv)
     model = model_of(options)
-    schedule = Schedule(
-        options.batch, options.window, options.steps, options.warmup, options.lr, options.weight_decay, options.seed
-    )
+    schedule = schedule_of(options)
     options.work.mkdir(parents=True, exist_ok=True)
     try:
-        data, folder = data_of(options)
+        data = data_of(options)
         same_run(options.work, model, schedule, data)
     except ValueError as error:
         return complain(error)
@@ -347,10 +246,11 @@ def main(argv: list[str] | None = None) -> int:
         return stopped.exit_code
     rounded = {name: leaf.astype(jnp.bfloat16).astype(jnp.float32) for name, leaf in params.items()}
     for split in ("train", "validation"):
-        loss = evaluate(model, rounded, getattr(data, split), schedule)
-        print(f"{split} loss {loss:.4f} (weights rounded to BF16)")
+        for step in (0, schedule.steps - 1):
+            loss = evaluate(model, rounded, getattr(data, split), schedule, step, FINAL_BATCHES)
+            print(f"{split} loss {loss:.4f} on windows of {schedule.windows_at(step)[1]} (weights rounded to BF16)")
     try:  # again, since the folder may have been made while training went on
-        export(params, model.config, folder / "tokenizer.json", options.out, options.overwrite)
+        export(params, model.config, options.data / "tokenizer.json", options.out, options.overwrite)
     except ValueError as error:
         return complain(error)
     print(f"wrote {sum(p.size for p in params.values()) / 1e6:.2f} million parameters to {options.out}")

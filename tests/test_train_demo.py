@@ -1,6 +1,8 @@
 """The training script: the same command gives the same weights, stopped in between or not, in a form transformers reads."""
 
+import hashlib
 import importlib
+import importlib.metadata
 import json
 import os
 import signal
@@ -26,10 +28,22 @@ def script():
     sys.path.remove(str(SCRIPT.parent))
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def data_script(script):
     """The script's data step as a module."""
     return importlib.import_module("demo_data")
+
+
+@pytest.fixture(scope="module")
+def source_script(script):
+    """What decides which files are read, as a module."""
+    return importlib.import_module("demo_sources")
+
+
+@pytest.fixture(scope="module")
+def training_script(script):
+    """The script's training step as a module."""
+    return importlib.import_module("demo_training")
 
 
 @pytest.fixture
@@ -48,11 +62,12 @@ def sources(tmp_path):
 
 @pytest.fixture
 def run(script, sources, tmp_path):
-    """A function that runs the script in this process: run(name, *more) -> exit code; work and out folders by name."""
+    """A function that runs the script in this process: run(name, *more) -> exit code; folders by name, one for all data."""
 
     def run(name, *more):
-        folders = ["--source", str(sources), "--work", str(tmp_path / "work" / name), "--out", str(tmp_path / name)]
-        return script.main([*folders, *TINY, "--steps", "6", *more])
+        folders = {"source": sources, "data": tmp_path / "data", "work": tmp_path / "work" / name, "out": tmp_path / name}
+        given = [word for option, folder in folders.items() for word in (f"--{option}", str(folder))]
+        return script.main(["demo", *given, *TINY, "--steps", "6", *more])
 
     return run
 
@@ -69,8 +84,6 @@ def test_equal_runs_and_a_stopped_one_give_equal_weights(run, tmp_path):
     assert run("stopped", "--stop-at", "5") == 0
     assert run("stopped") == 0
     assert weights(tmp_path / "first") == weights(tmp_path / "second") == weights(tmp_path / "stopped")
-    assert run("other", "--seed", "1") == 0
-    assert weights(tmp_path / "other") != weights(tmp_path / "first")
 
 
 def test_exported_folder(run, tmp_path):
@@ -99,31 +112,82 @@ def test_out_is_kept_unless_overwrite_is_given(script, run, tmp_path):
     assert not (tmp_path / "out" / "notes").exists()
 
 
-def test_collect_drops_tests_duplicates_and_undecodable_files(data_script, sources):
-    found = data_script.collect([sources])
-    assert len(found) == 60
-    assert [s.name for s in found][:2] == ["copy.py", "package/m01.py"]  # m00 is a copy of copy.py
-    assert 0 < sum(map(data_script.held_out, found)) < 30
+def test_documents_are_without_tests_duplicates_and_undecodable_files(data_script, source_script, sources):
+    (found,) = source_script.without_duplicates([source_script.folder(sources)])
+    assert len(found.sources) == 60
+    assert [s.name for s in found.sources][:2] == ["copy.py", "package/m01.py"]  # m00 is a copy of copy.py
+    assert 0 < sum(map(data_script.held_out, found.sources)) < 30
+    again = source_script.without_duplicates([found, found])
+    assert [len(origin.sources) for origin in again] == [60, 0]
 
 
-def test_token_files_spell_the_sources(data_script, sources, tmp_path):
-    found = data_script.collect([sources])
-    data_script.prepare(found, 300, tmp_path / "data")
+def test_a_table_of_numbers_is_no_document(source_script, tmp_path):
+    (tmp_path / "table.py").write_text("TABLE = [" + "0.125, " * 40 + "]\n")
+    (tmp_path / "code.py").write_text("def half(x):\n    return x / 2\n")
+    assert [s.name for s in source_script.folder(tmp_path).sources] == ["code.py"]
+
+
+def test_the_named_packages_are_installed_and_permissive(source_script):
+    for name in ("optax", "pytest"):
+        found = source_script.package(name)
+        assert found.version
+        assert found.sources
+        assert "/tests/" not in "".join(s.name for s in found.sources)
+    with pytest.raises(ValueError, match="hypothesis is under the licence 'MPL-2"):
+        source_script.package("hypothesis")
+    with pytest.raises(ValueError, match="no-such-package is not installed"):
+        source_script.package("no-such-package")
+    for name in source_script.PACKAGES:
+        licence = source_script.licence_of(importlib.metadata.metadata(name))
+        assert source_script.PERMISSIVE.search(licence), name
+        assert not source_script.OTHER.search(licence), name
+
+
+def test_a_large_package_gives_a_part_that_its_contents_decide(source_script, monkeypatch):
+    whole = {s.name for s in source_script.package("optax").sources}
+    monkeypatch.setattr(source_script, "MOST_BYTES", 100_000)
+    part = source_script.package("optax").sources
+    assert {s.name for s in part} < whole
+    assert 50_000 < sum(len(s.text) for s in part) <= 100_000
+    assert [s.name for s in part] == sorted(s.name for s in part)
+
+
+def test_token_files_spell_the_sources(data_script, source_script, sources, tmp_path):
+    found = source_script.folder(sources)
+    data_script.prepare([found._replace(name="mine", licence="MIT")], 300, tmp_path / "data")
     tokenizer = tokenizers.Tokenizer.from_file(str(tmp_path / "data" / "tokenizer.json"))
-    for split, data in zip(("train", "validation"), data_script.load_data(tmp_path / "data", 300, 16)[:2], strict=True):
-        text = tokenizer.decode(data.tolist(), skip_special_tokens=False)
-        members = [s.text for s in found if data_script.held_out(s) == (split == "validation")]
+    data = data_script.load_data(tmp_path / "data", 300, 16)
+    for split, stream in zip(("train", "validation"), data[:2], strict=True):
+        text = tokenizer.decode(stream.tolist(), skip_special_tokens=False)
+        members = [s.text for s in found.sources if data_script.held_out(s) == (split == "validation")]
         assert text == "".join(member + data_script.END_OF_TEXT for member in members)
+        assert data.manifest["streams"][split]["files"] == len(members)
+        assert data.manifest["streams"][split]["sha256"] == hashlib.sha256(stream.tobytes()).hexdigest()
+    (origin,) = data.manifest["origins"]
+    assert (origin["name"], origin["licence"]) == ("mine", "MIT")
+    assert origin["files"]["package/m07.py"] == hashlib.sha256((sources / "package" / "m07.py").read_bytes()).hexdigest()
 
 
-def test_the_batch_of_a_step_depends_on_seed_and_step_alone(script):
+def test_the_batch_of_a_step_depends_on_seed_and_step_alone(training_script):
     tokens = np.arange(100, dtype=np.uint16)
-    schedule = script.Schedule(batch=3, window=8, steps=9, warmup=1, learning_rate=1.0, weight_decay=0.0, seed=5)
-    batch = script.random_batch(tokens, schedule, 4)
-    assert batch.shape == (3, 9)
+    schedule = training_script.Schedule(4, 8, 9, 3, warmup=1, learning_rate=1.0, weight_decay=0.0, seed=5, compute="float32")
+    batch = training_script.random_batch(tokens, schedule, 5)
+    assert batch.shape == (4, 9)
     assert (np.diff(batch) == 1).all()
-    assert (batch == script.random_batch(tokens, schedule, 4)).all()
-    assert (batch != script.random_batch(tokens, schedule, 5)).any()
+    assert (batch == training_script.random_batch(tokens, schedule, 5)).all()
+    assert (batch != training_script.random_batch(tokens, schedule, 4)).any()
+    for step in (6, 8):  # the last three are half as many windows of twice the length
+        assert training_script.random_batch(tokens, schedule, step).shape == (2, 17)
+
+
+@pytest.mark.slow
+def test_products_in_bfloat16_leave_weights_and_optimizer_in_float32(run, tmp_path):
+    assert run("fine", "--compute", "float32") == 0
+    assert run("coarse", "--compute", "bfloat16") == 0
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("fine", "coarse"))
+    assert weights(tmp_path / "fine") != weights(tmp_path / "coarse")
+    for name, leaf in one.items():
+        np.testing.assert_allclose(leaf.astype(np.float32), other[name].astype(np.float32), atol=0.02)
 
 
 @pytest.mark.parametrize(
@@ -133,7 +197,10 @@ def test_the_batch_of_a_step_depends_on_seed_and_step_alone(script):
         (["--steps", "many"], "--steps"),
         (["--kv-heads", "3"], "--heads"),
         (["--vocab", "100"], "--vocab"),
-        (["--window", "64"], "--window"),
+        (["--window", "32"], "--window"),
+        (["--batch", "3"], "--batch"),
+        (["--long-steps", "7"], "--long-steps"),
+        (["--compute", "int8"], "--compute"),
         (["--source", "no/such/folder"], "no/such/folder"),
         (["--wdith", "3"], "--wdith"),
     ],
@@ -155,21 +222,30 @@ def test_a_work_folder_of_another_run_is_refused(run, capsys):
 
 def test_data_of_another_vocabulary_or_too_few_tokens_is_refused(run, tmp_path, capsys):
     assert run("out", "--stop-at", "1") == 0
-    data = str(tmp_path / "work" / "out" / "data")
-    assert run("next", "--data", data, "--vocab", "320") == 2
+    assert run("next", "--vocab", "320") == 2
     assert "--vocab" in capsys.readouterr().err
-    assert run("next", "--data", data, "--window", "5000", "--positions", "5000") == 2
+    assert run("next", "--window", "5000", "--positions", "10000") == 2
     assert "too few" in capsys.readouterr().err
     assert run("next", "--data", str(tmp_path)) == 2
     assert "manifest.json" in capsys.readouterr().err
 
 
+def test_data_is_prepared_once_and_not_from_other_files(script, run, sources, tmp_path, capsys):
+    assert run("out", "--stop-at", "1") == 0
+    (sources / "package" / "m00.py").write_text("another = 1\n")
+    assert run("next", "--stop-at", "1") == 2
+    assert "prepared from other files" in capsys.readouterr().err
+    folders = ["--data", str(tmp_path / "data"), "--work", str(tmp_path / "w"), "--out", str(tmp_path / "o")]
+    assert script.main(["demo-small", *folders, *TINY, "--stop-at", "1"]) == 0
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_and_the_next_run_ends_with_the_same_weights(run, sources, tmp_path, number):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_signal_costs_nothing(run, sources, tmp_path, number):
     steps = ["--steps", "400", "--log-every", "1"]
     assert run("whole", *steps) == 0
-    command = [sys.executable, SCRIPT, "--source", sources, "--work", tmp_path / "w", "--out", tmp_path / "out", *TINY, *steps]
+    folders = ["--source", sources, "--data", tmp_path / "data", "--work", tmp_path / "w", "--out", tmp_path / "out"]
+    command = [sys.executable, SCRIPT, "demo", *folders, *TINY, *steps, "--save-minutes", "0.001"]
     environment = os.environ | {"PYTHONPATH": str(SCRIPT.parent.parent)}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
     for line in process.stdout:
@@ -177,8 +253,11 @@ def test_a_signal_saves_and_the_next_run_ends_with_the_same_weights(run, sources
             break
     process.send_signal(number)
     rest = process.stdout.read()
-    assert process.wait() == 128 + number
-    assert "stopped and saved at step" in rest
+    if number == signal.SIGKILL:  # what was saved last is all that is left
+        assert process.wait() == -number
+    else:
+        assert process.wait() == 128 + number
+        assert "stopped and saved at step" in rest
     assert not (tmp_path / "out").exists()
     assert run("out", "--work", str(tmp_path / "w"), *steps) == 0
     assert weights(tmp_path / "out") == weights(tmp_path / "whole")
@@ -191,7 +270,7 @@ def test_transformers_computes_the_same_logits(script, run, tmp_path):
     theirs = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     tokens = np.arange(20)[None] * 7 % 300
     expected = theirs(torch.tensor(tokens)).logits.detach().numpy()
-    model = script.model_of(script.parse([*TINY, "--overwrite"]))
+    model = script.model_of(script.parse(["demo", *TINY, "--overwrite"]))
     params = {k: np.asarray(v, np.float32) for k, v in load_file(tmp_path / "out" / "model.safetensors").items()}
     ours, _ = model(params, tokens, np.zeros(1, np.int32), None)
     np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
