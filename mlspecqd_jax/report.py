@@ -42,6 +42,7 @@ def summarize(counts: Counts, row: int | None = None) -> dict[str, Any]:
         "token_acceptance": _ratio(accepted.sum(), judged.sum()),
         "mean_acceptance_length": 1 + accepted.sum().item() / rounds if drafts and rounds else None,
         "acceptance_by_position": [_ratio(a, j) for a, j in zip(accepted, judged, strict=True)],
+        "judged_by_position": judged.tolist(),
     }
 
 

@@ -121,6 +121,7 @@ def test_the_twin_is_accepted_and_reported_by_level_and_request(demo):
     assert target["acceptance_rate"] == target["accepted"] / target["drafted"]
     assert target["mean_acceptance_length"] == 1 + target["accepted"] / target["rounds"]
     assert [len(level["acceptance_by_position"]) for level in (target, twin, lookup)] == [4, 3, 0]
+    assert [sum(level["judged_by_position"]) for level in (target, twin, lookup)] == [target["judged"], twin["judged"], 0]
     assert (lookup["token_acceptance"], lookup["passes"], lookup["rounds"]) == (None, 0, 0)
     requests = out.report["requests"]
     for count in ("rounds", "drafted", "accepted", "judged"):
