@@ -20,7 +20,6 @@ from pathlib import Path
 
 import mlspecqd_jax as mlsd
 from mlspecqd_jax import specs
-from mlspecqd_jax.models import DEMOS
 from mlspecqd_jax.predictions import rounds_for
 
 PROMPTS = Path(__file__).resolve().parent / "prompts.jsonl"
@@ -137,7 +136,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--no-plot", action="store_true", help="print the table alone")
     add("--json", type=Path, help="write the rows here")
     options = parser.parse_args(argv)
-    if options.small is None and options.model == "demo" and "demo-small" in DEMOS:
+    if options.small is None and options.model == "demo":
         options.small = "demo-small"
     if not options.no_plot and importlib.util.find_spec("matplotlib") is None:
         parser.error("the plot needs matplotlib; pip install '.[plot]', or give --no-plot.")

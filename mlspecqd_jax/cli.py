@@ -21,9 +21,10 @@ PASSED_ON = (
 )
 
 DEFAULT_DRAFTS = ["mxfp4"]
+DEMO_DRAFTS = ["mxfp4", "demo-small@mxfp4"]
 DRAFT_HELP = (
     "BASE[:LEN], what drafts for the model, repeated for what drafts for the draft; BASE is a format such as mxfp4 (the same "
-    "weights in it), MODEL[@FORMAT], ngram, or none (plain decoding); default mxfp4"
+    "weights in it), MODEL[@FORMAT], ngram, or none (plain decoding); default mxfp4, for demo with demo-small@mxfp4 below it"
 )
 
 
@@ -75,7 +76,7 @@ def _parser() -> Parser:
 
     g = commands.add_parser("generate", help="continue prompts", allow_abbrev=False)
     g.set_defaults(run=_generate)
-    g.add_argument("model", nargs="?", default="demo", metavar="MODEL", help="folder, owner/name id, or demo (default)")
+    g.add_argument("model", nargs="?", default="demo", metavar="MODEL", help="folder, owner/name id, demo (default) or demo-small")
     source = g.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", action="append", metavar="TEXT", help="repeat it for a batch")
     source.add_argument("--prompt-file", metavar="F", help="a whole file is one prompt, .jsonl one a line, - is stdin")
@@ -102,14 +103,14 @@ def _parser() -> Parser:
 
     c = commands.add_parser("convert", help="write an orbax checkpoint, which loads faster", allow_abbrev=False)
     c.set_defaults(run=_convert)
-    c.add_argument("model", metavar="MODEL", help="folder, owner/name id, or demo")
+    c.add_argument("model", metavar="MODEL", help="folder, owner/name id, demo or demo-small")
     c.add_argument("out", metavar="OUT", help="a new folder")
     c.add_argument("--dtype", default="bfloat16", metavar="D", help="bfloat16 (default), float32 or float16")
     c.add_argument("--draft", metavar="FORMAT", help="store the weights of the quantized draft too, such as mxfp4")
 
     i = commands.add_parser("info", help="say what a model is and what would run it", allow_abbrev=False)
     i.set_defaults(run=_info)
-    i.add_argument("model", nargs="?", default="demo", metavar="MODEL", help="folder, owner/name id, or demo (default)")
+    i.add_argument("model", nargs="?", default="demo", metavar="MODEL", help="folder, owner/name id, demo (default) or demo-small")
     return parser
 
 
@@ -121,7 +122,8 @@ def _generate(a: argparse.Namespace) -> None:
     from mlspecqd_jax import api, models, specs, stacks
 
     load = functools.cache(functools.partial(models.load, dtype=a.dtype))
-    parsed = specs.parse(a.draft or DEFAULT_DRAFTS)
+    drafts = a.draft or (DEMO_DRAFTS if a.model == "demo" else DEFAULT_DRAFTS)
+    parsed = specs.parse(drafts)
     target = load(a.model)
     stack = stacks.stack(target, *specs.drafters(parsed, target, load), exact=not a.inexact, share_cache=not a.own_cache)
     arguments = {name: getattr(a, name) for name in PASSED_ON.split()}
@@ -142,6 +144,8 @@ def _generate(a: argparse.Namespace) -> None:
         print()
         generation = stream.generation
     _print_summary(generation.report)
+    if not a.draft:
+        print(f"[by default drafted with --draft {' --draft '.join(drafts)}; --draft none decodes plainly]", file=sys.stderr)
 
 
 def _print_prompt(prompt: str) -> None:

@@ -18,7 +18,7 @@ from mlspecqd_jax.partition import usable_mesh
 from mlspecqd_jax.quantization import Policy, Recipe, quantize_params
 from mlspecqd_jax.transformer import LanguageModel
 
-DEMOS = ("demo",)
+DEMOS = ("demo", "demo-small")
 DTYPES = ("bfloat16", "float32", "float16")
 SAMPLING_KEYS = ("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -92,7 +92,7 @@ def load(model: str | os.PathLike, *, dtype: str = "bfloat16", mesh: Mesh | None
     """Load a model from the demo family, a folder, or the Hugging Face hub.
 
     Args:
-      model: `demo`, a folder (Hugging Face's layout, or one that `convert` wrote), or an owner/name id of the hub.
+      model: `demo`, `demo-small`, a folder (Hugging Face's layout, or one that `convert` wrote), or an owner/name id of the hub.
       dtype: of weights and activations: bfloat16, float32 or float16.
       mesh: a device mesh with an axis named `model` to split the weights over (tensor parallelism); None is one device.
 

@@ -46,7 +46,8 @@ def test_generate_prints_text_to_stdout_and_the_rest_to_stderr(capsys):
     assert code == 0
     value = json.loads(as_json)
     assert out == value["text"][0] + "\n"
-    assert "demo < demo@mxfp4" in err  # the default stack
+    assert "demo < demo@mxfp4 < demo-small@mxfp4" in err
+    assert "by default drafted with --draft mxfp4 --draft demo-small@mxfp4" in err
     assert "12 tokens" in err
     assert "tokens drafted by demo@mxfp4" in err
     assert "tokens/s" in err
@@ -55,6 +56,9 @@ def test_generate_prints_text_to_stdout_and_the_rest_to_stderr(capsys):
     _, plain, err = run(capsys, "generate", *PLAIN)
     assert plain == out
     assert "drafted" not in err
+    _, twin, err = run(capsys, "generate", DEMO, *SHORT)  # as any other folder
+    assert twin == out
+    assert "by default drafted with --draft mxfp4;" in err
 
 
 def test_drafts_of_the_command_line(capsys):

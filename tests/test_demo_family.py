@@ -13,7 +13,16 @@ from mlspecqd_jax.models import DEMOS
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PROMPTS = [json.loads(line)["prompt"] for line in (ROOT / "examples" / "prompts.jsonl").read_text().splitlines()]
 CHOICES = {"greedy": {}, "coupled": {"temperature": 0.8, "seed": 7}}
-STACKS = ["mxfp4:6", "mxfp6_e2m3:6", "mxfp8_e4m3:6", "ngram:6", "mxfp4:6 ngram:3", "mxfp8_e4m3:6 mxfp4:3"]
+STACKS = [
+    "mxfp4:6",
+    "mxfp6_e2m3:6",
+    "mxfp8_e4m3:6 mxfp4:3",
+    "ngram:6",
+    "demo-small:6",
+    "demo-small@mxfp4:6",
+    "mxfp4:6 ngram:3",
+    "mxfp4:5 demo-small@mxfp4:3",
+]
 NEW = 48
 FLOOR = 0.75  # of the twin's token acceptance at temperature 0: below it something is wrong
 
@@ -34,6 +43,11 @@ def load(dtype):
 def plain(load):
     stack = mlsd.stack(load("demo"))
     return {name: mlsd.generate(stack, PROMPTS, max_new_tokens=NEW, **choice).tokens for name, choice in CHOICES.items()}
+
+
+def test_the_family_has_one_tokenizer():
+    texts = [(ROOT / "checkpoints" / name / "tokenizer.json").read_text() for name in DEMOS]
+    assert texts[0] == texts[1]
 
 
 def test_there_are_fifty_prompts():
