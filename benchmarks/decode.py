@@ -4,7 +4,7 @@
 
 Without --model it writes a checkpoint of random weights first (2.2 GB, in a temporary folder). Random weights say nothing of
 acceptance, so coins accept the drafts and the text means nothing; what drafts below a twin is prompt look-up, which costs next to
-nothing. All passes take turns with the plain read of memory in every trial, and so do all stacks. Compiling is not timed.
+nothing. The demo family runs too, with the acceptance that its trained weights have. All passes take turns with the plain read of memory in every trial, and so do all stacks. Compiling is not timed.
 """
 
 import argparse
@@ -22,12 +22,16 @@ from matmul import reader
 
 import mlspecqd_jax as mlsd
 from mlspecqd_jax import matmul as weights
+from mlspecqd_jax import specs
 
 WINDOWS = (1, 2, 4, 6, 8)
 SLOTS, POSITION = 512, 256  # of the cache, and of the windows in it
 REPEATED = 4  # passes a measurement
 PROMPT, NEW = 128, 128  # tokens
 LONG_PROMPT = 512
+PROMPTS = Path(__file__).resolve().parent.parent / "examples" / "prompts.jsonl"
+DEMO_PROMPTS = 6
+DEMO_STACKS = ([], ["mxfp4:5"], ["mxfp4:5", "demo-small@mxfp4:3"], ["demo-small@mxfp4:4"], ["ngram:4"])
 # Name: draft_len of the twin, of look-up below it, and the rates at which coins accept.
 STACKS = {
     "plain": ((), ()),
@@ -143,6 +147,29 @@ def measure(folder: Path, trials: int) -> dict:
     return found
 
 
+def family(trials: int) -> dict:
+    """Return tokens a second of the demo family, prompts one by one, and the acceptance that its weights have."""
+    prompts = [json.loads(line)["prompt"] for line in PROMPTS.read_text(encoding="utf-8").splitlines()[:DEMO_PROMPTS]]
+    target = mlsd.load("demo")
+    acceptance = {}
+
+    def run(name, stack):
+        def call(_):
+            reports = [mlsd.generate(stack, prompt, max_new_tokens=NEW).report for prompt in prompts]
+            judged, accepted = (sum(r["levels"][0][count] for r in reports) for count in ("judged", "accepted"))
+            acceptance[name] = accepted / judged if judged else None
+            return sum(r["new_tokens"] for r in reports) / sum(r["seconds"] for r in reports)
+
+        return call
+
+    stacks = {
+        " ".join(written) or "plain": mlsd.stack(target, *specs.drafters(specs.parse(written), target, mlsd.load))
+        for written in DEMO_STACKS
+    }
+    rates = in_turn({name: run(name, stack) for name, stack in stacks.items()}, trials)
+    return {"tokens_per_second": rates, "token_acceptance": acceptance}
+
+
 def memory(folder: Path) -> dict[str, int]:
     """Return the anonymous memory that loading, quantizing and generating take at most, and what of it is accounted for."""
 
@@ -173,7 +200,7 @@ def main() -> None:
         source = o.model or Path(folder) / "large"
         if o.model is None:
             write_checkpoint(source)
-        found = {"memory": memory(source)} | measure(source, o.trials)
+        found = {"memory": memory(source)} | measure(source, o.trials) | {"demo": family(o.trials)}
     settings = {"command": "python benchmarks/decode.py", "trials": o.trials, "slots": SLOTS, "prompt": PROMPT, "new": NEW}
     settings |= {"stacks": STACKS}
     result = settings | {"products": weights.implementation("cpu")} | found | describe()
