@@ -4,7 +4,8 @@
 
 Without --model it writes a checkpoint of random weights first (2.2 GB, in a temporary folder). Random weights say nothing of
 acceptance, so coins accept the drafts and the text means nothing; what drafts below a twin is prompt look-up, which costs next to
-nothing. The demo family runs too, with the acceptance that its trained weights have. All passes take turns with the plain read of memory in every trial, and so do all stacks. Compiling is not timed.
+nothing. The demo family runs too, with the acceptance that its trained weights have. All passes take turns with the plain read of
+memory in every trial, and so do all stacks. Compiling is not timed.
 """
 
 import argparse

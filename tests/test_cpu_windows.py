@@ -1,4 +1,4 @@
-"""With the C++ kernels a position's logits in bfloat16 are bit for bit the same, whatever the window, the cache and the batch around it."""
+"""With the C++ kernels a position's bfloat16 logits are bit for bit the same for every window, cache length and batch."""
 
 import functools
 

@@ -1,0 +1,102 @@
+"""The README's tables of what runs on CPU: weight products, decoding, and peers."""
+
+from mlspecqd_jax.predictions import rounds_for, speedup
+
+DRAFT_LENGTHS = range(1, 16)
+ACCEPTANCE = 0.9
+
+
+def products(result: dict) -> str:
+    """Return the table of weight products by rows: rate over the weight's bytes, share of the read rate, MXFP4 against BF16."""
+    roof = result["read_gb_per_second"]["median"]
+    lines = [
+        "| weight [N, K] | M | XLA, BF16 | C++, BF16 | of the read rate | C++, MXFP4 | time of BF16 / MXFP4 |",
+        "|---" * 7 + "|",
+    ]
+    for size, found in result["products"].items():
+        for rows, bf16 in found["gb_per_second"]["bf16"].items():
+            rate = {kind: found["gb_per_second"][kind][rows]["median"] for kind in ("xla", "bf16", "mxfp4")}
+            ratio = found["seconds"]["bf16"][rows]["median"] / found["seconds"]["mxfp4"][rows]["median"]
+            name = size.replace("x", " x ") if rows == "1" else ""
+            share = f"{bf16['median'] / roof:.0%}"
+            lines.append(
+                f"| {name} | {rows} | {rate['xla']:.1f} | {rate['bf16']:.1f} | {share} | {rate['mxfp4']:.1f} | {ratio:.2f} |"
+            )
+    note = f"GB/s of weight bytes, median of {result['trials']}; the same cores read memory at {roof:.1f} GB/s."
+    return "\n".join([*lines, "", note])
+
+
+def decoding(result: dict) -> str:
+    """Return the tables of passes and of stacks, and what memory it all takes."""
+    seconds, size = result["seconds"], result["read_bytes"]
+    median = {name: s["median"] for name, s in seconds.items()}
+    windows = [name.split(", ")[1] for name in seconds if name.startswith("target") and "products" not in name]
+    passes = ["| positions a pass | " + " | ".join(windows) + " |", "|---" * (len(windows) + 1) + "|"]
+    for model in ("target", "twin"):
+        passes.append(f"| {model} | " + " | ".join(f"{1e3 * median[f'{model}, {w}']:.0f} ms" for w in windows) + " |")
+    ratios = " | ".join(f"{median[f'twin, {w}'] / median[f'target, {w}']:.2f}" for w in windows)
+    passes.append(f"| twin / target | {ratios} |")
+    stacks = ["| stack | tokens/s | over plain | tokens a round (formula) |", "|---" * 4 + "|"]
+    plain = result["generation_seconds"]["plain"]["median"]
+    for name, s in result["generation_seconds"].items():
+        lengths, rates = result["stacks"][name]
+        expected = result["new"] / rounds_for(result["new"], rates[0], lengths[0]) if rates else 1
+        each = f"{result['tokens_per_round'][name]:.2f} ({expected:.2f})"
+        stacks.append(f"| {name} | {result['new'] / s['median']:.1f} | {plain / s['median']:.2f} x | {each} |")
+    share = median["read"] / median["target, 1"]
+    rest = {m: 1e3 * (median[f"{m}, 1"] - median[f"{m}, 1, products"]) for m in ("target", "twin")}
+    notes = [
+        f"Reading the target's {size / 1e9:.2f} GB takes {1e3 * median['read']:.0f} ms, {share:.0%} of its pass of one position. "
+        f"Of that pass all but {rest['target']:.1f} ms are weight products; of the twin's, all but {rest['twin']:.1f} ms. A prompt "
+        f"of 512 tokens takes {median['prefill']:.2f} s.",
+        memory(result["memory"]),
+    ]
+    return "\n".join([*passes, "", *stacks, "", " ".join(notes), "", *family(result["demo"])])
+
+
+def family(demo: dict) -> list[str]:
+    """Return the table of the demo family, whose acceptance is real."""
+    plain = demo["tokens_per_second"]["plain"]["median"]
+    lines = ["| demo, 9.4M parameters | token acceptance | tokens/s | over plain |", "|---" * 4 + "|"]
+    for name, rate in demo["tokens_per_second"].items():
+        accepted = demo["token_acceptance"][name]
+        shown = "" if accepted is None else f"{accepted:.3f}"
+        lines.append(f"| {name} | {shown} | {rate['median']:.0f} | {rate['median'] / plain:.2f} x |")
+    return lines
+
+
+def memory(m: dict) -> str:
+    """Return the anonymous memory of a model with its twin."""
+    accounted = m["weights"] + m["twin_adds"] + m["caches"]
+    rest = (m["peak_anonymous_bytes"] - accounted) / 1e6
+    return (
+        f"Anonymous memory peaks at {m['peak_anonymous_bytes'] / 1e9:.2f} GB: the weights' {m['weights'] / 1e9:.2f}, the twin's "
+        f"{m['twin_adds'] / 1e9:.2f}, the cache's {m['caches'] / 1e9:.2f}, and {rest:.0f} MB."
+    )
+
+
+def peers(result: dict) -> str:
+    """Return the table of peers, and one level of speculation in each by the formula."""
+    median = {name: s["median"] for name, s in result["seconds"].items()}
+    names = list(dict.fromkeys(name.split(": ")[0] for name in median))
+    lines = ["| | tokens/s | 8 positions / 1 | prompt of 512 |", "|---" * 4 + "|"]
+    for name in names:
+        eight = f"{name}: 8 positions"
+        verify = f"{median[eight] / median[f'{name}: 1 position']:.2f}" if eight in median else "not measured"
+        lines.append(f"| {name} | {1 / median[f'{name}: token']:.2f} | {verify} | {median[f'{name}: prefill']:.2f} s |")
+    notes = [f"Medians of {result['trials']}, all in turn."]
+    if "llama.cpp Q4_0" in names:
+        ours = best(median, "ours", "ours: twin, 1 position")
+        theirs = best(median, "llama.cpp BF16", "llama.cpp Q4_0: 1 position")
+        notes.append(
+            f"One level at token acceptance {ACCEPTANCE}, by the formula from these passes, best draft_len: {1 / ours:.1f} "
+            f"tokens/s with the MXFP4 twin here, {1 / theirs:.1f} with the Q4_0 draft in llama.cpp ({theirs / ours:.2f} x)."
+        )
+    return "\n".join([*lines, "", " ".join(notes)])
+
+
+def best(median: dict, target: str, draft: str) -> float:
+    """Return the least seconds a token, over draft_len, of a target with a draft."""
+    one = median[f"{target}: 1 position"]
+    more = max(median[f"{target}: 8 positions"] / one - 1, 0) / 7
+    return one / max(speedup(ACCEPTANCE, g, g * median[draft] / one, more) for g in DRAFT_LENGTHS)
