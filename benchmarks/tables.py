@@ -63,6 +63,24 @@ def acceptance(result: dict) -> str:
     return "\n".join([*rates, "", *positions, "", *nested, "", note, equality(result), memory(result["memory"]), "", last])
 
 
+def demo_acceptance(result: dict) -> str:
+    """Return the table of what the demo accepts, a line for each draft and what judges it."""
+    temperatures = sorted({row["temperature"] for row in result["rows"]})
+    head = " | ".join("greedy" if t == 0 else f"T = {t:g}" for t in temperatures)
+    lines = [f"| stack | token acceptance: {head} | tokens a round, greedy (formula) |", "|---" * (len(temperatures) + 2) + "|"]
+    found = {(row["stack"], row["judge"], row["temperature"]): row for row in result["rows"]}
+    for stack, judge in dict.fromkeys((stack, judge) for stack, judge, _ in found):
+        each = " | ".join(f"{found[stack, judge, t]['token_acceptance']:.3f}" for t in temperatures)
+        greedy = found[stack, judge, temperatures[0]]
+        tokens = f"{greedy['tokens_per_round']:.2f} ({greedy['predicted_tokens_per_round']:.2f})"
+        lines.append(f"| {stack}{', the inner level' if judge else ''} | {each} | {tokens} |")
+    twin = found["mxfp4", 0, 0]
+    positions = ", ".join(f"{a:.3f}" for a in twin["acceptance_by_position"])
+    what = f"{result['prompts']} prompts, {result['new_tokens']} new tokens each, {result['dtype']}"
+    note = f"{what}. The mxfp4 twin, greedy, by position in the draft: {positions}."
+    return "\n".join([*lines, "", note, "", f"{environment(result)}; `{result['command']}`."])
+
+
 def equality(result: dict) -> str:
     """Return how many runs gave the tokens of plain decoding."""
     judged = [run["equal"] for run in result["runs"] if run["equal"] is not None]
@@ -97,9 +115,9 @@ def with_source(make):
 
 
 def environment(result: dict) -> str:
-    """Return the machine and the versions of a result."""
-    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-    return f"{result['cores']} cores of {result['cpu']}, {versions}"
+    """Return the machine and the versions of a result; where nothing is timed, the kind of device says enough."""
+    machine = f"{result['cores']} cores of {result['cpu']}" if "cores" in result else result["device"]
+    return ", ".join([machine, *(f"{name} {version}" for name, version in result["versions"].items())])
 
 
 def spread(seconds: dict) -> str:
@@ -113,6 +131,7 @@ TABLES = {
     "startup-cpu": startup,
     "loading-cpu": loading,
     "acceptance-stories260K": acceptance,
+    "acceptance-demo": demo_acceptance,
     "matmul-cpu": with_source(cpu_tables.products),
     "decode-cpu": with_source(cpu_tables.decoding),
     "peers-cpu": with_source(cpu_tables.peers),
@@ -120,9 +139,12 @@ TABLES = {
 
 
 def rewritten(readme: str) -> str:
-    """Return the README with every table made anew."""
+    """Return the README with every table made anew; what has not been measured has none."""
     for name, make in TABLES.items():
-        table = make(json.loads((RESULTS / f"{name}.json").read_text()))
+        result = RESULTS / f"{name}.json"
+        if not result.exists():
+            continue
+        table = make(json.loads(result.read_text()))
         readme, found = re.subn(
             rf"(<!-- {name} -->\n).*?(<!-- end -->)", lambda m, t=table: f"{m[1]}{t}\n{m[2]}", readme, flags=re.DOTALL
         )

@@ -14,9 +14,13 @@ import gzip
 import importlib.util
 import json
 import math
+import platform
 import sys
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
+
+import jax
 
 import mlspecqd_jax as mlsd
 from mlspecqd_jax import specs
@@ -100,6 +104,20 @@ def table(rows: list[dict]) -> str:
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)
 
 
+def described(options: argparse.Namespace, prompts: int) -> dict:
+    """Return what the rows were measured with."""
+    versions = {"python": platform.python_version()} | {name: metadata.version(name) for name in ("jax", "flax", "transformers")}
+    return {
+        "command": "python examples/acceptance.py",
+        "model": options.model,
+        "prompts": prompts,
+        "new_tokens": options.new_tokens,
+        "dtype": options.dtype,
+        "device": jax.devices()[0].device_kind,
+        "versions": versions,
+    }
+
+
 def read_prompts(path: Path, number: int | None) -> list[str]:
     """Return the first texts of a .jsonl file, gzipped or not, whose lines are objects with a "prompt"."""
     try:
@@ -169,7 +187,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{row['stack']} at {row['temperature']:g}: {row['verifier']} {accepted}", file=sys.stderr, flush=True)
     print(table(rows))
     if options.json:
-        options.json.write_text(json.dumps({"model": options.model, "prompts": len(prompts), "rows": rows}, indent=1) + "\n")
+        options.json.write_text(json.dumps(described(options, len(prompts)) | {"rows": rows}, indent=1) + "\n")
     if not options.no_plot:
         from acceptance_plot import draw
 
