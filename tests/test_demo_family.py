@@ -15,10 +15,8 @@ PROMPTS = [json.loads(line)["prompt"] for line in (ROOT / "examples" / "prompts.
 CHOICES = {"greedy": {}, "coupled": {"temperature": 0.8, "seed": 7}}
 STACKS = [
     "mxfp4:6",
-    "mxfp6_e2m3:6",
     "mxfp8_e4m3:6 mxfp4:3",
     "ngram:6",
-    "demo-small:6",
     "demo-small@mxfp4:6",
     "mxfp4:6 ngram:3",
     "mxfp4:5 demo-small@mxfp4:3",
