@@ -19,7 +19,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 def startup(result: dict) -> str:
     """Return the table of start-up times."""
     lines = ["| default run | to the first text | to the end |", "|---|---|---|"]
-    names = {"cold": "first ever (compiles)", "warm": "later (programs kept)"}
+    names = {"cold": "first ever (compiles programs and C++)", "warm": "later (both kept)"}
     for kind, name in names.items():
         first, total = result["first_text_seconds"][kind], result["total_seconds"][kind]
         lines.append(f"| {name} | {spread(first)} | {spread(total)} |")
