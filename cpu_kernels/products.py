@@ -118,11 +118,19 @@ def put_window(buffer: jax.Array, start: jax.Array, values: jax.Array) -> jax.Ar
     return call(buffer, start, values)
 
 
-def usable() -> bool:
-    """Return whether a program that is traced here can call these functions: it is for one CPU, and the library is there.
+def on_cpu(kernel, otherwise, *arguments):
+    """Call `kernel` where the program is for one CPU, the library is there and all floats are bfloat16; elsewhere `otherwise`.
 
     XLA cannot split a foreign call over the devices of a mesh; it would gather every operand on each.
     """
+    floats = {array.dtype for array in arguments if jnp.issubdtype(array.dtype, jnp.floating)}
+    if floats != {jnp.dtype(jnp.bfloat16)} or not usable():
+        return otherwise(*arguments)
+    return jax.lax.platform_dependent(*arguments, cpu=kernel, default=otherwise)
+
+
+def usable() -> bool:
+    """Return whether a program that is traced here can call these functions."""
     return jax.default_backend() == "cpu" and jax.sharding.get_abstract_mesh().empty and bool(isas("bf16_matmul"))
 
 

@@ -40,9 +40,7 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, first: jax.Array, last: jax
     Returns:
       [B, W, H * D] in q's dtype.
     """
-    if {array.dtype for array in (q, k, v)} != {jnp.dtype(jnp.bfloat16)} or not cpu_kernels.usable():
-        return _attend(q, k, v, first, last)
-    return jax.lax.platform_dependent(q, k, v, first, last, cpu=_attend_on_cpu, default=_attend)
+    return cpu_kernels.on_cpu(_attend_on_cpu, _attend, q, k, v, first, last)
 
 
 def _attend(q, k, v, first, last):

@@ -24,11 +24,11 @@ def linear(x: jax.Array, w: jax.Array | MXFP4Array | MXArray, *, out_dtype: jnp.
     """
     rows = x.reshape(-1, x.shape[-1])
     if isinstance(w, MXFP4Array):
-        y = _on_cpu(cpu_kernels.mxfp4_matmul, mxfp4_matmul, _whole_blocks(rows), w.packed, w.scales)
+        y = cpu_kernels.on_cpu(cpu_kernels.mxfp4_matmul, mxfp4_matmul, _whole_blocks(rows), w.packed, w.scales)
     elif isinstance(w, MXArray):
         y = mx_matmul(_whole_blocks(rows), w.codes, w.scales, FORMATS[w.format].exponent_bits, FORMATS[w.format].mantissa_bits)
     else:
-        y = _on_cpu(cpu_kernels.bf16_matmul, bf16_matmul, rows.astype(w.dtype), w)
+        y = cpu_kernels.on_cpu(cpu_kernels.bf16_matmul, bf16_matmul, rows.astype(w.dtype), w)
     return y.reshape(*x.shape[:-1], w.shape[0]).astype(out_dtype or x.dtype)
 
 
@@ -40,13 +40,6 @@ def implementation(platform: str) -> str:
     if not bf16:
         return "XLA dot, at least two rows"
     return f"C++ for bfloat16 ({bf16[0]}) and mxfp4 ({mxfp4[0]}, activations in 8 bits); XLA dot for the rest"
-
-
-def _on_cpu(kernel, otherwise, x, *weight):
-    """`kernel` where the program is lowered for one CPU and there is one, else `otherwise`."""
-    if x.dtype != jnp.bfloat16 or not cpu_kernels.usable():
-        return otherwise(x, *weight)
-    return jax.lax.platform_dependent(x, *weight, cpu=kernel, default=otherwise)
 
 
 def _whole_blocks(x):

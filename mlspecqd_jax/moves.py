@@ -48,12 +48,13 @@ def put_window(buffer: jax.Array, start: jax.Array, values: jax.Array) -> jax.Ar
             buffer = jnp.where(offset == w, values[:, :, w : w + 1], buffer)
         return buffer
 
-    if buffer.dtype == jnp.bfloat16 and cpu_kernels.usable():
-        return jax.lax.platform_dependent(buffer, start, values, cpu=cpu_kernels.put_window, default=scatter)
-    # A decode step's window is cheaper in one fused pass over the buffer than in the scatter's three; prompts are wider.
-    if _is_converted(buffer) and window <= NARROW:
-        return jax.lax.platform_dependent(buffer, start, values, cpu=select, default=scatter)
-    return scatter(buffer, start, values)
+    def in_xla(buffer, start, values):
+        # A decode step's window is cheaper in one fused pass over the buffer than in the scatter's three; prompts are wider.
+        if _is_converted(buffer) and window <= NARROW:
+            return jax.lax.platform_dependent(buffer, start, values, cpu=select, default=scatter)
+        return scatter(buffer, start, values)
+
+    return cpu_kernels.on_cpu(cpu_kernels.put_window, in_xla, buffer, start, values)
 
 
 def _is_converted(x):
