@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 
 import jax
-from machine import describe
+from machine import describe, publish
 
 import mlspecqd_jax as mlsd
 from mlspecqd_jax.predictions import rounds_for, tokens_per_round
@@ -121,8 +121,7 @@ def main() -> None:
         "memory": memory(mlsd.load(options.model)),
         "runs": runs,
     } | describe()
-    if options.out:
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
+    publish(result, options.out)
 
 
 if __name__ == "__main__":

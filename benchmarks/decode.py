@@ -11,14 +11,13 @@ memory in every trial, and so do all stacks. Compiling is not timed.
 import argparse
 import functools
 import json
-import tempfile
 import time
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from large_checkpoint import write_checkpoint
-from machine import describe, spread, watch
+from large_checkpoint import model_folder
+from machine import describe, publish, spread, watch
 from matmul import reader
 
 import mlspecqd_jax as mlsd
@@ -28,7 +27,7 @@ from mlspecqd_jax import specs
 WINDOWS = (1, 2, 4, 6, 8)
 SLOTS, POSITION = 512, 256  # of the cache, and of the windows in it
 REPEATED = 4  # passes a measurement
-PROMPT, NEW = 128, 128  # tokens
+PROMPT, NEW = 128, 64  # tokens
 LONG_PROMPT = 512
 PROMPTS = Path(__file__).resolve().parent.parent / "examples" / "prompts.jsonl"
 DEMO_PROMPTS = 6
@@ -197,18 +196,12 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=5)
     parser.add_argument("--out", type=Path, help="write the result as JSON")
     o = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        source = o.model or Path(folder) / "large"
-        if o.model is None:
-            write_checkpoint(source)
+    with model_folder(o.model) as source:
         found = {"memory": memory(source)} | measure(source, o.trials) | {"demo": family(o.trials)}
     settings = {"command": "python benchmarks/decode.py", "trials": o.trials, "slots": SLOTS, "prompt": PROMPT, "new": NEW}
     settings |= {"stacks": STACKS}
     result = settings | {"products": weights.implementation("cpu")} | found | describe()
-    print(json.dumps(result, indent=1))
-    if o.out:
-        o.out.parent.mkdir(parents=True, exist_ok=True)
-        o.out.write_text(json.dumps(result, indent=1) + "\n")
+    publish(result, o.out)
 
 
 if __name__ == "__main__":

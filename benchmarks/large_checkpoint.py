@@ -4,8 +4,10 @@ python benchmarks/large_checkpoint.py FOLDER
 """
 
 import argparse
+import contextlib
 import json
 import math
+import tempfile
 from pathlib import Path
 
 import ml_dtypes
@@ -49,7 +51,17 @@ def write_checkpoint(folder: Path, shards: int = 3) -> None:
                 size = math.prod(shapes[name])
                 for at in range(0, size, len(block)):
                     out.write(block[: size - at].tobytes())
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    index = {"metadata": {"total_size": BF16 * sum(map(math.prod, shapes.values()))}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+@contextlib.contextmanager
+def model_folder(given: Path | None):
+    """Give the folder of a model that was given, or of random weights that are gone afterwards."""
+    with tempfile.TemporaryDirectory() as folder:
+        if given is None:
+            write_checkpoint(Path(folder) / "large")
+        yield given or Path(folder) / "large"
 
 
 def main() -> None:

@@ -7,15 +7,14 @@ folder). Files are in the page cache. Linux only: anonymous memory is read from 
 """
 
 import argparse
-import json
 import tempfile
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint  # noqa: F401  (what is imported later is not counted as the model's memory)
-from large_checkpoint import write_checkpoint
-from machine import describe, spread, watch
+from large_checkpoint import model_folder
+from machine import describe, publish, spread, watch
 from transformers import CONFIG_MAPPING
 
 import mlspecqd_jax as mlsd
@@ -68,15 +67,8 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=3)
     parser.add_argument("--out", type=Path, help="write the result as JSON")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        source = options.model or Path(folder) / "large"
-        if options.model is None:
-            write_checkpoint(source)
-        text = json.dumps(measure(source, options.trials), indent=1)
-    print(text)
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(text + "\n")
+    with model_folder(options.model) as source:
+        publish(measure(source, options.trials), options.out)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
-"""What a result was measured on, how its spread is told, and what memory a call takes."""
+"""What a result was measured on, how its spread is told, where it goes, and what memory a call takes."""
 
+import json
 import os
 import platform
 import statistics
@@ -32,6 +33,15 @@ def cpu_model() -> str:
 def spread(values: list[float]) -> dict[str, float]:
     """Return median, least and greatest."""
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def publish(result: dict, out: Path | None) -> None:
+    """Print a result as JSON, and write it to a file if one is named."""
+    text = json.dumps(result, indent=1)
+    print(text)
+    if out:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(text + "\n")
 
 
 def anonymous() -> int:

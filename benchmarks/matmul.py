@@ -8,7 +8,6 @@ through many copies of its weight, more bytes than caches hold. Needs a C++ comp
 
 import argparse
 import ctypes
-import json
 import os
 import subprocess
 import tempfile
@@ -18,11 +17,12 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from machine import describe, spread
+from machine import describe, publish, spread
 
 import cpu_kernels
 from cpu_kernels.build import find_compiler
 from mlspecqd_jax.mxfp4 import quantize
+from mlspecqd_jax.placement import place
 from pallas_kernels import bf16_matmul as xla_matmul
 
 SIZES = ("5632x2048", "2048x5632", "11008x4096")  # of a 1.1B Llama's MLP, and of a 7B one's
@@ -54,7 +54,8 @@ def passes(kind: str, n: int, k: int, rows: int, size: int):
     weight = (leaf.packed, leaf.scales) if kind == "mxfp4" else (w,)
     product = {"xla": xla_matmul, "bf16": cpu_kernels.bf16_matmul, "mxfp4": cpu_kernels.mxfp4_matmul}[kind]
     one = sum(part.nbytes for part in weight)
-    copies = [tuple(part + 0 for part in weight) for _ in range(max(1, size // one))]
+    copy = (lambda part: part + 0) if kind == "mxfp4" else place  # as models hold them
+    copies = [tuple(map(copy, weight)) for _ in range(max(1, size // one))]
 
     @jax.jit
     def run(x, copies):
@@ -78,25 +79,27 @@ def seconds(call) -> float:
 
 
 def measure(sizes, rows, trials: int, size: int) -> dict:
-    """Return rates in GB/s and times of one product in seconds, by size, kind and rows."""
+    """Return, by size and rows, rates in GB/s by kind, and what a trial compares: BF16 with the read, MXFP4 with BF16."""
     read, roof, result = reader(size), [], {}
     for name in sizes:
         n, k = map(int, name.split("x"))
-        rates, times = {kind: {} for kind in KINDS}, {kind: {} for kind in KINDS}
+        result[name] = {}
         for m in rows:
             calls = {kind: passes(kind, n, k, m, size // max(1, m // 8)) for kind in KINDS}
-            taken = {kind: [] for kind in KINDS}
+            rates = {"read": []} | {kind: [] for kind in KINDS}
             for _ in range(trials):
-                roof.append(size / seconds(read) / 1e9)
-                for kind, (call, _, _) in calls.items():
-                    taken[kind].append(seconds(call))
-            for kind, (_, total, copies) in calls.items():
-                rates[kind][m] = spread([total / t / 1e9 for t in taken[kind]])
-                times[kind][m] = spread([t / copies for t in taken[kind]])
-            shown = ", ".join(f"{kind} {rates[kind][m]['median']:.1f} GB/s" for kind in KINDS)
-            ratio = times["bf16"][m]["median"] / times["mxfp4"][m]["median"]
-            print(f"{name}, M {m}: read {np.median(roof[-trials:]):.1f} GB/s, {shown}, mxfp4 {ratio:.2f}x bf16", flush=True)
-        result[name] = {"gb_per_second": rates, "seconds": times}
+                rates["read"].append(size / seconds(read) / 1e9)
+                for kind, (call, total, _) in calls.items():
+                    rates[kind].append(total / seconds(call) / 1e9)
+            roof += rates["read"]
+            smaller = calls["bf16"][1] / calls["bf16"][2] / (calls["mxfp4"][1] / calls["mxfp4"][2])  # bytes of one product
+            found = {"gb_per_second": {kind: spread(each) for kind, each in rates.items()}}
+            found["bf16_share_of_read"] = spread(np.divide(rates["bf16"], rates["read"]).tolist())
+            found["bf16_seconds_over_mxfp4"] = spread((smaller * np.divide(rates["mxfp4"], rates["bf16"])).tolist())
+            result[name][m] = found
+            shown = ", ".join(f"{kind} {each['median']:.1f}" for kind, each in found["gb_per_second"].items())
+            share, ratio = found["bf16_share_of_read"]["median"], found["bf16_seconds_over_mxfp4"]["median"]
+            print(f"{name}, M {m}: {shown} GB/s; bf16 at {share:.0%} of the read, mxfp4 in 1/{ratio:.2f} of its time", flush=True)
     return {"read_gb_per_second": spread(roof), "products": result}
 
 
@@ -111,9 +114,7 @@ def main() -> None:
     isas = {product: cpu_kernels.isas(product)[0] for product in ("bf16_matmul", "mxfp4_matmul")}
     result = {"command": "python benchmarks/matmul.py", "trials": options.trials, "instruction_sets": isas}
     result |= measure(options.sizes, options.rows, options.trials, int(options.bytes) // 2**16 * 2**16) | describe()
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
+    publish(result, options.out)
 
 
 if __name__ == "__main__":

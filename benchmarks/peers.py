@@ -8,7 +8,6 @@ installed is skipped, with the line that installs it. The same prompt's logits a
 
 import argparse
 import importlib.util
-import json
 import os
 import tempfile
 import time
@@ -19,8 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from decode import LONG_PROMPT, NEW, POSITION, PROMPT, REPEATED, SLOTS, generation, in_turn, passes, prefill, timed
 from gguf_checkpoint import write_gguf, write_q4_0
-from large_checkpoint import write_checkpoint
-from machine import describe
+from large_checkpoint import model_folder
+from machine import describe, publish
 
 import mlspecqd_jax as mlsd
 
@@ -147,19 +146,13 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=5)
     parser.add_argument("--out", type=Path, help="write the result as JSON")
     o = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        source = o.model or Path(folder) / "large"
-        if o.model is None:
-            write_checkpoint(source)
-        found = measure(source, Path(folder), o.trials)
+    with model_folder(o.model) as source, tempfile.TemporaryDirectory() as work:
+        found = measure(source, Path(work), o.trials)
     packages = ("llama-cpp-python", "torch")
     versions = {p: metadata.version(p) for p in packages if importlib.util.find_spec(p.replace("-python", "").replace("-", "_"))}
     result = {"command": "python benchmarks/peers.py", "trials": o.trials, "prompt": PROMPT, "new": NEW} | found | describe()
     result["versions"] |= versions
-    print(json.dumps(result, indent=1))
-    if o.out:
-        o.out.parent.mkdir(parents=True, exist_ok=True)
-        o.out.write_text(json.dumps(result, indent=1) + "\n")
+    publish(result, o.out)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ Cold and warm runs take turns: each cold run has an empty compilation cache, the
 """
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -14,7 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from machine import describe, spread
+from machine import describe, publish, spread
 
 COMMAND = [sys.executable, "-m", "mlspecqd_jax.cli", "generate", "--prompt", "def read_file(path):"]
 
@@ -50,10 +49,7 @@ def main() -> None:
         "first_text_seconds": {kind: spread([first for first, _ in pairs]) for kind, pairs in times.items()},
         "total_seconds": {kind: spread([total for _, total in pairs]) for kind, pairs in times.items()},
     } | describe()
-    print(json.dumps(result, indent=1))
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
+    publish(result, options.out)
 
 
 if __name__ == "__main__":
