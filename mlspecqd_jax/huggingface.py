@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from tqdm.auto import tqdm
 
 from mlspecqd_jax.partition import weight_sharding
+from mlspecqd_jax.placement import place
 from mlspecqd_jax.transformer import ACTIVATIONS, LanguageModel, ModelConfig, RopeScaling
 
 # Which optional tensors a family has; "config" leaves it to config.json's key of that name.
@@ -270,7 +271,7 @@ def _place(name: str, tensor: np.ndarray, dtype: jnp.dtype, mesh: Mesh | None, f
     with np.errstate(over="ignore"):  # an overflow to infinity is reported below, by name
         tensor = np.asarray(tensor, dtype)
     sharding = None if mesh is None else weight_sharding(name, tensor.shape, mesh)
-    placed = jax.block_until_ready(jax.device_put(tensor, sharding))
+    placed = jax.block_until_ready(place(tensor, sharding))
     if not _all_finite(placed):
         raise ValueError(
             f"{file}: tensor {name} holds NaN or infinity in {jnp.dtype(dtype).name}; use an intact checkpoint or a wider dtype"
