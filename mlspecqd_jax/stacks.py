@@ -4,13 +4,17 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
+import cpu_kernels
 from mlspecqd_jax.levels import Level
 from mlspecqd_jax.models import Card, Model
+from mlspecqd_jax.mxfp4 import MXArray
 from mlspecqd_jax.prompt_lookup import PromptLookup
 
 EMBEDDING = "model.embed_tokens.weight"
-# A row's result was found equal bit for bit at all even widths on CPU; elsewhere one padded width is alike by construction.
+# A row's result was found equal bit for bit at all even widths of XLA's products on CPU; elsewhere one padded width is alike by
+# construction.
 CPU_ROWS, ROWS = 2, 16
 
 
@@ -23,8 +27,8 @@ def stack(target: Model, *drafters: Any, exact: bool = True, share_cache: bool =
         look-up). A drafter is a `Model`, such as the level's own twin `target.quantized()`, or `prompt_lookup()`, which must be
         the last.
       exact: pad every window of the target to a multiple of rows at which a row's result does not depend on the window, so that
-        all stacks give the same tokens in the weights' dtype (CPU: 2 rows; GPU and TPU: 16, hence draft_len <= 15). False drops
-        the padding: fastest, and equal up to rounding.
+        all stacks give the same tokens in the weights' dtype (CPU: 2 rows, or none where the C++ products run; GPU and TPU: 16,
+        hence draft_len <= 15). False drops the padding: fastest, and equal up to rounding.
       share_cache: let twins read and write their verifier's cache; False gives each a cache of its own.
 
     Raises:
@@ -32,7 +36,7 @@ def stack(target: Model, *drafters: Any, exact: bool = True, share_cache: bool =
     """
     pairs = [_pair(drafter, nested=i > 0) for i, drafter in enumerate(drafters)]
     platform = next(iter(jax.tree.leaves(target.params)[0].devices())).platform
-    rows = exact_rows(platform, pairs[0][1] if pairs else 0) if exact else 1
+    rows = exact_rows(platform, pairs[0][1] if pairs else 0, computes_rows_apart(target)) if exact else 1
     models = [target]
     for i, (drafter, _) in enumerate(pairs):
         if isinstance(drafter, Model):
@@ -61,19 +65,31 @@ def prompt_lookup(max_ngram: int = 3, min_ngram: int = 1) -> PromptLookup:
     return PromptLookup(max_ngram, min_ngram)
 
 
-def exact_rows(platform: str, draft_len: int) -> int:
+def exact_rows(platform: str, draft_len: int, apart: bool = False) -> int:
     """Return how many rows every window of the target is a multiple of, so that all stacks compute a row alike.
+
+    Args:
+      platform: of the target's device.
+      draft_len: of what drafts for it.
+      apart: whether it computes every row by itself.
 
     Raises:
       ValueError: a window of draft_len + 1 would be wider than plain decoding's, where that is not known to be alike.
     """
     if platform == "cpu":
-        return CPU_ROWS
+        return 1 if apart else CPU_ROWS
     if draft_len >= ROWS:
         raise ValueError(
             f"draft_len {draft_len} is more than the {ROWS - 1} that exact=True allows on {platform}; pass exact=False"
         )
     return ROWS
+
+
+def computes_rows_apart(model: Model) -> bool:
+    """Return whether a model's products and attention are all in C++, where a row's bits do not depend on the window."""
+    other_products = any(isinstance(leaf, MXArray) for leaf in model.params.values())
+    one_device = model.network.mesh is None
+    return model.params[EMBEDDING].dtype == jnp.bfloat16 and one_device and not other_products and cpu_kernels.usable()
 
 
 def is_twin(model: Model, other: Model) -> bool:

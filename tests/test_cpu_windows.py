@@ -9,42 +9,64 @@ import pytest
 
 import cpu_kernels
 import mlspecqd_jax as mlsd
+from mlspecqd_jax.quantization import quantize_params
+from mlspecqd_jax.transformer import LanguageModel, ModelConfig
 
 pytestmark = pytest.mark.skipif(not cpu_kernels.isas("attention"), reason="needs a C++ compiler")
 
 FED, WIDEST = 20, 16  # tokens in the cache, and of the widest window
 
 
-@pytest.fixture(scope="module")
-def demo():
-    return mlsd.load("demo")
+# One layer each, in the widths of models that people use: hidden, intermediate, layers, heads, key/value heads, size of a head.
+WIDE = {
+    "llama": ModelConfig(300, 2048, 5632, 1, 32, 4, 64, 1024),
+    "qwen2.5": ModelConfig(300, 896, 4864, 1, 14, 2, 64, 1024, qkv_bias=True),
+    "qwen3": ModelConfig(300, 1024, 3072, 1, 16, 8, 128, 1024, qk_norm=True),
+}
+
+
+def random_model(config):
+    """Return (network, parameters) of a model with random weights."""
+    network = LanguageModel(config)
+    random = {name: jax.random.normal(jax.random.key(i), shape) for i, (name, shape) in enumerate(network.shapes().items())}
+    return network, {name: (w / w.shape[-1] ** 0.5 + (w.ndim == 1)).astype(jnp.bfloat16) for name, w in random.items()}
+
+
+@pytest.fixture(scope="module", params=["demo", *WIDE])
+def model(request):
+    """A network and its parameters."""
+    if request.param != "demo":
+        return random_model(WIDE[request.param])
+    demo = mlsd.load("demo")
+    return demo.network, demo.params
 
 
 @pytest.fixture(scope="module")
-def tokens(demo):
-    return np.random.RandomState(0).randint(0, demo.network.vocab_size, (3, FED + WIDEST)).astype(np.int32)
+def tokens(model):
+    return np.random.RandomState(0).randint(0, model[0].vocab_size, (3, FED + WIDEST)).astype(np.int32)
 
 
-def logits(demo, params, tokens, window, slots):
+def logits(network, params, tokens, window, slots):
     """Return the logits [B, window, V] of what follows the first FED tokens."""
 
     @functools.partial(jax.jit, static_argnums=(2, 3))
     def run(params, tokens, window, slots):
-        cache = demo.network.init_cache(tokens.shape[0], slots, params)
+        cache = network.init_cache(tokens.shape[0], slots, params)
         start = jnp.zeros((tokens.shape[0],), jnp.int32)
-        _, cache = demo.network(params, tokens[:, :FED], start, cache)
-        return demo.network(params, tokens[:, FED : FED + window], start + FED, cache)[0]
+        _, cache = network(params, tokens[:, :FED], start, cache)
+        return network(params, tokens[:, FED : FED + window], start + FED, cache)[0]
 
     return np.asarray(run(params, tokens, window, slots))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("weights", ["bfloat16", "mxfp4"])
-def test_every_window_gives_the_same_bits(demo, tokens, weights):
-    params = demo.params if weights == "bfloat16" else demo.quantized().params
-    widest = logits(demo, params, tokens, WIDEST, 64)
-    for window in (2, 3, 5, 8):
-        np.testing.assert_array_equal(logits(demo, params, tokens, window, 64), widest[:, :window])
-    np.testing.assert_array_equal(logits(demo, params, tokens, WIDEST, 160), widest)
-    np.testing.assert_array_equal(logits(demo, params, tokens[1:2], WIDEST, 64), widest[1:2])
-    np.testing.assert_array_equal(logits(demo, params, tokens, 1, 64), widest[:, :1])
+def test_every_window_gives_the_same_bits(model, tokens, weights):
+    network, params = model
+    run = functools.partial(logits, network, params if weights == "bfloat16" else quantize_params(params))
+    widest = run(tokens, WIDEST, 64)
+    for window in (1, 3, 8):
+        np.testing.assert_array_equal(run(tokens, window, 64), widest[:, :window])
+    np.testing.assert_array_equal(run(tokens, WIDEST, 160), widest)
+    for window in (1, WIDEST):
+        np.testing.assert_array_equal(run(tokens[1:2], window, 64), widest[1:2, :window])

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import cpu_kernels
 import mlspecqd_jax as mlsd
 from mlspecqd_jax import api, specs, stacks
 from mlspecqd_jax.levels import Level
@@ -190,8 +191,22 @@ def test_what_does_not_fit_is_refused(demo, other):
 
 def test_the_exact_width_bounds_the_draft_where_windows_are_sixteen_rows():
     assert [stacks.exact_rows("cpu", 40), stacks.exact_rows("tpu", 15), stacks.exact_rows("gpu", 0)] == [2, 16, 16]
+    assert stacks.exact_rows("cpu", 40, apart=True) == 1
     with pytest.raises(ValueError, match="draft_len 16 is more than the 15 that exact=True allows on tpu; pass exact=False"):
         stacks.exact_rows("tpu", 16)
+
+
+def test_windows_are_padded_unless_all_rows_are_computed_apart(demo):
+    low = mlsd.load("demo")
+    apart = cpu_kernels.usable()
+    assert [stacks.computes_rows_apart(model) for model in (low, low.quantized(), low.quantized("mxfp8_e4m3"), demo)] == [
+        apart,
+        apart,
+        False,
+        False,
+    ]
+    assert mlsd.stack(low).window() == (1 if apart else 2)
+    assert mlsd.stack(low, (low.quantized(), 6)).window() == (7 if apart else 8)
 
 
 def test_tokenizers_are_compared_by_their_tokens(demo, other):
