@@ -25,7 +25,10 @@ NEW = 48
 FLOOR = 0.75  # of the twin's token acceptance at temperature 0: below it something is wrong
 
 
-@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param("float32", marks=pytest.mark.exhaustive), pytest.param("bfloat16", marks=pytest.mark.slow)],
+)
 def dtype(request):
     return request.param
 
@@ -52,7 +55,6 @@ def test_there_are_fifty_prompts():
     assert len(set(PROMPTS)) == len(PROMPTS) == 50
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("given", STACKS)
 def test_every_stack_gives_what_plain_decoding_gives(load, plain, given):
     target = load("demo")
@@ -63,7 +65,6 @@ def test_every_stack_gives_what_plain_decoding_gives(load, plain, given):
         assert not differing, f"{name}: the rows {differing} differ"
 
 
-@pytest.mark.slow
 def test_the_twins_drafts_are_accepted(load, dtype):
     target = load("demo")
     level = mlsd.generate(mlsd.stack(target, (target.quantized(), 6)), PROMPTS, max_new_tokens=NEW).report["levels"][0]

@@ -10,7 +10,10 @@ from mlspecqd_jax import specs
 CHOICES = {"greedy": {}, "coupled": {"temperature": 0.8, "seed": 7}}
 
 
-@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param("float32", marks=pytest.mark.exhaustive), pytest.param("bfloat16", marks=pytest.mark.slow)],
+)
 def stories(request, shared):
     return mlsd.load(shared / "models" / "stories260K", dtype=request.param)
 
@@ -37,7 +40,6 @@ def first_difference(ours, theirs):
     )
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("share_cache", [True, False], ids=["shared", "own"])
 @pytest.mark.parametrize("given", ["mxfp4:6", "mxfp4:6 ngram:3", "mxfp8_e4m3:6 mxfp4:3"])
 def test_a_hundred_stories_are_those_of_plain_decoding(stories, prompts, plain, given, share_cache):

@@ -43,9 +43,9 @@ GROUPS = [(prompt, settings) for settings in FILTERS for prompt in PROMPTS]  # e
 SHORT, LONG = (rows // len(GROUPS) * len(GROUPS) for rows in (30_000, 210_000))
 BATCHES = len(FILTERS)  # of LONG rows, so that each filter has as many under the rejection rule
 # Depths 1 to 4. Under the coupled rule the output is that of plain decoding, whatever drafts, so two stacks are enough.
-LENGTHY = [(name, "rejection") for name in ("", "shared", "shared>own", "own>shared>own", "shared>own>ngram")]
-LENGTHY += [(name, "coupled") for name in ("", "own>shared>own")]
-P_VALUE = 1e-3 / (len(LENGTHY) * len(FILTERS))
+LENGTHY = [("", "rejection"), ("shared>own", "rejection"), ("own>shared>own", "rejection"), ("own>shared>own", "coupled")]
+MORE = [("shared", "rejection"), ("shared>own>ngram", "rejection"), ("", "coupled")]
+P_VALUE = 1e-3 / (len(LENGTHY + MORE) * len(FILTERS))
 
 
 def arguments(name, rule, batch, seed=0):
@@ -109,8 +109,11 @@ def test_joint_sequences_follow_the_target(name):
     check(quick_jit(generate_tokens), name, "rejection", SHORT)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("name", "rule"), LENGTHY)
+@pytest.mark.parametrize(
+    ("name", "rule"),
+    [pytest.param(*case, marks=pytest.mark.slow) for case in LENGTHY]
+    + [pytest.param(*case, marks=pytest.mark.exhaustive) for case in MORE],
+)
 def test_joint_sequences_follow_the_target_at_length(name, rule):
     """Law 5: whatever drafts, at any depth and under any filter."""
     check(jax.jit(generate_tokens), name, rule, LONG, BATCHES if rule == "rejection" else 1)
