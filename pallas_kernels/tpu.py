@@ -1,0 +1,211 @@
+"""MXFP4 products on TPU: nibbles become float8 four at a time in 32-bit registers, and the matrix unit multiplies them with bfloat16.
+
+Three words for sizes along K: an *MX block* is the 32 elements that share a scale, a *kernel tile* is what one step of the grid
+loads, and the matrix unit contracts 128 elements at a time. Notation: M rows of activations, N outputs, K contracted, T tiles.
+
+An E2M1 code s|ee|m in the bits s000eem0 of an E5M2 number has its own value times 2^-14 (E2M1's 0.5 is then subnormal), so a
+decoded weight costs less than one integer operation, and x carries the missing 2^14.
+
+Up to 16 rows, scales are applied to outputs: x is spread over four rows for each of its own, every one with the elements of one
+MX block in four and zeros elsewhere, so that a pass of the matrix unit over 128 elements leaves four partial sums, which are
+multiplied by their blocks' scales. With more rows it is cheaper to scale the weights.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.blocks import ROWS, tpu_block_n, tpu_tile
+
+CONTRACTED = 128  # by the matrix unit at once
+GROUPS = CONTRACTED // 32  # MX blocks among them
+WIDE = "scale on weights"
+
+
+def lay_out(packed: jax.Array, scales: jax.Array, shards: int = 1) -> tuple[jax.Array, jax.Array]:
+    """Return an MXFP4 weight as the kernels read it: K before N, in tiles, two codes a byte.
+
+    A byte of row r of a tile holds code r of its first half in bits 6 to 4 (magnitude) and 0 (sign), and code r of its second half
+    in bits 3 to 1 and 7. Each of the shards along K has tiles of its own; zeros fill its last.
+
+    Args:
+      packed: uint8 [N, K/2], element 2i in the low half of byte i.
+      scales: uint8 [N, K/32].
+      shards: number of equal parts of K that will lie on different devices.
+
+    Returns:
+      (uint8 [T, tile/2, N], uint8 [T, tile/32, N]).
+    """
+    n, blocks = scales.shape
+    k = 32 * blocks // shards
+    tile = tpu_tile(k)
+    padding = ((0, 0), (0, 0), (0, -k % tile))
+    codes = jnp.stack([packed & 15, packed >> 4], axis=-1).reshape(n, shards, k)
+    codes = jnp.pad(codes, padding).reshape(n, -1, 2, tile // 2)
+    first, second = codes[:, :, 0], codes[:, :, 1]
+    joined = (first & 7) << 4 | first >> 3 | (second & 7) << 1 | second >> 3 << 7
+    scales = jnp.pad(scales.reshape(n, shards, -1), ((0, 0), (0, 0), (0, -k % tile // 32))).reshape(n, -1, tile // 32)
+    return jnp.transpose(joined, (1, 2, 0)), jnp.transpose(scales, (1, 2, 0))
+
+
+def mxfp4_matmul(
+    x: jax.Array, codes: jax.Array, scales: jax.Array, *, subnormals: bool = True, interpret: bool | pltpu.InterpretParams = False
+) -> jax.Array:
+    """x @ w.T for a weight laid out by `lay_out`, with f32 accumulation and an f32 result.
+
+    M is padded to 8, to 16, or to a multiple of 128, and within each of the three a row's result does not depend on M. x up to 2^113
+    is taken; with more than 16 rows, weights below 2^-112 count as zero.
+
+    Args:
+      x: bfloat16 [M, K].
+      codes: uint8 [T, tile/2, N].
+      scales: uint8 [T, tile/32, N].
+      subnormals: whether the matrix unit honours subnormal E5M2 numbers; without them decoding takes more operations.
+      interpret: run by an interpreter, on any platform.
+
+    Returns:
+      f32 [M, N].
+    """
+    m, k = x.shape
+    tiles, half, n = codes.shape
+    if tiles * 2 * half != k + -k % (2 * half) or scales.shape != (tiles, half // 16, n):
+        raise ValueError(
+            f"x {list(x.shape)} does not belong to codes {list(codes.shape)} and scales {list(scales.shape)}; "
+            "give x [M, K], codes [T, tile/2, N] and scales [T, tile/32, N], K filling all tiles but the last"
+        )
+    rows = next((rows for rows in ROWS if m <= rows), m + -m % 128)
+    x = jnp.pad(x, ((0, rows - m), (0, tiles * 2 * half - k)))
+    if subnormals:
+        x = x * 2.0**14
+    run = _scale_on_outputs if rows in ROWS else _scale_on_weights
+    return run(x, codes, scales, subnormals, interpret)[:m]
+
+
+def honours_subnormals(run) -> bool:
+    """Return whether `run(x, codes, scales)`, a product on the device, gets all 16 codes right with E5M2 subnormals.
+
+    On a matrix unit that flushes them, 0.5 and -0.5 would be read as zero.
+    """
+    every = jnp.arange(16, dtype=jnp.uint8)[:, None] * jnp.full((1, 16), 17, jnp.uint8)  # row c is code c, 32 times
+    scales = jnp.full((16, 1), 127, jnp.uint8)
+    x = jnp.zeros((1, 32), jnp.bfloat16).at[0, 0].set(1)
+    magnitudes = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
+    return np.array_equal(np.asarray(run(x, *lay_out(every, scales)))[0], magnitudes + [-value for value in magnitudes])
+
+
+@functools.partial(jax.jit, static_argnames=("subnormals", "interpret"))
+def _scale_on_outputs(x, codes, scales, subnormals, interpret):
+    rows, k = x.shape
+    tiles, half, n = codes.shape
+    group = jnp.arange(k) // 32 % GROUPS
+    spread = jnp.where(jnp.arange(GROUPS)[:, None, None] == group, x, 0)  # [4, M, K]
+    spread = jnp.swapaxes(spread.reshape(GROUPS * rows, tiles, 2 * half), 0, 1)  # [T, 4 M, tile]
+    block = tpu_block_n(n, tiles)
+    return pl.pallas_call(
+        functools.partial(_decode_kernel, subnormals=subnormals),
+        grid=(pl.cdiv(n, block), tiles),
+        in_specs=[
+            pl.BlockSpec(spread.shape, lambda j, t: (0, 0, 0)),  # all of it, once: not again for every block of outputs
+            pl.BlockSpec((1, half, block), lambda j, t: (t, 0, j)),
+            pl.BlockSpec((1, half // 16, block), lambda j, t: (t, 0, j)),
+        ],
+        out_specs=pl.BlockSpec((rows, block), lambda j, t: (0, j)),
+        out_shape=jax.ShapeDtypeStruct((rows, n), jnp.float32),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
+        cost_estimate=_cost(rows, k, n, spread, codes, scales),
+        interpret=interpret,
+        name="mxfp4_decode",
+    )(spread, codes, scales)
+
+
+def _decode_kernel(x_ref, codes_ref, scales_ref, out_ref, *, subnormals):
+    t = pl.program_id(1)
+
+    @pl.when(t == 0)
+    def _():
+        out_ref[...] = jnp.zeros_like(out_ref)
+
+    rows, half = out_ref.shape[0], codes_ref.shape[1]
+    scales = _scales(scales_ref)
+    total = jnp.zeros(out_ref.shape, jnp.float32)
+    for i, weight in enumerate(_float8(codes_ref, subnormals)):
+        for j in range(0, half, CONTRACTED):
+            at = i * half + j
+            partial = jnp.dot(x_ref[t, :, at : at + CONTRACTED], weight[j : j + CONTRACTED], preferred_element_type=jnp.float32)
+            for g in range(GROUPS):
+                total += partial[g * rows : (g + 1) * rows] * scales[at // 32 + g][None]
+    out_ref[...] += total
+
+
+@functools.partial(jax.jit, static_argnames=("subnormals", "interpret"))
+def _scale_on_weights(x, codes, scales, subnormals, interpret):
+    rows, k = x.shape
+    tiles, half, n = codes.shape
+    block = min(512, tpu_block_n(n, tiles))
+    return pl.pallas_call(
+        functools.partial(_wide_kernel, subnormals=subnormals),
+        grid=(rows // 128, pl.cdiv(n, block), tiles),
+        in_specs=[
+            pl.BlockSpec((128, 2 * half), lambda i, j, t: (i, t)),
+            pl.BlockSpec((1, half, block), lambda i, j, t: (t, 0, j)),
+            pl.BlockSpec((1, half // 16, block), lambda i, j, t: (t, 0, j)),
+        ],
+        out_specs=pl.BlockSpec((128, block), lambda i, j, t: (i, j)),
+        out_shape=jax.ShapeDtypeStruct((rows, n), jnp.float32),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
+        cost_estimate=_cost(rows, k, n, x, codes, scales),
+        interpret=interpret,
+        name="mxfp4_wide",
+    )(x, codes, scales)
+
+
+def _wide_kernel(x_ref, codes_ref, scales_ref, out_ref, *, subnormals):
+    @pl.when(pl.program_id(2) == 0)
+    def _():
+        out_ref[...] = jnp.zeros_like(out_ref)
+
+    half, n = codes_ref.shape[1:]
+    scales = _scales(scales_ref)
+    total = jnp.zeros(out_ref.shape, jnp.float32)
+    for i, weight in enumerate(_float8(codes_ref, subnormals)):
+        for j in range(0, half, CONTRACTED):
+            at = i * half + j
+            scale = scales[at // 32 : at // 32 + GROUPS, None]  # [4, 1, N]
+            piece = weight[j : j + CONTRACTED].astype(jnp.float32).reshape(GROUPS, 32, n) * scale
+            piece = piece.reshape(CONTRACTED, n).astype(jnp.bfloat16)
+            total += jnp.dot(x_ref[:, at : at + CONTRACTED], piece, preferred_element_type=jnp.float32)
+    out_ref[...] += total
+
+
+def _float8(codes_ref, subnormals):
+    """Return the two halves of a tile as E5M2 [tile/2, N], times 2^-14 if subnormals may be used."""
+    words = pltpu.bitcast(codes_ref[0], jnp.int32)
+    first = words >> 3 & _each(0x0E) | words << 7 & _each(0x80)
+    second = words & _each(0x8E)
+    return [pltpu.bitcast(half if subnormals else _normal(half), jnp.float8_e5m2) for half in (first, second)]
+
+
+def _normal(words):
+    """Turn bytes s000eem0 into E5M2 of the value itself: 0x3C + 4 (ee - 1) + 2 m, for ee = 0 0x38 or 0, which are normal or zero."""
+    magnitude = words & _each(0x0E)
+    normal = (magnitude >> 2 | magnitude >> 3) & _each(0x01)  # ee > 0
+    half = magnitude >> 1 & ~normal & _each(0x01)  # 0.5
+    return magnitude + 0x38 * normal + 0x36 * half | words & _each(0x80)
+
+
+def _each(byte):
+    return np.array([byte] * 4, np.uint8).view(np.int32)[0]
+
+
+def _scales(scales_ref):
+    # A float32 whose exponent is the byte; the byte 0 is the number 0.
+    return jax.lax.bitcast_convert_type(scales_ref[0].astype(jnp.int32) << 23, jnp.float32)
+
+
+def _cost(rows, k, n, *arrays):
+    moved = sum(array.size * array.dtype.itemsize for array in arrays) + 4 * rows * n
+    return pl.CostEstimate(flops=2 * rows * k * n, bytes_accessed=moved, transcendentals=0)
