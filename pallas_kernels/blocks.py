@@ -25,3 +25,19 @@ def tpu_block_n(n: int, tiles: int) -> int:
     whole = n + -n % 128
     fitting = [block for block in TPU_BLOCKS_N if -(-n // block) * tiles >= TPU_STEPS]
     return min(whole, fitting[0] if fitting else TPU_BLOCKS_N[-1])
+
+
+# Outputs of a program, warps and pipeline stages of the GPU kernel by chip, and how many programs keep its memory busy: four for
+# each of its processors (A100 has 108, L4 58, H200 132).
+GPU_BLOCKS = {"sm_80": (64, 2, 4, 432), "sm_89": (64, 2, 3, 232), "sm_90": (64, 2, 4, 528)}
+GPU_DEFAULT = "sm_90"
+GPU_CHUNKS = 8  # at least, that a program goes through: fewer would not fill the pipeline
+
+
+def gpu_blocks(chip: str, n: int, chunks: int) -> tuple[int, int, int, int]:
+    """Return (outputs of a program, parts of K, warps, stages): K is split where the outputs alone are too few programs."""
+    block, warps, stages, programs = GPU_BLOCKS.get(chip, GPU_BLOCKS[GPU_DEFAULT])
+    splits = 1
+    while n // block * splits < programs and chunks // (2 * splits) >= GPU_CHUNKS:
+        splits *= 2
+    return block, splits, warps, stages

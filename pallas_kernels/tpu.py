@@ -23,32 +23,31 @@ from pallas_kernels.blocks import ROWS, tpu_block_n, tpu_tile
 
 CONTRACTED = 128  # by the matrix unit at once
 GROUPS = CONTRACTED // 32  # MX blocks among them
-WIDE = "scale on weights"
 
 
-def lay_out(packed: jax.Array, scales: jax.Array, shards: int = 1) -> tuple[jax.Array, jax.Array]:
+def lay_out(packed: jax.Array, scales: jax.Array, along_k: int = 1) -> tuple[jax.Array, jax.Array]:
     """Return an MXFP4 weight as the kernels read it: K before N, in tiles, two codes a byte.
 
     A byte of row r of a tile holds code r of its first half in bits 6 to 4 (magnitude) and 0 (sign), and code r of its second half
-    in bits 3 to 1 and 7. Each of the shards along K has tiles of its own; zeros fill its last.
+    in bits 3 to 1 and 7. Zeros fill the last tile.
 
     Args:
       packed: uint8 [N, K/2], element 2i in the low half of byte i.
       scales: uint8 [N, K/32].
-      shards: number of equal parts of K that will lie on different devices.
+      along_k: number of equal parts of K that will lie on different devices, each in tiles of its own.
 
     Returns:
       (uint8 [T, tile/2, N], uint8 [T, tile/32, N]).
     """
     n, blocks = scales.shape
-    k = 32 * blocks // shards
+    k = 32 * blocks // along_k
     tile = tpu_tile(k)
     padding = ((0, 0), (0, 0), (0, -k % tile))
-    codes = jnp.stack([packed & 15, packed >> 4], axis=-1).reshape(n, shards, k)
+    codes = jnp.stack([packed & 15, packed >> 4], axis=-1).reshape(n, along_k, k)
     codes = jnp.pad(codes, padding).reshape(n, -1, 2, tile // 2)
     first, second = codes[:, :, 0], codes[:, :, 1]
     joined = (first & 7) << 4 | first >> 3 | (second & 7) << 1 | second >> 3 << 7
-    scales = jnp.pad(scales.reshape(n, shards, -1), ((0, 0), (0, 0), (0, -k % tile // 32))).reshape(n, -1, tile // 32)
+    scales = jnp.pad(scales.reshape(n, along_k, -1), ((0, 0), (0, 0), (0, -k % tile // 32))).reshape(n, -1, tile // 32)
     return jnp.transpose(joined, (1, 2, 0)), jnp.transpose(scales, (1, 2, 0))
 
 
