@@ -15,7 +15,7 @@ import pathlib
 import shutil
 import tempfile
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -175,8 +175,10 @@ def drafts(folder: pathlib.Path, dtype: str) -> tuple[str, ...]:
     return tuple(marker.get("drafts", ())) if same_values else ()
 
 
-def restore_draft(folder: pathlib.Path, model: LanguageModel, format: str) -> dict[str, MXFP4Array | MXArray]:
-    """Map the quantized leaves of a twin that `save` wrote and put them in their place.
+def restore_draft(
+    folder: pathlib.Path, model: LanguageModel, format: str, finish: Callable = lambda name, leaf: leaf
+) -> dict[str, MXFP4Array | MXArray]:
+    """Map the quantized leaves of a twin that `save` wrote and put them in their place, each as `finish(name, leaf)`.
 
     Raises:
       ValueError: the folder is damaged.
@@ -189,7 +191,8 @@ def restore_draft(folder: pathlib.Path, model: LanguageModel, format: str) -> di
 
     with _damage_named(folder):
         leaves = jax.tree_util.tree_map_with_path(mapped, expected)
-        return jax.block_until_ready({name: place_quantized(name, leaf, model.mesh) for name, leaf in leaves.items()})
+        placed = {name: finish(name, place_quantized(name, leaf, model.mesh)) for name, leaf in leaves.items()}
+        return jax.block_until_ready(placed)
 
 
 @contextlib.contextmanager

@@ -211,13 +211,14 @@ def _info(a: argparse.Namespace) -> None:
     import jax
 
     from mlspecqd_jax import matmul, models
+    from pallas_kernels import chip_of
 
     device = jax.devices()[0]
     for name, value in (
         models.describe(a.model)
         | {
             "device": f"{device.device_kind} ({device.platform}, {jax.device_count()} in all), jax {jax.__version__}",
-            "products": matmul.implementation(device.platform),
+            "products": matmul.implementation(chip_of(device)),
         }
     ).items():
         print(f"{name + ':':22}{value}")

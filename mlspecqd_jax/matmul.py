@@ -7,23 +7,27 @@ import jax
 import jax.numpy as jnp
 
 import cpu_kernels
+from mlspecqd_jax.layouts import LaidOut, laid_out_product
 from mlspecqd_jax.mxfp4 import FORMATS, MXArray, MXFP4Array
-from pallas_kernels import BLOCK, bf16_matmul, mx_matmul, mxfp4_matmul
+from pallas_kernels import BLOCK, bf16_matmul, choose, mx_matmul, mxfp4_matmul
 
 
-def linear(x: jax.Array, w: jax.Array | MXFP4Array | MXArray, *, out_dtype: jnp.dtype | None = None) -> jax.Array:
+def linear(x: jax.Array, w: jax.Array | MXFP4Array | MXArray | LaidOut, *, out_dtype: jnp.dtype | None = None) -> jax.Array:
     """x @ w.T over the last axis of x, accumulated in f32.
 
     Args:
       x: activations [..., K].
-      w: weight [N, K]; a quantized one is decoded to x's dtype, a plain one is used in its own.
+      w: weight [N, K]; a plain one is used in its own dtype; one that was laid out for a chip runs its kernel; another quantized one
+        is decoded to x's dtype.
       out_dtype: dtype of the result; None gives x's (the head asks for f32).
 
     Returns:
       [..., N].
     """
     rows = x.reshape(-1, x.shape[-1])
-    if isinstance(w, MXFP4Array):
+    if isinstance(w, LaidOut):
+        y = laid_out_product(rows, w)
+    elif isinstance(w, MXFP4Array):
         y = cpu_kernels.on_cpu(cpu_kernels.mxfp4_matmul, mxfp4_matmul, _whole_blocks(rows), w.packed, w.scales)
     elif isinstance(w, MXArray):
         y = mx_matmul(_whole_blocks(rows), w.codes, w.scales, FORMATS[w.format].exponent_bits, FORMATS[w.format].mantissa_bits)
@@ -32,10 +36,12 @@ def linear(x: jax.Array, w: jax.Array | MXFP4Array | MXArray, *, out_dtype: jnp.
     return y.reshape(*x.shape[:-1], w.shape[0]).astype(out_dtype or x.dtype)
 
 
-def implementation(platform: str) -> str:
-    """Name what `linear` runs on a platform (cpu, gpu or tpu), for plain and for quantized weights."""
-    if platform != "cpu":
-        return "XLA dot"
+def implementation(chip: str) -> str:
+    """Name what `linear` runs in bfloat16 on a chip (of `pallas_kernels.chip_of`), for plain and for quantized weights."""
+    if chip != "cpu":
+        kernel = {"tpu": "Pallas TPU kernel", "gpu": "Pallas GPU kernel"}
+        mxfp4 = choose(chip, "bfloat16", BLOCK, BLOCK)
+        return f"XLA dot; {kernel.get(mxfp4, f'XLA ({mxfp4})')} for mxfp4"
     bf16, mxfp4 = cpu_kernels.isas("bf16_matmul"), cpu_kernels.isas("mxfp4_matmul")
     if not bf16:
         return "XLA dot, at least two rows"

@@ -1,6 +1,7 @@
 """`load`: a demo, a folder, a hub id or a converted checkpoint to a `Model`; `convert`: a model to what loads faster."""
 
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -12,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from mlspecqd_jax import checkpoint, huggingface
+from mlspecqd_jax import checkpoint, huggingface, layouts
 from mlspecqd_jax.mxfp4 import MXArray, MXFP4Array, check_format
 from mlspecqd_jax.partition import usable_mesh
 from mlspecqd_jax.quantization import Policy, Recipe, quantize_params
@@ -41,7 +42,7 @@ class Model:
     """A loaded model: the static network, its parameters by Hugging Face's tensor names, and its card."""
 
     network: LanguageModel
-    params: dict[str, jax.Array | MXFP4Array | MXArray]
+    params: dict[str, jax.Array | MXFP4Array | MXArray | layouts.LaidOut]
     card: Card
     folder: pathlib.Path
     recipe: Recipe | None = None  # how the weights were quantized
@@ -80,10 +81,12 @@ class Model:
                 f"{self.card.name} is quantized already (format {self.recipe.format}, scale rule {self.recipe.scale_rule}, "
                 f"policy {dict(self.recipe.policy)}); quantize the original model instead"
             )
+        dtype = self.params["model.embed_tokens.weight"].dtype
+        finish = functools.partial(layouts.for_device, dtype=dtype, mesh=self.network.mesh)
         if recipe == Recipe(format) and format in self.drafts:
-            params = self.params | checkpoint.restore_draft(self.folder, self.network, format)
+            params = self.params | checkpoint.restore_draft(self.folder, self.network, format, finish)
         else:
-            params = quantize_params(self.params, format, policy, scale_rule, self.network.mesh)
+            params = quantize_params(self.params, format, policy, scale_rule, self.network.mesh, finish)
         card = dataclasses.replace(self.card, name=f"{self.card.name}@{format}")
         return dataclasses.replace(self, params=params, card=card, recipe=recipe)
 
@@ -202,7 +205,7 @@ def convert(
     folder = pathlib.Path(folder)
     checkpoint.check_new(folder)
     loaded = load(model, dtype=dtype)
-    twins = {} if draft is None else {draft: loaded.quantized(draft).params}
+    twins = {} if draft is None else {draft: quantize_params(loaded.params, draft, mesh=loaded.network.mesh)}
     checkpoint.save(folder, loaded.folder, loaded.params, twins)
     return folder
 

@@ -6,11 +6,12 @@ biases are the model's own arrays.
 
 import dataclasses
 import fnmatch
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 from jax.sharding import Mesh
 
+from mlspecqd_jax.layouts import LaidOut
 from mlspecqd_jax.mxfp4 import MXArray, MXFP4Array, check_format, check_scale_rule, quantize
 from mlspecqd_jax.partition import weight_sharding
 
@@ -35,6 +36,7 @@ def quantize_params(
     policy: Policy | None = None,
     scale_rule: str = "floor",
     mesh: Mesh | None = None,
+    finish: Callable = lambda name, leaf: leaf,
 ) -> dict[str, jax.Array | MXFP4Array | MXArray]:
     """Return the parameters of a model's twin: linear layers and lm_head quantized, everything else the same array objects.
 
@@ -47,6 +49,7 @@ def quantize_params(
         tie). The first glob that matches a name decides.
       scale_rule: a name of `mxfp4.SCALE_RULES`.
       mesh: where to place the new leaves by the partition table; None leaves them where their weights are.
+      finish: what is kept of a new leaf, given its name and the leaf: it may be laid out for a chip.
 
     Raises:
       ValueError: an unknown format or scale rule, a glob that matches no quantizable weight, a leaf in another format.
@@ -57,10 +60,10 @@ def quantize_params(
         w = params[name] if name in params else params[EMBEDDING]
         if to is None or getattr(w, "format", None) == to:
             continue
-        if isinstance(w, MXFP4Array | MXArray):
+        if isinstance(w, MXFP4Array | MXArray | LaidOut):
             raise ValueError(f"{name} is in {w.format} already and cannot become {to}; quantize the original model instead")
         # Waiting for each keeps the temporaries of one weight alive, not of all.
-        quantized[name] = jax.block_until_ready(place_quantized(name, quantize(w, to, scale_rule), mesh))
+        quantized[name] = jax.block_until_ready(finish(name, place_quantized(name, quantize(w, to, scale_rule), mesh)))
     return quantized
 
 

@@ -1,0 +1,74 @@
+"""The generation program of a three-level stack, compiled for chips that are not here."""
+
+import functools
+
+import chips
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+
+from mlspecqd_jax import layouts, speculation
+from mlspecqd_jax.levels import Level
+from mlspecqd_jax.partition import cache_sharding, weight_sharding
+from mlspecqd_jax.quantization import quantize_params
+from mlspecqd_jax.sampling import Sampling
+from mlspecqd_jax.transformer import LanguageModel, ModelConfig
+
+LLAMA_8B = ModelConfig(
+    vocab_size=128256,
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    head_dim=128,
+    max_position_embeddings=131072,
+)
+LLAMA_3B = ModelConfig(128256, 3072, 8192, 28, 24, 8, 128, 131072, tie_word_embeddings=True)
+LLAMA_1B = ModelConfig(128256, 2048, 8192, 16, 32, 8, 64, 131072, tie_word_embeddings=True)
+QWEN25_7B = ModelConfig(152064, 3584, 18944, 28, 28, 4, 128, 32768, qkv_bias=True)
+QWEN3_06B = ModelConfig(151936, 1024, 3072, 28, 16, 8, 128, 40960, qk_norm=True, tie_word_embeddings=True)
+
+
+def plain(config: ModelConfig, mesh, dtype=jnp.bfloat16):
+    """Return the parameters of a model, by name, as they would lie on a mesh."""
+    return {
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=weight_sharding(name, shape, mesh))
+        for name, shape in LanguageModel(config).shapes().items()
+    }
+
+
+def twin(config: ModelConfig, mesh, dtype=jnp.bfloat16):
+    """Return the parameters of its MXFP4 twin, laid out for the mesh."""
+    finish = functools.partial(layouts.for_device, dtype=dtype, mesh=mesh)
+    params = plain(config, mesh, dtype)
+    leaves = jax.eval_shape(functools.partial(quantize_params, mesh=mesh, finish=finish), params)
+
+    def placed(name, leaf):
+        if name in params and leaf.shape == params[name].shape and not hasattr(leaf, "arrays"):
+            return params[name]
+        arrays = zip(leaf.arrays, leaf.array_specs, strict=True)
+        shapes = (jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh, spec)) for a, spec in arrays)
+        return layouts.LaidOut(tuple(shapes), leaf.shape, leaf.product, leaf.chip, leaf.spec)
+
+    return {name: placed(name, leaf) for name, leaf in leaves.items()}
+
+
+def compile_stack(mesh, target: ModelConfig, small: ModelConfig, batch: int, size: int, dtype=jnp.bfloat16):
+    """Compile `advance` of target > its twin on the same cache > a small model's twin on a cache of its own."""
+    networks = [LanguageModel(config, mesh) for config in (target, small)]
+    innermost = Level(networks[1], twin(small, mesh, dtype))
+    middle = Level(networks[0], twin(target, mesh, dtype), innermost, 3, share_cache=True)
+    stack = Level(networks[0], plain(target, mesh, dtype), middle, 7, window_multiple=16)
+    sampling = jax.eval_shape(lambda: Sampling.create(batch, target.vocab_size))
+    tokens, row = jax.ShapeDtypeStruct((batch, size), jnp.int32), jax.ShapeDtypeStruct((batch,), jnp.int32)
+
+    def placed(leaf):
+        if leaf.ndim != 4:
+            return leaf
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=cache_sharding(leaf.shape, mesh))
+
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        state = jax.tree.map(placed, jax.eval_shape(speculation.init, stack, tokens, row, sampling))
+    rounds = jax.ShapeDtypeStruct((), jnp.int32)
+    return chips.compile_for(mesh, speculation.advance, stack, state, row, sampling, rounds, donate_argnums=1)
