@@ -1,0 +1,117 @@
+"""The GPU kernel by Pallas's interpreter, and its PTX by the few instructions that it is made of, against definition and float64."""
+
+import re
+
+import jax.numpy as jnp
+import mx_weights
+import numpy as np
+import pytest
+
+from pallas_kernels import gpu
+from pallas_kernels.blocks import gpu_blocks
+
+
+def product(x, packed, scales, **options):
+    words = gpu.lay_out(packed, scales)
+    return np.asarray(gpu.mxfp4_matmul(x, *words, n=packed.shape[0], interpret=True, **options))
+
+
+def evaluate(ptx, *words):
+    """Run PTX on numpy uint32: $0 of the operands $1, $2, ..."""
+    registers = {f"${i + 1}": word for i, word in enumerate(words)}
+    for line in ptx.strip().strip("{}").split(";"):
+        match = re.fullmatch(r"\s*([\w.]+) (.*)", line)
+        if not match or match[1] == ".reg":
+            continue
+        to, *operands = (operand.strip() for operand in match[2].split(","))
+        a, *rest = (registers[o] if o in registers else np.uint32(int(o, 0)) for o in operands)
+        if match[1] == "lop3.b32":
+            b, c, table = rest
+            bits = [(a >> i & 1) << 2 | (b >> i & 1) << 1 | c >> i & 1 for i in range(32)]
+            registers[to] = sum((table >> bit & 1) << np.uint32(i) for i, bit in enumerate(bits)).astype(np.uint32)
+        else:
+            run = {"shl.b32": np.left_shift, "shr.b32": np.right_shift, "and.b32": np.bitwise_and}[match[1]]
+            registers[to] = run(a, rest[0]).astype(np.uint32)
+    return registers["$0"]
+
+
+@pytest.mark.parametrize("step", range(8))
+def test_ptx_decodes_every_code(step):
+    """Both halves of the result, whatever the other codes of the two words are."""
+    r = np.random.RandomState(step)
+    words = [r.randint(0, 2**32, 4096, dtype=np.uint64).astype(np.uint32) for _ in range(2)]
+    found = evaluate(gpu.pairs_ptx(step), *words).view(np.float16).reshape(-1, 2).astype(np.float64) * 2**14
+    codes = [words[step // 4] >> np.uint32(16 * half + 4 * (step % 4)) & 15 for half in (0, 1)]
+    np.testing.assert_array_equal(found, mx_weights.VALUES[np.stack(codes, axis=-1)])
+    assert len(np.unique(codes)) == 16
+
+
+@pytest.mark.parametrize("step", range(8))
+def test_the_interpreter_decodes_as_the_ptx_does(step):
+    words = np.random.RandomState(step).randint(0, 2**32, (64, 16), dtype=np.uint64).astype(np.uint32)
+    pairs = evaluate(gpu.pairs_ptx(step), words[:, ::2], words[:, 1::2]).view(np.float16)
+    np.testing.assert_array_equal(gpu._pairs(jnp.asarray(words.view(np.int32)), step), pairs)
+
+
+@pytest.mark.parametrize(("n", "k", "m"), [(1, 32, 1), (200, 288, 3), (70, 2080, 17), (65, 96, 70)])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_odd_sizes(n, k, m, dtype):
+    x, packed, scales = mx_weights.random(n, k, m, dtype)
+    mx_weights.assert_product(product(x, packed, scales), x, packed, scales)
+
+
+@pytest.mark.parametrize("m", [1, 17])
+def test_every_code_at_every_scale(m):
+    packed, scales = mx_weights.every_code_at_every_scale()
+    mx_weights.assert_exact_elements(product(mx_weights.ones(m, packed), packed, scales), packed, scales, 2.0**-111)
+
+
+@pytest.mark.parametrize("exponent", [-100, 0, 100])
+def test_rows_of_any_size(exponent):
+    """x becomes float16, so its largest magnitude is brought into range first; a row of zeros stays zero."""
+    x, packed, scales = mx_weights.random(33, 96, 3)
+    x = (x * 2.0**exponent).at[2].set(0)
+    found = product(x, packed, scales)
+    assert np.all(np.isfinite(found))
+    mx_weights.assert_product(found, x, packed, scales)
+
+
+@pytest.mark.parametrize("m", [2, 20])
+def test_nan_and_infinity_stay_in_their_row(m):
+    mx_weights.assert_not_finite_rows(product, m)
+
+
+@pytest.mark.parametrize(("few", "many"), [(1, 16), (17, 64)])
+def test_a_row_does_not_depend_on_how_many_there_are(few, many):
+    x, packed, scales = mx_weights.random(70, 352, many)
+    np.testing.assert_array_equal(product(x[:few], packed, scales), product(x, packed, scales)[:few])
+
+
+def test_parts_are_laid_out_by_themselves():
+    x, packed, scales = mx_weights.random(2 * 24, 3 * 96, 5)
+    words, factors = gpu.lay_out(packed, scales, along_n=2, along_k=3)
+    chunks, outputs = words.shape[0] // 3, words.shape[1] // 2
+    total = np.zeros((5, 48), np.float32)
+    for i in range(2):
+        for j in range(3):
+            at = np.s_[j * chunks : (j + 1) * chunks, i * outputs : (i + 1) * outputs]
+            part = gpu.mxfp4_matmul(x[:, j * 96 : (j + 1) * 96], words[at], factors[at], n=24, interpret=True)
+            total[:, i * 24 : (i + 1) * 24] += part
+    mx_weights.assert_product(total, x, packed, scales)
+
+
+def test_shapes_that_do_not_belong_together_are_refused():
+    x, packed, scales = mx_weights.random(8, 64, 2)
+    words, factors = gpu.lay_out(packed, scales)
+    for wrong in ((x[:, :0], words, factors, 8), (x, words[:, :8], factors, 8), (x, words, factors, 80)):
+        with pytest.raises(ValueError, match=r"does not belong to words \[1, \d+, 16\]"):
+            gpu.mxfp4_matmul(*wrong[:3], n=wrong[3], interpret=True)
+
+
+@pytest.mark.parametrize("chip", ["sm_80", "sm_89", "sm_90", "sm_100"])
+@pytest.mark.parametrize(("n", "chunks"), [(1024, 32), (4096, 112), (128256, 32), (64, 1)])
+def test_k_is_split_where_outputs_are_few(chip, n, chunks):
+    block, splits, _, _ = gpu_blocks(chip, n, chunks)
+    assert gpu.OUTPUTS % block == 0
+    assert splits == 1 or chunks // splits >= 8
+    assert (n, splits) != (1024, 1)
