@@ -62,7 +62,7 @@ def for_device(
     chip = chip_of(device)
     if chip == "cpu" and product is None:
         return leaf
-    spec = PartitionSpec(None, None) if mesh is None else weight_sharding(name, leaf.scales.shape, mesh).spec
+    spec = None if mesh is None else weight_sharding(name, leaf.scales.shape, mesh).spec
     product = product or _best(device, str(jax.numpy.dtype(dtype)), leaf.shape, _parts(spec, mesh))
     return laid_out(leaf, product, chip, dtype=dtype, mesh=mesh, spec=spec)
 
@@ -74,7 +74,7 @@ def laid_out(
     *,
     dtype: jax.numpy.dtype,
     mesh: Mesh | None = None,
-    spec: PartitionSpec = PartitionSpec(None, None),
+    spec: PartitionSpec | None = None,
 ) -> LaidOut:
     """Lay out a weight for one product on one chip.
 
@@ -84,11 +84,12 @@ def laid_out(
       chip: of `pallas_kernels.chip_of`.
       dtype: of the activations.
       mesh: over which the result is split.
-      spec: how N and K are split over it.
+      spec: how N and K are split over it; None keeps both whole.
 
     Raises:
       NotImplementedError: the product does not take this; one sentence with the shapes.
     """
+    spec = PartitionSpec(None, None) if spec is None else spec
     parts = _parts(spec, mesh)
     reason = unsupported(product, chip, str(jax.numpy.dtype(dtype)), *leaf.shape, *parts)
     if reason is not None:
@@ -126,7 +127,7 @@ def _array_specs(product, spec):
 
 
 def _parts(spec, mesh):
-    return tuple(1 if mesh is None else _size(mesh, axis) for axis in spec)
+    return (1, 1) if mesh is None else tuple(_size(mesh, axis) for axis in spec)
 
 
 def _size(mesh, axis):

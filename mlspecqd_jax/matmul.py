@@ -17,8 +17,8 @@ def linear(x: jax.Array, w: jax.Array | MXFP4Array | MXArray | LaidOut, *, out_d
 
     Args:
       x: activations [..., K].
-      w: weight [N, K]; a plain one is used in its own dtype; one that was laid out for a chip runs its kernel; another quantized one
-        is decoded to x's dtype.
+      w: weight [N, K]; a plain one is used in its own dtype, one that was laid out for a chip by its kernel, and another quantized
+        one is decoded to x's dtype.
       out_dtype: dtype of the result; None gives x's (the head asks for f32).
 
     Returns:

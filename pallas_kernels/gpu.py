@@ -3,9 +3,9 @@
 Written in Pallas for its Triton compiler. Notation: M rows of activations, N outputs, K contracted, C chunks of 128 along K. An
 *MX block* is the 32 elements that share a scale, a *kernel tile* is what one program of the grid loads at a time.
 
-An E2M1 code s|ee|m in the bits s000eem0 of a float16's upper byte has its own value times 2^-14 (E2M1's 0.5 is then subnormal, which
-tensor cores honour in float16), so decoding is shifts and masks. For that, each row of x becomes float16 too, times the power of two
-that brings its largest magnitude to [2^14, 2^15): what is lost lies below 2^-39 of that largest, and f32 sums lose more.
+An E2M1 code s|ee|m in the bits s000eem0 of a float16's upper byte has its own value times 2^-14 (E2M1's 0.5 is then subnormal,
+which tensor cores honour in float16), so decoding is shifts and masks. For that, each row of x becomes float16 too, times the
+power of two that brings its largest magnitude to [2^14, 2^15): what is lost is below 2^-39 of that largest, and f32 sums lose more.
 """
 
 import functools
@@ -26,8 +26,8 @@ def lay_out(packed: jax.Array, scales: jax.Array, along_n: int = 1, along_k: int
     """Return an MXFP4 weight as the kernel reads it: chunks of 128 along K, one row after the other within a chunk.
 
     Words 2i and 2i + 1 of a row's 16 in a chunk hold elements 16 s + 2i (lower halves) and 16 s + 2i + 1 (upper halves): the first
-    word the steps s = 0..3, the second the steps 4..7, step s in bits 4 (s mod 4) to 4 (s mod 4) + 3 of either half. The four scales of
-    a chunk are the bytes of one word, the first lowest. N is filled up to a multiple of 64 and K to one of 128 with zeros.
+    word the steps s = 0..3, the second the steps 4..7, step s in bits 4 (s mod 4) to 4 (s mod 4) + 3 of either half. The four
+    scales of a chunk are the bytes of one word, the first lowest. N is filled up to whole 64s and K to whole 128s with zeros.
 
     Args:
       packed: uint8 [N, K/2], element 2i in the low half of byte i.
@@ -72,8 +72,8 @@ def mxfp4_matmul(
     chunks, filled = scales.shape
     if chunks != -(-k // CHUNK) or words.shape != (chunks, filled, 16) or filled != n + -n % OUTPUTS:
         raise ValueError(
-            f"x {list(x.shape)} does not belong to words {list(words.shape)} and scales {list(scales.shape)}; "
-            f"of a weight with {n} outputs; give words [C, N, 16] and scales [C, N] with N in whole {OUTPUTS}s and K in whole {CHUNK}s"
+            f"x {list(x.shape)} does not belong to words {list(words.shape)} and scales {list(scales.shape)} of {n} outputs; "
+            f"give words [C, N, 16] and scales [C, N], N filled up to whole {OUTPUTS}s and K to C chunks of {CHUNK}"
         )
     rows = 16 if m <= 16 else m + -m % 64
     block_m = min(rows, 64)

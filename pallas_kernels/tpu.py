@@ -1,4 +1,4 @@
-"""MXFP4 products on TPU: nibbles become float8 four at a time in 32-bit registers, and the matrix unit multiplies them with bfloat16.
+"""MXFP4 products on TPU: nibbles become float8, four to a 32-bit register, and the matrix unit multiplies them with bfloat16.
 
 Three words for sizes along K: an *MX block* is the 32 elements that share a scale, a *kernel tile* is what one step of the grid
 loads, and the matrix unit contracts 128 elements at a time. Notation: M rows of activations, N outputs, K contracted, T tiles.
@@ -15,7 +15,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
@@ -56,8 +55,8 @@ def mxfp4_matmul(
 ) -> jax.Array:
     """x @ w.T for a weight laid out by `lay_out`, with f32 accumulation and an f32 result.
 
-    M is padded to 8, to 16, or to a multiple of 128, and within each of the three a row's result does not depend on M. x up to 2^113
-    is taken; with more than 16 rows, weights below 2^-112 count as zero.
+    M is padded to 8, to 16, or to a multiple of 128, and within each of the three a row's result does not depend on M. Magnitudes
+    of x are taken up to 2^113; with more than 16 rows, weights below 2^-112 count as zero.
 
     Args:
       x: bfloat16 [M, K].
@@ -93,7 +92,8 @@ def honours_subnormals(run) -> bool:
     scales = jnp.full((16, 1), 127, jnp.uint8)
     x = jnp.zeros((1, 32), jnp.bfloat16).at[0, 0].set(1)
     magnitudes = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
-    return np.array_equal(np.asarray(run(x, *lay_out(every, scales)))[0], magnitudes + [-value for value in magnitudes])
+    expected = jnp.array(magnitudes + [-value for value in magnitudes])
+    return bool(jnp.array_equal(run(x, *lay_out(every, scales))[0], expected))
 
 
 @functools.partial(jax.jit, static_argnames=("subnormals", "interpret"))
@@ -189,7 +189,7 @@ def _float8(codes_ref, subnormals):
 
 
 def _normal(words):
-    """Turn bytes s000eem0 into E5M2 of the value itself: 0x3C + 4 (ee - 1) + 2 m, for ee = 0 0x38 or 0, which are normal or zero."""
+    """Turn bytes s000eem0 into E5M2 of the value itself, never subnormal: 0x38 + 4 ee + 2 m, and where ee is 0, 0x38 m."""
     magnitude = words & _each(0x0E)
     normal = (magnitude >> 2 | magnitude >> 3) & _each(0x01)  # ee > 0
     half = magnitude >> 1 & ~normal & _each(0x01)  # 0.5
@@ -197,7 +197,8 @@ def _normal(words):
 
 
 def _each(byte):
-    return np.array([byte] * 4, np.uint8).view(np.int32)[0]
+    word = 0x01010101 * byte
+    return word if byte < 0x80 else word - 2**32
 
 
 def _scales(scales_ref):

@@ -11,7 +11,7 @@ SCALES = 253  # bytes from 0 on: with those from 253 on, 6 is beyond bfloat16
 
 
 def random(n: int, k: int, m: int, dtype=jnp.bfloat16):
-    """Return (x [M, K], packed, scales): random codes, scales over nine powers of two with some blocks of byte 0, rows of any size."""
+    """Return (x [M, K], packed, scales): random codes, scales over nine powers of two, some bytes 0, and rows of different size."""
     r = np.random.RandomState(n + k + m)
     scales = np.where(r.rand(n, k // 32) < 0.1, 0, r.randint(118, 127, (n, k // 32)))
     x = r.standard_normal((m, k)) * np.exp2(r.randint(-6, 7, (m, 1)))
@@ -19,7 +19,7 @@ def random(n: int, k: int, m: int, dtype=jnp.bfloat16):
 
 
 def every_code_at_every_scale():
-    """Return (packed, scales) of a weight [SCALES, 512]: row s has scale byte s, and in MX block c code c at place 2c, the rest zero."""
+    """Return (packed, scales) of a weight [SCALES, 512]: row s has scale byte s, and MX block c code c at place 2c, else zeros."""
     codes = np.zeros((SCALES, 16, 32), np.uint8)
     for c in range(16):
         codes[:, c, 2 * c % 32] = c

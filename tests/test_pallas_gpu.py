@@ -1,4 +1,4 @@
-"""The GPU kernel by Pallas's interpreter, and its PTX by the few instructions that it is made of, against definition and float64."""
+"""The GPU kernel by Pallas's interpreter, and its PTX by the few instructions that it is made of, against float64."""
 
 import re
 

@@ -1,0 +1,88 @@
+"""Counts the instruction bundles of the TPU decode kernel, and of a plain BF16 kernel with the same blocks.
+
+    python tests/bundles.py v5e 4096x4096 1024x4096
+
+Prints JSON: for each size NxK, for 8 and 16 rows, both counts, the block of weights that a step of the grid takes, and the cycles
+in which memory delivers it. A process of its own, since libtpu reads what to dump when it starts. Straight-line code runs about
+a bundle a cycle, without what it waits for.
+"""
+
+import functools
+import json
+import os
+import pathlib
+import re
+import sys
+import tempfile
+
+DUMP = tempfile.TemporaryDirectory(prefix="bundles-")
+os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={DUMP.name} --xla_jf_dump_llo_text=true"
+os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "JAX_PLATFORMS": "cpu"}
+
+import chips  # noqa: E402
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+from jax.experimental import pallas as pl  # noqa: E402
+from jax.experimental.pallas import tpu as pltpu  # noqa: E402
+
+from pallas_kernels import tpu  # noqa: E402
+from pallas_kernels.blocks import tpu_block_n  # noqa: E402
+
+# Memory bandwidth in GB/s, of data sheets, and clock in GHz.
+SPEEDS = {"v5e": (819, 1.5), "v6e": (1640, 1.75)}
+
+
+def bf16_matmul(x, w, *, tile, block):
+    """x [M, K] @ w [K, N] in f32, the blocks those of the MXFP4 kernel."""
+
+    def kernel(x_ref, w_ref, out_ref):
+        @pl.when(pl.program_id(1) == 0)
+        def _():
+            out_ref[...] = jnp.zeros_like(out_ref)
+
+        out_ref[...] += jnp.dot(x_ref[...], w_ref[...], preferred_element_type=jnp.float32)
+
+    (rows, k), n = x.shape, w.shape[1]
+    return pl.pallas_call(
+        kernel,
+        grid=(pl.cdiv(n, block), k // tile),
+        in_specs=[pl.BlockSpec((rows, tile), lambda j, t: (0, t)), pl.BlockSpec((tile, block), lambda j, t: (t, j))],
+        out_specs=pl.BlockSpec((rows, block), lambda j, t: (0, j)),
+        out_shape=jax.ShapeDtypeStruct((rows, n), jnp.float32),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
+        name="bf16_matmul",
+    )(x, w)
+
+
+def bundles(mesh, kernel: str, function, *arguments) -> int:
+    """Return how many bundles the kernel of this name has in a program."""
+    folder = pathlib.Path(DUMP.name)
+    for file in folder.iterdir():
+        file.unlink()
+    chips.compile_for(mesh, function, *arguments)
+    pattern = re.compile(rf"\d-{kernel}(\.\d+)?-\d+-schedule-analysis_final_bundles")
+    [report] = [file for file in folder.iterdir() if pattern.search(file.name)]
+    return int(re.search(r"total scheduled bundles:\s+(\d+)", report.read_text())[1])
+
+
+def count(mesh, chip: str, n: int, k: int) -> dict:
+    def array(shape, dtype):
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    codes, scales = jax.eval_shape(tpu.lay_out, array((n, k // 2), jnp.uint8), array((n, k // 32), jnp.uint8))
+    tiles, half, _ = codes.shape
+    tile, block = 2 * half, tpu_block_n(n, tiles)
+    bandwidth, clock = SPEEDS[chip]
+    found = {"block": [tile, block], "memory cycles": round(tile * block * 17 / 32 / bandwidth * clock)}
+    for rows in (8, 16):
+        mxfp4 = bundles(mesh, "mxfp4_decode", tpu.mxfp4_matmul, array((rows, k), jnp.bfloat16), codes, scales)
+        plain = functools.partial(bf16_matmul, tile=tile, block=block)
+        whole = (array((rows, tiles * tile), jnp.bfloat16), array((tiles * tile, n), jnp.bfloat16))
+        found[rows] = {"mxfp4": mxfp4, "bf16": bundles(mesh, "bf16_matmul", plain, *whole)}
+    return found
+
+
+if __name__ == "__main__":
+    chip, *sizes = sys.argv[1:]
+    mesh = chips.mesh(f"{chip}:1x1")
+    print(json.dumps({size: count(mesh, chip, *map(int, size.split("x"))) for size in sizes}))
