@@ -1,5 +1,7 @@
 """Chips that are not here, described to their compilers, and what these tell of a program."""
 
+import importlib.util
+import os
 import re
 
 import jax
@@ -8,11 +10,13 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nothing runs on a TPU, so that test processes need not take turns
 GPU = """
 gpu_device_info {{
   threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: {shared}
   threads_per_core_limit: {threads} core_count: {cores} fpus_per_core: {units}
-  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535 memory_bandwidth: {bandwidth} l2_cache_size: {l2} clock_rate_ghz: {clock} device_memory_size: {memory}
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  memory_bandwidth: {bandwidth} l2_cache_size: {l2} clock_rate_ghz: {clock} device_memory_size: {memory}
   shared_memory_per_block_optin: {most_shared} cuda_compute_capability {{ {capability} }}
   registers_per_core_limit: 65536 registers_per_block_limit: 65536
 }}
@@ -23,17 +27,16 @@ device_description_str: "NVIDIA {name}"
 """
 KEYS = ("capability", "cores", "units", "threads", "shared", "most_shared", "l2", "bandwidth", "memory", "clock")
 # Of public data sheets.
+NINE = "major: 9 minor: 0 feature_extension: ACCELERATED_FEATURES"
 GPUS = {
-    "H200": (
-        ("major: 9 minor: 0 feature_extension: ACCELERATED_FEATURES", 132, 128, 2048, 233472, 232448)
-        + (52428800, 4800000000000, 150000000000, 1.98)
-    ),
+    "H200": (NINE, 132, 128, 2048, 233472, 232448, 52428800, 4800000000000, 150000000000, 1.98),
     "A100": ("major: 8 minor: 0", 108, 64, 2048, 167936, 166912, 41943040, 2039000000000, 85000000000, 1.41),
     "L4": ("major: 8 minor: 9", 58, 128, 1536, 102400, 101376, 50331648, 300000000000, 24000000000, 2.04),
     "T4": ("major: 7 minor: 5", 40, 64, 1024, 65536, 65536, 4194304, 320000000000, 15800000000, 1.59),
 }
 # Memory of one device in bytes.
 MEMORY = {"v5e": 16 << 30, "v6e": 32 << 30, "v5p": 95 << 30} | {name: facts[8] for name, facts in GPUS.items()}
+ON_CHIP = {"v5e": 128 << 20, "v6e": 128 << 20}  # which a TPU's compiler fills with what it reads ahead, and counts as temporary
 
 
 def mesh(name: str) -> Mesh:
@@ -45,10 +48,10 @@ def mesh(name: str) -> Mesh:
         chip = {"platform": "tpu", "topology_name": name}
         if re.search(r":1x1(x1)?$", name):
             chip["chips_per_host_bounds"] = (1, 1, 1)
-    try:
-        devices = topologies.get_topology_desc(**chip).devices
-    except Exception as error:  # whatever the plugin's absence raises
-        pytest.skip(f"no compiler for {name} here ({type(error).__name__}); install the aot extra")
+    package = "jax_cuda12_plugin" if name in GPUS else "libtpu"
+    if importlib.util.find_spec(package) is None:
+        pytest.skip(f"no compiler for {name} here ({package}); install the aot extra")
+    devices = topologies.get_topology_desc(**chip).devices
     if name in GPUS or "chips_per_host_bounds" in chip:
         devices = devices[:1]
     return Mesh(np.array(devices), ("model",), axis_types=(AxisType.Auto,))

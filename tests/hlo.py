@@ -1,5 +1,6 @@
 """Reading optimized HLO: what a compiled program does in its loops, and what it keeps in memory."""
 
+import math
 import re
 
 
@@ -56,6 +57,13 @@ def widened(hlo, shapes):
     shapes = set(shapes) | {shape[::-1] for shape in shapes}
     lines = [line for lines in computations(hlo).values() for line in lines]
     return [operation for operation in operations(lines) if operation[1] == "f32" and operation[2] in shapes]
+
+
+def decoded(hlo, sizes):
+    """Floats in as many elements as a weight has, made anywhere in the program, but for those in a TPU's on-chip memory."""
+    lines = [line for lines in computations(hlo).values() for line in lines if not re.match(r"[^=]+= \w+\[[^ ]*S\(1\)\} ", line)]
+    made = [operation for operation in operations(lines) if operation[0] not in ("parameter", "get-tuple-element", "bitcast")]
+    return [operation for operation in made if operation[1] in ("bf16", "f16", "f32") and math.prod(operation[2]) in sizes]
 
 
 def aliased(hlo, dtype, dimensions):

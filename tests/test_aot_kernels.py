@@ -1,4 +1,4 @@
-"""Every MXFP4 product compiled for its chips at every linear shape of three models, and the cost of decoding on TPU.
+"""Every MXFP4 product compiled for its chips at the linear shapes of three models, and the cost of decoding on TPU.
 
 Needs the `aot` extra (the compilers of both vendors, without drivers). Nothing is run.
 """
@@ -14,21 +14,112 @@ import chips
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.sharding import PartitionSpec
-from programs import LLAMA_8B, QWEN3_06B, QWEN25_7B, plain
+from jax.sharding import NamedSharding, PartitionSpec
+from programs import LLAMA_8B, QWEN3_06B, QWEN25_7B
 
 from mlspecqd_jax import layouts
-from mlspecqd_jax.quantization import QUANTIZABLE, _matches
-from pallas_kernels import LAYOUTS, chip_of, choose, laid_out_matmul, lay_out
+from mlspecqd_jax.quantization import HEAD, QUANTIZABLE, _matches
+from mlspecqd_jax.transformer import LanguageModel
+from pallas_kernels import chip_of, choose, lay_out
 
 pytestmark = pytest.mark.aot
+ROOT = pathlib.Path(__file__).resolve().parent.parent
 MODELS = {"Llama-3.1-8B": LLAMA_8B, "Qwen2.5-7B": QWEN25_7B, "Qwen3-0.6B": QWEN3_06B}
-CHIPS = {"v5e:1x1": "tpu", "v6e:1x1": "tpu", "v5p:1x1x1": "tpu", "H200": "gpu", "A100": "gpu", "L4": "gpu"}
-WITHOUT_PALLAS = {"v4:1x1x1": "grouped", "v2:1x1": "grouped", "T4": "reduced"}
+TPU_ROWS, GPU_ROWS = (1, 16, 40), (1, 40)  # one for each kernel
+SOME = LLAMA_8B.hidden_size, LLAMA_8B.intermediate_size
 
 
-def shapes(config):
+def shapes(config) -> list[tuple[int, int]]:
     """Return the different [N, K] of a model's quantized weights, its head (tied or not) included."""
-    mesh = chips.mesh("v5e:1x1")
-    found = {leaf.shape for name, leaf in plain(config, mesh).items() if _matches(name, QUANTIZABLE)}
-    return sorted(found | {(config.vocab_size, config.hidden_size)})
+    weights = LanguageModel(config).shapes() | {HEAD: (config.vocab_size, config.hidden_size)}
+    return sorted({shape for name, shape in weights.items() if _matches(name, QUANTIZABLE)})
+
+
+def compiled(mesh, n: int, k: int, rows: int, dtype=jnp.bfloat16, spec=(None, None)):
+    """Compile the product that is chosen for the mesh's chip; return it and its name."""
+    chip, parts = chip_of(mesh.devices.flat[0]), [1 if axis is None else mesh.shape[axis] for axis in spec]
+    product = choose(chip, jnp.dtype(dtype).name, n, k, *parts)
+    stored = (jax.ShapeDtypeStruct((n, -(-k // 32) * width), jnp.uint8) for width in (16, 1))
+    arrays = jax.eval_shape(lambda *stored: lay_out(product, *stored, *parts), *stored)
+    leaf = layouts.LaidOut(arrays, (n, k), product, chip, PartitionSpec(*spec))
+    placed = tuple(
+        jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh, at))
+        for a, at in zip(arrays, leaf.array_specs, strict=True)
+    )
+    leaf = layouts.LaidOut(placed, (n, k), product, chip, leaf.spec)
+    x = jax.ShapeDtypeStruct((rows, k), dtype, sharding=NamedSharding(mesh, PartitionSpec(None, spec[1])))
+    return chips.compile_for(mesh, layouts.laid_out_product, x, leaf), product
+
+
+def assert_stays_packed(program, n, k):
+    """Half of what the weight would take in bfloat16 is not there to hold it."""
+    memory = program.memory_analysis()
+    assert memory.temp_size_in_bytes < n * k
+    assert memory.argument_size_in_bytes < 1.1 * n * k * 17 / 32 + 2**20
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(("chip", "product", "rows"), [("v5e:1x1", "tpu", TPU_ROWS), ("H200", "gpu", GPU_ROWS)])
+def test_every_kernel_at_every_shape(chip, product, rows, model):
+    mesh = chips.mesh(chip)
+    for n, k in shapes(MODELS[model]):
+        for m in rows:
+            program, name = compiled(mesh, n, k, m)
+            assert name == product
+            assert_stays_packed(program, n, k)
+
+
+@pytest.mark.parametrize(
+    ("chip", "product", "rows"),
+    [
+        ("v6e:1x1", "tpu", TPU_ROWS),
+        ("v5p:1x1x1", "tpu", TPU_ROWS),
+        ("tpu7x:1x1x1", "tpu", TPU_ROWS),
+        ("A100", "gpu", GPU_ROWS),
+        ("L4", "gpu", GPU_ROWS),
+        ("v4:1x1x1", "grouped", (1, 8)),
+        ("v2:1x1", "grouped", (1,)),
+        ("T4", "reduced", (1, 8)),
+    ],
+)
+def test_every_product_on_every_chip(chip, product, rows):
+    mesh = chips.mesh(chip)
+    dtype = jnp.float16 if chip == "T4" else jnp.bfloat16
+    for m in rows:
+        program, name = compiled(mesh, *SOME, m, dtype)
+        assert name == product
+        assert_stays_packed(program, *SOME)
+
+
+@pytest.mark.parametrize("spec", [("model", None), (None, "model"), (None, None)])
+def test_split_over_four_chips(spec):
+    """A quarter of the weight on each, and no exchange but one sum where K is split."""
+    mesh, (n, k) = chips.mesh("v5e:2x2"), SOME
+    program, name = compiled(mesh, n, k, 1, spec=spec)
+    assert name == "tpu"
+    memory, share = program.memory_analysis(), 1 if spec == (None, None) else 4
+    assert memory.argument_size_in_bytes < 1.1 * n * k * 17 / 32 / share + 2**20
+    hlo = program.as_text()
+    assert ("all-reduce" in hlo) == (spec[1] is not None)
+    assert not [word for word in ("all-gather(", "all-to-all(", "collective-permute(") if word in hlo]
+
+
+@functools.cache
+def bundles(chip):
+    """Return what tests/bundles.py counts at shapes of different blocks."""
+    chips.mesh(f"{chip}:1x1")  # or skip
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    command = [sys.executable, str(ROOT / "tests" / "bundles.py"), chip, "4096x14336", "1024x4096", "3584x18944", "1024x1024"]
+    process = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, timeout=600)
+    assert process.returncode == 0, process.stderr
+    return json.loads(process.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("chip", ["v5e", "v6e"])
+def test_decoding_costs_few_bundles(chip):
+    """At most 1.2 times those of a BF16 kernel; where the blocks are large, fewer than the cycles that memory takes for them."""
+    for size, found in bundles(chip).items():
+        assert found["8"]["mxfp4"] <= 1.2 * found["8"]["bf16"], size
+    large = bundles(chip)["4096x14336"]
+    assert large["8"]["mxfp4"] <= large["memory cycles"]
+    assert large["16"]["mxfp4"] <= 1.2 * large["16"]["bf16"]
