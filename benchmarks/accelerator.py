@@ -1,0 +1,244 @@
+"""Measures one GPU or TPU: memory's roof, the MXFP4 product against BF16's, and generation with random weights.
+
+    python benchmarks/accelerator.py --out benchmarks/results/accelerator-h200.json
+
+Prints JSON and saves it. Takes under 8 minutes: parts that do not fit into `--budget` seconds are named and left out. Weights are
+random and drafts are accepted by coins, so the text means nothing; times do not depend on it. Each part is a process of its own,
+since memory and XLA's flags belong to one.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+ROWS = (1, 2, 4, 8, 16, 32)
+LAYERS = {  # N x K of the weights of a layer: queries, keys, up, down
+    "1B": ((2048, 2048), (512, 2048), (8192, 2048), (2048, 8192)),
+    "8B": ((4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336)),
+    "70B": ((8192, 8192), (1024, 8192), (28672, 8192), (8192, 28672)),
+    "tiny": ((128, 64), (64, 128)),
+}
+# vocabulary, hidden, intermediate, layers, heads, key/value heads, head size, positions
+MODELS = {
+    "8B": (128256, 4096, 14336, 32, 32, 8, 128, 131072),
+    "1B": (128256, 2048, 8192, 16, 32, 8, 64, 131072),
+    "tiny": (256, 64, 96, 1, 4, 2, 16, 1024),
+}
+ACCEPTANCE = (0.8, 0.9, 0.95)  # of the twin's tokens; 0.6 of the look-up's that draft for it
+WHILE = "--xla_gpu_enable_command_buffer=+WHILE,+CONDITIONAL"
+PARTS = {"kernels": "", "programs": "", "programs, loops in command buffers": WHILE}
+
+
+def seconds(call, trials: int) -> dict:
+    """Return median, least and greatest time of a call that has been compiled."""
+    import jax
+
+    jax.block_until_ready(call())
+    taken = []
+    for _ in range(trials):
+        began = time.perf_counter()
+        jax.block_until_ready(call())
+        taken.append(time.perf_counter() - began)
+    return {"median": statistics.median(taken), "min": min(taken), "max": max(taken)}
+
+
+def roof(size: int, trials: int) -> float:
+    """Return the rate in GB/s at which the device reads `size` bytes."""
+    import jax
+    import jax.numpy as jnp
+
+    words, repeats = jnp.ones((size // 4,), jnp.int32), 8
+
+    @jax.jit
+    def read(words):
+        return jax.lax.fori_loop(0, repeats, lambda _, total: jnp.sum(words ^ total), jnp.int32(0))
+
+    return repeats * words.nbytes / seconds(lambda: read(words), trials)["min"] / 1e9
+
+
+def kernels(options) -> dict:
+    """Return the roof, and the time, share of the roof and error of both products at every shape and number of rows."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from mlspecqd_jax import layouts
+    from mlspecqd_jax.mxfp4 import dequantize, quantize
+    from pallas_kernels import bf16_matmul, chip_of, choose
+
+    rate = roof(options.bytes, options.trials)
+    chip, found = chip_of(jax.devices()[0]), []
+    for layer in options.layers:
+        for n, k in LAYERS[layer]:
+            w = (jax.random.normal(jax.random.key(n + k), (n, k)) / k**0.5).astype(jnp.bfloat16)
+            stored = quantize(w)
+            product = choose(chip, "bfloat16", n, k)
+            leaf = layouts.laid_out(stored, product, chip, dtype=jnp.bfloat16)
+            for name, weight, run in (("mxfp4", leaf, layouts.laid_out_product), ("bf16", w, bf16_matmul)):
+                # More bytes than caches hold, and each product waits for the one before.
+                copies = [jax.tree.map(lambda part: part + 0, weight) for _ in range(max(2, options.bytes // 8 // weight.nbytes))]
+                repeats = max(1, options.bytes // (weight.nbytes * len(copies)))
+
+                @jax.jit
+                def chain(x, copies, run=run, repeats=repeats):
+                    def through(_, x):
+                        for copy in copies:
+                            x = x + 0 * run(x, copy)[:, :1].astype(x.dtype)
+                        return x
+
+                    return jax.lax.fori_loop(0, repeats, through, x)
+
+                decoded = np.asarray(dequantize(stored) if name == "mxfp4" else w, np.float64)
+                results = {}
+                for m in options.rows:
+                    x = jax.random.normal(jax.random.key(m), (m, k)).astype(jnp.bfloat16)
+                    result = np.asarray(jax.jit(run)(x, weight), np.float64)
+                    results[m] = result[:1] if m == 1 else results.get(m, result)
+                    exact = np.asarray(x, np.float64) @ decoded.T
+                    alone = np.asarray(jax.jit(run)(x[:1], weight), np.float64)
+                    took = seconds(lambda x=x: chain(x, copies), options.trials)["median"] / repeats / len(copies)
+                    found.append(
+                        {
+                            "layer": layer,
+                            "n": n,
+                            "k": k,
+                            "rows": m,
+                            "product": f"{name} ({product})" if name == "mxfp4" else name,
+                            "seconds": took,
+                            "share_of_roof": weight.nbytes / took / 1e9 / rate,
+                            "error": float(np.max(np.abs(result - exact)) / np.max(np.abs(exact))),
+                            "first_row_as_alone": bool(np.array_equal(result[:1], alone)),
+                        }
+                    )
+                del copies
+    return {"read_gb_per_second": rate, "products": found}
+
+
+def random_model(name: str):
+    """Return a model of this shape with random weights, made on the device."""
+    import jax
+    import jax.numpy as jnp
+
+    from mlspecqd_jax.models import Card, Model
+    from mlspecqd_jax.transformer import LanguageModel, ModelConfig
+
+    config = ModelConfig(*MODELS[name])
+    network, params = LanguageModel(config), {}
+    make = jax.jit(lambda key, shape: (0.02 * jax.random.normal(key, shape)).astype(jnp.bfloat16), static_argnums=1)
+    for i, (leaf, shape) in enumerate(network.shapes().items()):
+        params[leaf] = make(jax.random.key(i), shape) if len(shape) == 2 else jnp.ones(shape, jnp.bfloat16)
+    return Model(network, params, Card(name, config.vocab_size, config.max_position_embeddings, None, ()), Path("."))
+
+
+def programs(options) -> dict:
+    """Return compile time and tokens per second of plain decoding, of the twin alone, and of two and three levels."""
+    import jax
+    import jax.numpy as jnp
+
+    import mlspecqd_jax as mlsd
+
+    model = random_model(options.model or default_model())
+    twin = model.quantized()
+    stacks = {
+        "plain": (model,),
+        "twin": (model, (twin, options.draft_len)),
+        "nested": (model, (twin, options.draft_len), (mlsd.prompt_lookup(), 3)),
+        "the twin alone": (twin,),
+    }
+    run = jax.jit(mlsd.generate_tokens, static_argnames="prefill_width")
+    found, began = [], time.perf_counter()
+    for exact in (True, False):
+        for name, levels in stacks.items():
+            if time.perf_counter() - began > options.budget or (name == "the twin alone" and exact):
+                continue
+            stack = mlsd.stack(*levels, exact=exact)
+            tokens = jnp.ones((1, 256 * -(-(16 + options.new_tokens + 128) // 256)), jnp.int32)
+            length, limit = jnp.array([16]), jnp.array([16 + options.new_tokens])
+            for rate in ACCEPTANCE if len(levels) > 1 else (None,):
+                coins = None if rate is None else [rate, 0.6][: len(levels) - 1]
+                sampling = mlsd.Sampling.create(1, model.card.vocab_size, synthetic_acceptance=coins)
+                start = time.perf_counter()
+                state = jax.block_until_ready(run(stack, tokens, length, limit, sampling, prefill_width=16))[2]
+                first = time.perf_counter() - start
+                took = seconds(lambda a=(stack, tokens, length, limit, sampling): run(*a, prefill_width=16), options.trials)["median"]
+                found.append(
+                    {
+                        "model": model.card.name,
+                        "stack": name,
+                        "exact": exact,
+                        "acceptance": coins,
+                        "tokens_per_second": int(state.length[0] - 16) / took,
+                        "seconds_with_compiling": first,
+                        "weight_bytes": sum(level.nbytes for level in (model, twin)[: len(levels)]),
+                    }
+                )
+    left_out = len(stacks) * 2 - 1 - len({(run["stack"], run["exact"]) for run in found})
+    return {"runs": found, "stacks_left_out": left_out, "new_tokens": options.new_tokens, "draft_len": options.draft_len}
+
+
+def default_model() -> str:
+    """Return the largest shape of which the target and its twin take less than 70 % of the device's memory."""
+    import jax
+
+    memory = (jax.devices()[0].memory_stats() or {}).get("bytes_limit", 0)
+    return "8B" if memory > 30e9 else "1B" if memory else "tiny"
+
+
+def device() -> dict:
+    import jax
+
+    from pallas_kernels import chip_of
+
+    d = jax.devices()[0]
+    return {"device": d.device_kind, "chip": chip_of(d), "platform": d.platform, "jax": jax.__version__}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, help="write the result as JSON")
+    parser.add_argument("--part", choices=("kernels", "programs"), help="measure this alone, in this process")
+    parser.add_argument("--budget", type=float, default=150, help="seconds for each part")
+    parser.add_argument("--trials", type=int, default=5)
+    parser.add_argument("--bytes", type=int, default=2**31, help="of weights that a measurement goes through")
+    parser.add_argument("--layers", nargs="+", default=["1B", "8B", "70B"], choices=LAYERS)
+    parser.add_argument("--rows", nargs="+", type=int, default=ROWS)
+    parser.add_argument("--model", choices=MODELS, help="for generation; by default what fits")
+    parser.add_argument("--new-tokens", type=int, default=128)
+    parser.add_argument("--draft-len", type=int, default=8)
+    options = parser.parse_args()
+    if options.part:
+        sys.path.insert(0, str(ROOT))
+        print(json.dumps(device() | {"kernels": kernels, "programs": programs}[options.part](options)))
+        return
+    result = {"command": "python benchmarks/accelerator.py"}
+    for name, flags in PARTS.items():
+        result[name] = in_a_process(name.partition(",")[0], flags)
+        print(json.dumps({name: result[name]}, indent=1), flush=True)
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(result, indent=1) + "\n")
+    if any("error" in result[name] for name in ("kernels", "programs")):
+        sys.exit("a part failed; its error is in the result")
+
+
+def in_a_process(part: str, flags: str) -> dict:
+    """Run a part by this script with these XLA flags added; a failure is a result too."""
+    environment = os.environ | {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()}
+    with tempfile.TemporaryDirectory() as folder:
+        environment |= {"JAX_COMPILATION_CACHE_DIR": folder, "JAX_ENABLE_COMPILATION_CACHE": "0"}  # so that compiling is measured
+        command = [sys.executable, __file__, *sys.argv[1:], "--part", part]
+        process = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    if process.returncode:
+        return {"error": process.stderr.strip()[-2000:] or f"exit status {process.returncode}"}
+    return json.loads(process.stdout.splitlines()[-1])
+
+
+if __name__ == "__main__":
+    main()
