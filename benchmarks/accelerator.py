@@ -8,6 +8,7 @@ since memory and XLA's flags belong to one.
 """
 
 import argparse
+import functools
 import json
 import os
 import statistics
@@ -63,6 +64,26 @@ def roof(size: int, trials: int) -> float:
     return repeats * words.nbytes / seconds(lambda: read(words), trials)["min"] / 1e9
 
 
+def chained(run, weight, size: int):
+    """Return (function of x that multiplies by copies of a weight, each product after the one before; how many products it runs)."""
+    import jax
+
+    # The copies are more bytes than caches hold.
+    copies = [jax.tree.map(lambda part: part + 0, weight) for _ in range(max(2, size // 8 // weight.nbytes))]
+    repeats = max(1, size // (weight.nbytes * len(copies)))
+
+    @jax.jit
+    def chain(x, copies):
+        def through(_, x):
+            for copy in copies:
+                x = x + 0 * run(x, copy)[:, :1].astype(x.dtype)
+            return x
+
+        return jax.lax.fori_loop(0, repeats, through, x)
+
+    return lambda x: chain(x, copies), repeats * len(copies)
+
+
 def kernels(options) -> dict:
     """Return the roof, and the time, share of the roof and error of both products at every shape and number of rows."""
     import jax
@@ -81,43 +102,28 @@ def kernels(options) -> dict:
             stored = quantize(w)
             product = choose(chip, "bfloat16", n, k)
             leaf = layouts.laid_out(stored, product, chip, dtype=jnp.bfloat16)
-            for name, weight, run in (("mxfp4", leaf, layouts.laid_out_product), ("bf16", w, bf16_matmul)):
-                # More bytes than caches hold, and each product waits for the one before.
-                copies = [jax.tree.map(lambda part: part + 0, weight) for _ in range(max(2, options.bytes // 8 // weight.nbytes))]
-                repeats = max(1, options.bytes // (weight.nbytes * len(copies)))
-
-                @jax.jit
-                def chain(x, copies, run=run, repeats=repeats):
-                    def through(_, x):
-                        for copy in copies:
-                            x = x + 0 * run(x, copy)[:, :1].astype(x.dtype)
-                        return x
-
-                    return jax.lax.fori_loop(0, repeats, through, x)
-
-                decoded = np.asarray(dequantize(stored) if name == "mxfp4" else w, np.float64)
-                results = {}
+            for name, weight, run in ((f"mxfp4 ({product})", leaf, layouts.laid_out_product), ("bf16", w, bf16_matmul)):
+                decoded = np.asarray(dequantize(stored) if weight is leaf else w, np.float64)
+                chain, passes = chained(run, weight, options.bytes)
+                run = jax.jit(run)
                 for m in options.rows:
                     x = jax.random.normal(jax.random.key(m), (m, k)).astype(jnp.bfloat16)
-                    result = np.asarray(jax.jit(run)(x, weight), np.float64)
-                    results[m] = result[:1] if m == 1 else results.get(m, result)
                     exact = np.asarray(x, np.float64) @ decoded.T
-                    alone = np.asarray(jax.jit(run)(x[:1], weight), np.float64)
-                    took = seconds(lambda x=x: chain(x, copies), options.trials)["median"] / repeats / len(copies)
+                    result = np.asarray(run(x, weight), np.float64)
+                    took = seconds(functools.partial(chain, x), options.trials)["median"] / passes
                     found.append(
                         {
                             "layer": layer,
                             "n": n,
                             "k": k,
                             "rows": m,
-                            "product": f"{name} ({product})" if name == "mxfp4" else name,
+                            "product": name,
                             "seconds": took,
                             "share_of_roof": weight.nbytes / took / 1e9 / rate,
                             "error": float(np.max(np.abs(result - exact)) / np.max(np.abs(exact))),
-                            "first_row_as_alone": bool(np.array_equal(result[:1], alone)),
+                            "first_row_as_alone": bool(np.array_equal(result[:1], run(x[:1], weight))),
                         }
                     )
-                del copies
     return {"read_gb_per_second": rate, "products": found}
 
 
@@ -167,7 +173,9 @@ def programs(options) -> dict:
                 start = time.perf_counter()
                 state = jax.block_until_ready(run(stack, tokens, length, limit, sampling, prefill_width=16))[2]
                 first = time.perf_counter() - start
-                took = seconds(lambda a=(stack, tokens, length, limit, sampling): run(*a, prefill_width=16), options.trials)["median"]
+                took = seconds(lambda a=(stack, tokens, length, limit, sampling): run(*a, prefill_width=16), options.trials)[
+                    "median"
+                ]
                 found.append(
                     {
                         "model": model.card.name,
@@ -234,7 +242,7 @@ def in_a_process(part: str, flags: str) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         environment |= {"JAX_COMPILATION_CACHE_DIR": folder, "JAX_ENABLE_COMPILATION_CACHE": "0"}  # so that compiling is measured
         command = [sys.executable, __file__, *sys.argv[1:], "--part", part]
-        process = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        process = subprocess.run(command, env=environment, capture_output=True, text=True)
     if process.returncode:
         return {"error": process.stderr.strip()[-2000:] or f"exit status {process.returncode}"}
     return json.loads(process.stdout.splitlines()[-1])

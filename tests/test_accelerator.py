@@ -1,0 +1,32 @@
+"""The benchmark for one GPU or TPU, at sizes that a CPU manages: it runs, checks its products, and says what it measured."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+SMALL = ["--layers", "tiny", "--rows", "1", "8", "--bytes", "65536", "--trials", "1", "--model", "tiny", "--new-tokens", "8"]
+
+
+@pytest.mark.slow
+def test_it_measures_products_and_programs(tmp_path):
+    out = tmp_path / "result.json"
+    command = [sys.executable, "benchmarks/accelerator.py", *SMALL, "--draft-len", "2", "--out", str(out)]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "MLSPECQD_CPU_KERNELS": "0"}
+    process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
+    assert process.returncode == 0, process.stderr + process.stdout
+    result = json.loads(out.read_text())
+    products = result["kernels"]["products"]
+    assert len(products) == 2 * 2 * 2  # shapes, rows, formats
+    assert {run["product"] for run in products} == {"mxfp4 (decoded)", "bf16"}
+    assert all(run["error"] < 1e-5 and run["seconds"] > 0 for run in products)
+    runs = result["programs"]["runs"]
+    assert {run["stack"] for run in runs} == {"plain", "twin", "nested", "the twin alone"}
+    assert {run["exact"] for run in runs} == {True, False}
+    assert all(run["tokens_per_second"] > 0 for run in runs)
+    assert result["programs"]["stacks_left_out"] == 0
+    assert result["programs"]["platform"] == "cpu"
