@@ -65,7 +65,7 @@ def roof(size: int, trials: int) -> float:
 
 
 def chained(run, weight, size: int):
-    """Return (function of x that multiplies by copies of a weight, each product after the one before; how many products it runs)."""
+    """Return (function that multiplies x by copies of a weight, one product after the other; how many products these are)."""
     import jax
 
     # The copies are more bytes than caches hold.
