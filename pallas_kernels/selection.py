@@ -90,7 +90,13 @@ def laid_out_matmul(name: str, x: jax.Array, arrays: tuple[jax.Array, ...], n: i
 
     Returns:
       f32 [M, N].
+
+    Raises:
+      NotImplementedError: the product does not take this; one sentence with the shapes.
     """
+    reason = unsupported(name, chip, x.dtype.name, n, x.shape[1])
+    if reason is not None:
+        raise NotImplementedError(reason)
     if name.startswith("tpu"):
         return tpu.mxfp4_matmul(x, *arrays, subnormals=name == "tpu", interpret=interpret)
     if name == "gpu":

@@ -87,6 +87,12 @@ def test_a_named_product_on_the_wrong_device_is_refused_before_tracing():
         layouts.for_device("q_proj.weight", leaf, dtype=jnp.bfloat16, mesh=None, product="gpu")
 
 
+def test_activations_of_another_dtype_are_refused():
+    w = layouts.laid_out(quantize(jnp.ones((8, 64))), "tpu", "TPU v5 lite", dtype=jnp.bfloat16)
+    with pytest.raises(NotImplementedError, match="takes bfloat16 alone"):
+        linear(jnp.ones((2, 64), jnp.float32), w)
+
+
 def test_on_cpu_the_stored_weight_stays():
     leaf, other = quantize(jnp.ones((8, 64))), quantize(jnp.ones((8, 64)), "mxfp8_e4m3")
     assert layouts.for_device("q_proj.weight", leaf, dtype=jnp.bfloat16, mesh=None) is leaf
