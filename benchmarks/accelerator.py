@@ -32,6 +32,7 @@ MODELS = {
     "1B": (128256, 2048, 8192, 16, 32, 8, 64, 131072),
     "tiny": (256, 64, 96, 1, 4, 2, 16, 1024),
 }
+COPIES = 32  # of a weight, at most
 ACCEPTANCE = (0.8, 0.9, 0.95)  # of the twin's tokens; 0.6 of the look-up's that draft for it
 WHILE = "--xla_gpu_enable_command_buffer=+WHILE,+CONDITIONAL"
 PARTS = {"kernels": "", "programs": "", "programs, loops in command buffers": WHILE}
@@ -68,8 +69,8 @@ def chained(run, weight, size: int):
     """Return (function that multiplies x by copies of a weight, one product after the other; how many products these are)."""
     import jax
 
-    # The copies are more bytes than caches hold.
-    copies = [jax.tree.map(lambda part: part + 0, weight) for _ in range(max(2, size // 8 // weight.nbytes))]
+    # The copies are more bytes than caches hold, but for the smallest weights: each copy is one more product to compile.
+    copies = [jax.tree.map(lambda part: part + 0, weight) for _ in range(min(max(2, size // 8 // weight.nbytes), COPIES))]
     repeats = max(1, size // (weight.nbytes * len(copies)))
 
     @jax.jit
@@ -95,9 +96,12 @@ def kernels(options) -> dict:
     from pallas_kernels import bf16_matmul, chip_of, choose
 
     rate = roof(options.bytes, options.trials)
-    chip, found = chip_of(jax.devices()[0]), []
+    chip, found, left_out, began = chip_of(jax.devices()[0]), [], [], time.perf_counter()
     for layer in options.layers:
         for n, k in LAYERS[layer]:
+            if time.perf_counter() - began > options.budget:
+                left_out.append(f"{layer}: {n} x {k}")
+                continue
             w = (jax.random.normal(jax.random.key(n + k), (n, k)) / k**0.5).astype(jnp.bfloat16)
             stored = quantize(w)
             product = choose(chip, "bfloat16", n, k)
@@ -124,7 +128,7 @@ def kernels(options) -> dict:
                             "first_row_as_alone": bool(np.array_equal(result[:1], run(x[:1], weight))),
                         }
                     )
-    return {"read_gb_per_second": rate, "products": found}
+    return {"read_gb_per_second": rate, "products": found, "left_out": left_out}
 
 
 def random_model(name: str):
@@ -159,10 +163,13 @@ def programs(options) -> dict:
         "the twin alone": (twin,),
     }
     run = jax.jit(mlsd.generate_tokens, static_argnames="prefill_width")
-    found, began = [], time.perf_counter()
+    found, left_out, began = [], [], time.perf_counter()
     for exact in (True, False):
         for name, levels in stacks.items():
-            if time.perf_counter() - began > options.budget or (name == "the twin alone" and exact):
+            if name == "the twin alone" and exact:
+                continue
+            if time.perf_counter() - began > options.budget:
+                left_out.append(f"{name}, exact={exact}")
                 continue
             stack = mlsd.stack(*levels, exact=exact)
             tokens = jnp.ones((1, 256 * -(-(16 + options.new_tokens + 128) // 256)), jnp.int32)
@@ -182,13 +189,20 @@ def programs(options) -> dict:
                         "stack": name,
                         "exact": exact,
                         "acceptance": coins,
+                        "rounds": int(state.counts.rounds[0]),
                         "tokens_per_second": int(state.length[0] - 16) / took,
                         "seconds_with_compiling": first,
-                        "weight_bytes": sum(level.nbytes for level in (model, twin)[: len(levels)]),
                     }
                 )
-    left_out = len(stacks) * 2 - 1 - len({(run["stack"], run["exact"]) for run in found})
-    return {"runs": found, "stacks_left_out": left_out, "new_tokens": options.new_tokens, "draft_len": options.draft_len}
+    moved = {"target": moved_by_a_pass(model), "twin": moved_by_a_pass(twin)}
+    settings = {"new_tokens": options.new_tokens, "draft_len": options.draft_len}
+    return {"runs": found, "left_out": left_out, "weight_bytes_of_a_pass": moved} | settings
+
+
+def moved_by_a_pass(model) -> int:
+    """Return the bytes of the weights that a pass reads whole: all but an embedding of which it looks up rows."""
+    tied = "lm_head.weight" not in model.params
+    return sum(leaf.nbytes for name, leaf in model.params.items() if tied or "embed" not in name)
 
 
 def default_model() -> str:

@@ -10,6 +10,7 @@ import re
 import sys
 from pathlib import Path
 
+import aot_tables
 import cpu_tables
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -115,9 +116,9 @@ def with_source(make):
 
 
 def environment(result: dict) -> str:
-    """Return the machine and the versions of a result; where nothing is timed, the kind of device says enough."""
-    machine = f"{result['cores']} cores of {result['cpu']}" if "cores" in result else result["device"]
-    return ", ".join([machine, *(f"{name} {version}" for name, version in result["versions"].items())])
+    """Return the machine and the versions of a result; where nothing is timed, the kind of device says enough, if one was used."""
+    machine = f"{result['cores']} cores of {result['cpu']}" if "cores" in result else result.get("device")
+    return ", ".join([*([machine] if machine else []), *(f"{name} {version}" for name, version in result["versions"].items())])
 
 
 def spread(seconds: dict) -> str:
@@ -135,6 +136,7 @@ TABLES = {
     "matmul-cpu": with_source(cpu_tables.products),
     "decode-cpu": with_source(cpu_tables.decoding),
     "peers-cpu": with_source(cpu_tables.peers),
+    "aot": with_source(aot_tables.programs),
 }
 
 

@@ -28,5 +28,5 @@ def test_it_measures_products_and_programs(tmp_path):
     assert {run["stack"] for run in runs} == {"plain", "twin", "nested", "the twin alone"}
     assert {run["exact"] for run in runs} == {True, False}
     assert all(run["tokens_per_second"] > 0 for run in runs)
-    assert result["programs"]["stacks_left_out"] == 0
+    assert result["kernels"]["left_out"] == result["programs"]["left_out"] == []
     assert result["programs"]["platform"] == "cpu"

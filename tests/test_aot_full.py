@@ -7,24 +7,28 @@ import json
 import math
 import pathlib
 import time
+from importlib import metadata
 
 import chips
 import jax.numpy as jnp
 import pytest
 from hlo import HOST_OPERATIONS, aliased, decoded
-from programs import LLAMA_1B, LLAMA_3B, LLAMA_8B, QWEN3_06B, compile_stack
+from programs import LLAMA_1B, LLAMA_3B, LLAMA_8B, compile_stack
+from test_aot_kernels import bundles
 
 from mlspecqd_jax.transformer import LanguageModel
 
 pytestmark = pytest.mark.aot_full
 RESULTS = pathlib.Path(__file__).resolve().parent.parent / "benchmarks" / "results" / "aot.json"
 BATCH, SIZE = 1, 1280
-NAMES = {LLAMA_8B: "Llama-3.1-8B", LLAMA_3B: "Llama-3.2-3B", LLAMA_1B: "Llama-3.2-1B", QWEN3_06B: "Qwen3-0.6B"}
+NAMES = {LLAMA_8B: "Llama-3.1-8B", LLAMA_3B: "Llama-3.2-3B", LLAMA_1B: "Llama-3.2-1B"}
 
 
-def record(chip, name, facts):
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"command": "python -m pytest -m aot_full", "programs": {}}
-    results["programs"][f"{name} on {chip}"] = facts
+def record(kind, name, facts):
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"programs": {}, "bundles": {}}
+    results[kind][name] = facts
+    packages = ("jax", "libtpu", "jax-cuda12-plugin", "nvidia-cuda-nvcc-cu12")
+    results |= {"command": "python -m pytest -n 0 -m aot_full", "versions": {name: metadata.version(name) for name in packages}}
     RESULTS.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
 
 
@@ -55,7 +59,7 @@ def test_whole_models(chip, target, small, dtype):
         "updated in place": memory.alias_size_in_bytes,
         "share of memory": round(used / chips.MEMORY[chip.partition(":")[0]], 3),
     }
-    record(chip, NAMES[target], facts)
+    record("programs", f"{NAMES[target]} on {chip}", facts)
     assert used < chips.MEMORY[chip.partition(":")[0]]
     assert not HOST_OPERATIONS.search(hlo)
     assert "f64[" not in hlo
@@ -65,3 +69,10 @@ def test_whole_models(chip, target, small, dtype):
     caches, in_place = aliased(hlo, "bf16" if dtype == jnp.bfloat16 else "f16", cache)
     assert len(caches) >= 2 * target.num_hidden_layers
     assert in_place == caches
+
+
+@pytest.mark.parametrize("chip", ["v5e", "v6e"])
+def test_bundles_of_the_tpu_kernel(chip):
+    found = bundles(chip)
+    record("bundles", chip, found)
+    assert found["4096x14336"]["8"]["mxfp4"] <= found["4096x14336"]["memory cycles"]

@@ -1,0 +1,31 @@
+"""The README's table of programs compiled for chips that were not there."""
+
+
+def programs(result: dict) -> str:
+    """Return the table of whole programs, and what the TPU kernel costs in instruction bundles."""
+    lines = [
+        "| target, on | devices | arguments, a device | temporary | updated in place | share of memory | compiled in |",
+        "|---" * 7 + "|",
+    ]
+    for name, facts in result["programs"].items():
+        sizes = [facts[key] / 1e9 for key in ("argument bytes a device", "temporary bytes a device", "updated in place")]
+        lines.append(
+            f"| {name} | {facts['devices']} | {sizes[0]:.2f} GB | {sizes[1]:.3f} GB | {sizes[2]:.3f} GB | "
+            f"{facts['share of memory']:.0%} | {facts['seconds to compile']} s |"
+        )
+    drafts = sorted({f"{facts['draft']}" for facts in result["programs"].values()})
+    about = f"Target > its MXFP4 twin > the MXFP4 twin of {' or '.join(drafts)}, at full depth, one row of 1,280 slots."
+    return "\n".join([*lines, "", f"{about} {bundles(result['bundles'])}"])
+
+
+def bundles(result: dict) -> str:
+    """Return what a block of weights costs the TPU kernel beside the cycles in which memory delivers it."""
+    each = []
+    for chip, sizes in result.items():
+        size, found = max(sizes.items(), key=lambda item: item[1]["memory cycles"])
+        tile, block = found["block"]
+        each.append(
+            f"on {chip} {found['8']['mxfp4']} for up to 8 rows and {found['16']['mxfp4']} for 16 against {found['memory cycles']} "
+            f"(a block of {tile} x {block}, weight {size}; a BF16 kernel of the same block: {found['8']['bf16']})"
+        )
+    return f"Instruction bundles of the TPU kernel against the cycles in which memory delivers the weights: {'; '.join(each)}."
