@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import cpu_kernels
 from mlspecqd_jax.levels import Level
 from mlspecqd_jax.models import Card, Model
-from mlspecqd_jax.mxfp4 import MXArray
+from mlspecqd_jax.mxfp4 import MXFP4Array
 from mlspecqd_jax.prompt_lookup import PromptLookup
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -87,9 +87,9 @@ def exact_rows(platform: str, draft_len: int, apart: bool = False) -> int:
 
 def computes_rows_apart(model: Model) -> bool:
     """Return whether a model's products and attention are all in C++, where a row's bits do not depend on the window."""
-    other_products = any(isinstance(leaf, MXArray) for leaf in model.params.values())
+    products = all(isinstance(leaf, jax.Array | MXFP4Array) for leaf in model.params.values())
     one_device = model.network.mesh is None
-    return model.params[EMBEDDING].dtype == jnp.bfloat16 and one_device and not other_products and cpu_kernels.usable()
+    return model.params[EMBEDDING].dtype == jnp.bfloat16 and one_device and products and cpu_kernels.usable()
 
 
 def is_twin(model: Model, other: Model) -> bool:
