@@ -36,13 +36,14 @@ def decoding(result: dict) -> str:
         passes.append(f"| {model} | " + " | ".join(f"{1e3 * median[f'{model}, {w}']:.0f} ms" for w in windows) + " |")
     ratios = " | ".join(f"{median[f'twin, {w}'] / median[f'target, {w}']:.2f}" for w in windows)
     passes.append(f"| twin / target | {ratios} |")
-    stacks = ["| stack | tokens/s | over plain | tokens a round (formula) |", "|---" * 4 + "|"]
+    stacks = ["| stack | tokens/s | over plain | tokens a round (formula) | over plain at the formula's |", "|---" * 5 + "|"]
     plain = result["generation_seconds"]["plain"]["median"]
     for name, s in result["generation_seconds"].items():
         lengths, rates = result["stacks"][name]
         expected = result["new"] / rounds_for(result["new"], rates[0], lengths[0]) if rates else 1
-        each = f"{result['tokens_per_round'][name]:.2f} ({expected:.2f})"
-        stacks.append(f"| {name} | {result['new'] / s['median']:.1f} | {plain / s['median']:.2f} x | {each} |")
+        found, times = result["tokens_per_round"][name], plain / s["median"]
+        each = f"{found:.2f} ({expected:.2f}) | {times * expected / found:.2f} x"
+        stacks.append(f"| {name} | {result['new'] / s['median']:.1f} | {times:.2f} x | {each} |")
     share = median["read"] / median["target, 1"]
     rest = {m: 1e3 * (median[f"{m}, 1"] - median[f"{m}, 1, products"]) for m in ("target", "twin")}
     notes = [
