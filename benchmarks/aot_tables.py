@@ -4,14 +4,14 @@
 def programs(result: dict) -> str:
     """Return the table of whole programs, and what the TPU kernel costs in instruction bundles."""
     lines = [
-        "| target, on | devices | arguments, a device | temporary | updated in place | share of memory | compiled in |",
-        "|---" * 7 + "|",
+        "| target, on | devices | arguments, a device | temporary | updated in place | share of memory |",
+        "|---" * 6 + "|",
     ]
     for name, facts in result["programs"].items():
         sizes = [facts[key] / 1e9 for key in ("argument bytes a device", "temporary bytes a device", "updated in place")]
         lines.append(
             f"| {name} | {facts['devices']} | {sizes[0]:.2f} GB | {sizes[1]:.3f} GB | {sizes[2]:.3f} GB | "
-            f"{facts['share of memory']:.0%} | {facts['seconds to compile']} s |"
+            f"{facts['share of memory']:.0%} |"
         )
     drafts = sorted({f"{facts['draft']}" for facts in result["programs"].values()})
     about = f"Target > its MXFP4 twin > the MXFP4 twin of {' or '.join(drafts)}, at full depth, one row of 1,280 slots."

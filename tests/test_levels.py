@@ -239,7 +239,7 @@ class Account:
 
 @pytest.mark.parametrize(
     "name",
-    ["shared>own", "own>shared", "shared>ngram", "own>shared>own", *(pytest.param(n, marks=slow) for n in ("own", "own>own"))],
+    ["shared>own", "own>shared", "shared>ngram", *(pytest.param(n, marks=slow) for n in ("own", "own>own", "own>shared>own"))],
 )
 def test_counts_are_those_of_a_plain_account(name):
     """C10: at every level, for limits at every offset and with stop tokens within blocks, within drafts and in none."""

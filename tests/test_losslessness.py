@@ -172,7 +172,7 @@ def structures(draw):
     return ">".join(names), draw(st.lists(st.integers(1, 7), min_size=len(names), max_size=len(names)))
 
 
-@slow
+@pytest.mark.exhaustive
 @settings(max_examples=8, derandomize=True, deadline=None)
 @given(structures(), requests)
 def test_any_structure(structure, request):

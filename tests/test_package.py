@@ -48,7 +48,7 @@ def test_demo_checkpoints_are_small():
     assert size <= 32_000_000
 
 
-@pytest.mark.parametrize("draft_len", [0, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("draft_len", [pytest.param(0, marks=pytest.mark.exhaustive), pytest.param(2, marks=pytest.mark.slow)])
 def test_jit_generate_example(draft_len):
     options = ["--samples", "2", "--max-new-tokens", "6", "--draft-len", str(draft_len)]
     out = run(sys.executable, "examples/jit_generate.py", *options, PYTHONPATH=str(ROOT))

@@ -22,7 +22,7 @@ def product(x, packed, scales, tiles=1, **options):
 
 
 @pytest.mark.parametrize(("n", "k", "m", "tiles"), SIZES)
-@pytest.mark.parametrize("subnormals", [True, False])
+@pytest.mark.parametrize("subnormals", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_odd_sizes(n, k, m, tiles, subnormals):
     x, packed, scales = mx_weights.random(n, k, m)
     mx_weights.assert_product(product(x, packed, scales, tiles, subnormals=subnormals), x, packed, scales)

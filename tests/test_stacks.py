@@ -15,7 +15,7 @@ from mlspecqd_jax.mxfp4 import quantize
 from mlspecqd_jax.prompt_lookup import PromptLookup
 from mlspecqd_jax.transformer import LanguageModel
 
-slow = pytest.mark.slow
+slow, exhaustive = pytest.mark.slow, pytest.mark.exhaustive
 PROMPTS = ["def fibonacci(n):\n", "import os\n", "class Stack:\n    def push(self, item):\n"]
 NEW = 24
 
@@ -73,10 +73,10 @@ def test_twins_share_what_is_not_quantized(demo):
     ("given", "share_cache"),
     [
         (["mxfp4:4", "ngram:3"], True),
-        pytest.param(["mxfp4"], False, marks=slow),
+        pytest.param(["mxfp4"], False, marks=exhaustive),
         pytest.param(["mxfp4:5", "other:2"], True, marks=slow),
         pytest.param(["other@mxfp6_e2m3:3", "ngram"], True, marks=slow),
-        pytest.param(["mxfp8_e4m3:6", "mxfp4:3"], True, marks=slow),
+        pytest.param(["mxfp8_e4m3:6", "mxfp4:3"], True, marks=exhaustive),
         pytest.param(["other:4", "mxfp4:2"], False, marks=slow),
     ],
     ids=str,
@@ -97,7 +97,7 @@ def test_every_stack_gives_the_text_of_plain_decoding(demo, other, given, share_
         assert levels[0]["accepted"] > 0
 
 
-@slow
+@exhaustive
 def test_prompts_across_the_edges_of_buckets(quick):
     """Of the pieces in which prompts are fed, to the target's cache and to a draft's own, and of the buffer."""
     draft = dataclasses.replace(quick, params=quick.params | {"model.norm.weight": 1.1 * quick.params["model.norm.weight"]})

@@ -76,6 +76,7 @@ def weights(folder):
     return (folder / "model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_equal_runs_and_a_stopped_one_give_equal_weights(run, tmp_path):
     assert run("first") == 0
     assert run("second") == 0
