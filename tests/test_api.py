@@ -209,6 +209,7 @@ def test_bad_prompts(stack):
         mlsd.load("demo", dtype="int8")
 
 
+@pytest.mark.slow
 def test_real_stories(shared):
     """A model of the field's, in float32: its known greedy text, and its known loss on stories."""
     import jax

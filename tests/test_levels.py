@@ -126,7 +126,7 @@ def counts_of_rows(state, index):
     return [[np.asarray(x)[index].tolist() for x in counts[:4]] for counts in level_counts(state)]
 
 
-@pytest.mark.parametrize(("name", "rule"), [("shared>own", "coupled"), ("own>shared", "rejection")])
+@pytest.mark.parametrize(("name", "rule"), [("shared>own", "coupled"), pytest.param("own>shared", "rejection", marks=slow)])
 def test_no_row_depends_on_its_neighbours(name, rule):
     """Law 6: neither its tokens nor what is accepted of its drafts, at any level."""
     stack = unlike(name)

@@ -54,7 +54,7 @@ def test_the_interpreter_decodes_as_the_ptx_does(step):
 
 
 @pytest.mark.parametrize(("n", "k", "m"), [(1, 32, 1), (200, 288, 3), (70, 2080, 17), (65, 96, 70)])
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, pytest.param(jnp.float16, marks=pytest.mark.slow)])
 def test_odd_sizes(n, k, m, dtype):
     x, packed, scales = mx_weights.random(n, k, m, dtype)
     mx_weights.assert_product(product(x, packed, scales), x, packed, scales)
@@ -76,7 +76,7 @@ def test_rows_of_any_size(exponent):
     mx_weights.assert_product(found, x, packed, scales)
 
 
-@pytest.mark.parametrize("m", [2, 20])
+@pytest.mark.parametrize("m", [pytest.param(2, marks=pytest.mark.slow), 20])
 def test_nan_and_infinity_stay_in_their_row(m):
     mx_weights.assert_not_finite_rows(product, m)
 

@@ -131,6 +131,7 @@ def test_the_twin_is_accepted_and_reported_by_level_and_request(demo):
         assert sum(request["below"][0][count] for request in requests) == twin[count]
 
 
+@slow
 def test_a_draft_that_is_never_right_is_warned_of(quick):
     twin = quick.quantized()
     wrong = dataclasses.replace(twin, params=twin.params | {"model.norm.weight": -twin.params["model.norm.weight"]})
