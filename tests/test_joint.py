@@ -43,8 +43,8 @@ GROUPS = [(prompt, settings) for settings in FILTERS for prompt in PROMPTS]  # e
 SHORT, LONG = (rows // len(GROUPS) * len(GROUPS) for rows in (30_000, 105_000))
 BATCHES = len(FILTERS)  # of LONG rows, so that each filter has as many under the rejection rule
 # Depths 1 to 4. Under the coupled rule the output is that of plain decoding, whatever drafts, so two stacks are enough.
-LENGTHY = [("", "rejection"), ("shared>own", "rejection"), ("own>shared>own", "rejection"), ("own>shared>own", "coupled")]
-MORE = [("shared", "rejection"), ("shared>own>ngram", "rejection"), ("", "coupled")]
+LENGTHY = [("", "rejection"), ("own>shared>own", "rejection"), ("own>shared>own", "coupled")]
+MORE = [("shared", "rejection"), ("shared>own", "rejection"), ("shared>own>ngram", "rejection"), ("", "coupled")]
 P_VALUE = 1e-3 / (len(LENGTHY + MORE) * len(FILTERS))
 
 
