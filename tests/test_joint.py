@@ -40,7 +40,7 @@ FILTERS = [
     {"temperature": 1.2, "top_k": 2, "top_p": 0.85, "min_p": 0.2},
 ]
 GROUPS = [(prompt, settings) for settings in FILTERS for prompt in PROMPTS]  # each the same share of a batch
-SHORT, LONG = (rows // len(GROUPS) * len(GROUPS) for rows in (30_000, 105_000))
+SHORT, LONG = (rows // len(GROUPS) * len(GROUPS) for rows in (30_000, 210_000))
 BATCHES = len(FILTERS)  # of LONG rows, so that each filter has as many under the rejection rule
 # Depths 1 to 4. Under the coupled rule the output is that of plain decoding, whatever drafts, so two stacks are enough.
 LENGTHY = [("", "rejection"), ("own>shared>own", "rejection"), ("own>shared>own", "coupled")]
