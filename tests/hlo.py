@@ -60,13 +60,9 @@ def widened(hlo, shapes):
 
 
 def decoded(hlo, sizes):
-    """Floats in as many elements as a weight has, made anywhere in the program, but for those in a TPU's on-chip memory.
-
-    Weights of up to a million elements are left out: the sums of a product that is split along K are as many.
-    """
+    """Floats in as many elements as a weight has, made anywhere in the program, but for those in a TPU's on-chip memory."""
     lines = [line for lines in computations(hlo).values() for line in lines if not re.match(r"[^=]+= \w+\[[^ ]*S\(1\)\} ", line)]
     made = [operation for operation in operations(lines) if operation[0] not in ("parameter", "get-tuple-element", "bitcast")]
-    sizes = {size for size in sizes if size > 2**20}
     return [operation for operation in made if operation[1] in ("bf16", "f16", "f32") and math.prod(operation[2]) in sizes]
 
 

@@ -15,8 +15,9 @@ from mlspecqd_jax.transformer import LanguageModel
 pytestmark = pytest.mark.aot
 
 TARGET = dataclasses.replace(LLAMA_8B, num_hidden_layers=2)
-# Fewer key/value heads, so that its cache does not look like the target's attention scores.
-SMALL = dataclasses.replace(LLAMA_1B, num_hidden_layers=1, num_key_value_heads=4)
+# Fewer key/value heads, so that its cache does not look like the target's attention scores; another width, so that no weight has as
+# many elements as the sums of a product that is split along K.
+SMALL = dataclasses.replace(LLAMA_1B, num_hidden_layers=1, num_key_value_heads=4, hidden_size=1920)
 BATCH, SIZE = 1, 1280  # so that no cache has as many elements as a weight
 
 
