@@ -52,7 +52,7 @@ def passes(kind: str, n: int, k: int, rows: int, size: int):
     w = jnp.asarray(random.standard_normal((n, k)) / np.sqrt(k), jnp.bfloat16)
     leaf = quantize(w)
     weight = (leaf.packed, leaf.scales) if kind == "mxfp4" else (w,)
-    product = {"xla": xla_matmul, "bf16": cpu_kernels.bf16_matmul, "mxfp4": cpu_kernels.mxfp4_matmul}[kind]
+    product = {"xla": xla_matmul, "bf16": cpu_kernels.dense_matmul, "mxfp4": cpu_kernels.mxfp4_matmul}[kind]
     one = sum(part.nbytes for part in weight)
     copy = (lambda part: part + 0) if kind == "mxfp4" else place  # as models hold them
     copies = [tuple(map(copy, weight)) for _ in range(max(1, size // one))]
@@ -111,7 +111,7 @@ def main() -> None:
     parser.add_argument("--bytes", type=float, default=5e8, help="of weights that a program goes through")
     parser.add_argument("--out", type=Path, help="write the result as JSON")
     options = parser.parse_args()
-    isas = {product: cpu_kernels.isas(product)[0] for product in ("bf16_matmul", "mxfp4_matmul")}
+    isas = {product: cpu_kernels.isas(product)[0] for product in ("matmul", "mxfp4_matmul")}
     result = {"command": "python benchmarks/matmul.py", "trials": options.trials, "instruction_sets": isas}
     result |= measure(options.sizes, options.rows, options.trials, int(options.bytes) // 2**16 * 2**16) | describe()
     publish(result, options.out)

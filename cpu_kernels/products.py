@@ -11,11 +11,13 @@ import jax.numpy as jnp
 
 from cpu_kernels.build import library_path
 
-PRODUCTS = ("bf16_matmul", "mxfp4_matmul", "attention")  # each in several instruction sets
+DTYPES = ("bfloat16", "float16", "float32")
+OF_ANY_DTYPE = ("matmul", "rms_norm", "attention")  # each in several instruction sets, for each of DTYPES
+OF_BFLOAT16 = ("mxfp4_matmul",)  # likewise
 
 
 @functools.cache
-def isas(product: str) -> tuple[str, ...]:
+def isas(product: str, dtype: str = "bfloat16") -> tuple[str, ...]:
     """Return the instruction sets for which a product is there and which this processor can run, the best first.
 
     The first call compiles the library if need be; where that cannot be done there are none.
@@ -23,36 +25,56 @@ def isas(product: str) -> tuple[str, ...]:
     library = _library()
     if library is None:
         return ()
-    names = getattr(library, f"{product}_isas")
+    names = getattr(library, f"{_named(product, dtype)}_isas")
     names.restype = ctypes.c_char_p
     return tuple(names().decode().split(","))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
-def bf16_matmul(x: jax.Array, w: jax.Array, isa: str | None = None) -> jax.Array:
+def dense_matmul(x: jax.Array, w: jax.Array, isa: str | None = None) -> jax.Array:
     """x @ w.T with f32 accumulation; each row of the result is bit for bit the same whatever M, N and the number of threads.
 
     Args:
-      x: bfloat16 [M, K].
-      w: bfloat16 [N, K].
-      isa: one of `isas("bf16_matmul")`; None is the first.
+      x: [M, K], bfloat16, float16 or float32.
+      w: [N, K], in x's dtype.
+      isa: one of `isas("matmul", dtype)`; None is the first.
 
     Returns:
       f32 [M, N].
     """
-    if (x.dtype, w.dtype) != (jnp.bfloat16, jnp.bfloat16) or x.ndim != 2 or x.shape[1:] != w.shape[1:]:
-        raise ValueError(f"x {x.dtype}{list(x.shape)} and w {w.dtype}{list(w.shape)} should be bfloat16 [M, K] and [N, K]")
-    return _call("bf16_matmul", isa, jax.ShapeDtypeStruct((len(x), len(w)), jnp.float32), x, w)
+    if x.dtype != w.dtype or x.dtype.name not in DTYPES or x.ndim != 2 or x.shape[1:] != w.shape[1:]:
+        raise ValueError(
+            f"x {x.dtype}{list(x.shape)} and w {w.dtype}{list(w.shape)} should be [M, K] and [N, K] of one of {', '.join(DTYPES)}"
+        )
+    return _call("matmul", isa, jax.ShapeDtypeStruct((len(x), len(w)), jnp.float32), x, w)
 
 
-@bf16_matmul.defjvp
+@dense_matmul.defjvp
 def _(isa, primals, tangents):
     (x, w), (dx, dw) = primals, tangents
 
     def plain(x, w):
-        return jax.lax.dot_general(x, w, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+        precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+        return jax.lax.dot_general(x, w, (((1,), (1,)), ((), ())), precision=precision, preferred_element_type=jnp.float32)
 
-    return bf16_matmul(x, w, isa), plain(dx, w) + plain(x, dw)
+    return dense_matmul(x, w, isa), plain(dx, w) + plain(x, dw)
+
+
+def rms_norm(x: jax.Array, weight: jax.Array, eps: float, isa: str | None = None) -> jax.Array:
+    """x / sqrt(mean(x^2) + eps) * weight in f32; a row's squares are added in one fixed order, whatever M and the threads.
+
+    Args:
+      x: [M, K], bfloat16, float16 or float32.
+      weight: [K], in x's dtype.
+      eps: what is added to the mean.
+      isa: one of `isas("rms_norm", dtype)`; None is the first.
+
+    Returns:
+      [M, K] in x's dtype.
+    """
+    if x.dtype != weight.dtype or x.dtype.name not in DTYPES or x.shape[1:] != weight.shape:
+        raise ValueError(f"x {x.dtype}{list(x.shape)} and weight {weight.dtype}{list(weight.shape)} should be [M, K] and [K]")
+    return _call("rms_norm", isa, jax.ShapeDtypeStruct(x.shape, x.dtype), x, weight, eps=jnp.dtype(jnp.float32).type(eps))
 
 
 def mxfp4_matmul(x: jax.Array, packed: jax.Array, scales: jax.Array, isa: str | None = None) -> jax.Array:
@@ -88,17 +110,18 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, first: jax.Array, last: 
     A row's bits depend neither on other rows nor on S: the slots that it sees are gone through in order.
 
     Args:
-      q: bfloat16 [B, H, W, D].
-      k, v: bfloat16 [B, Hkv, S, D], H a multiple of Hkv.
+      q: [B, H, W, D], bfloat16, float16 or float32.
+      k, v: [B, Hkv, S, D] in q's dtype, H a multiple of Hkv.
       first, last: int32 [B, W]; the query at [b, w] sees the slots from first[b, w] to last[b, w], both included.
-      isa: one of `isas("attention")`; None is the first.
+      isa: one of `isas("attention", dtype)`; None is the first.
 
     Returns:
       f32 [B, W, H, D].
     """
     batch, heads, window, depth = q.shape
-    if {str(array.dtype) for array in (q, k, v)} != {"bfloat16"} or {str(array.dtype) for array in (first, last)} != {"int32"}:
-        raise ValueError("q, k and v should be bfloat16, first and last int32")
+    of_one = len({array.dtype for array in (q, k, v)}) == 1 and q.dtype.name in DTYPES
+    if not of_one or {str(array.dtype) for array in (first, last)} != {"int32"}:
+        raise ValueError(f"q, k and v should be of one dtype of {', '.join(DTYPES)}, first and last int32")
     result = jax.ShapeDtypeStruct((batch, window, heads, depth), jnp.float32)
     return _call("attention", isa, result, q, k, v, first, last)
 
@@ -107,38 +130,42 @@ def put_window(buffer: jax.Array, start: jax.Array, values: jax.Array) -> jax.Ar
     """Store values [B, H, W, D] in buffer [B, H, S, D] at positions start[r] + 0..W-1, in place; what falls outside is dropped.
 
     Args:
-      buffer, values: bfloat16.
+      buffer, values: of one dtype.
       start: int32 [B].
     """
-    if not (buffer.dtype == values.dtype == jnp.bfloat16 and start.dtype == jnp.int32):
-        raise ValueError(
-            f"buffer, start and values are {buffer.dtype}, {start.dtype}, {values.dtype}, not bfloat16, int32, bfloat16"
-        )
+    if buffer.dtype != values.dtype or start.dtype != jnp.int32:
+        raise ValueError(f"buffer, start and values are {buffer.dtype}, {start.dtype}, {values.dtype}, not of one dtype and int32")
     call = jax.ffi.ffi_call(_target("put_window"), jax.ShapeDtypeStruct(buffer.shape, buffer.dtype), input_output_aliases={0: 0})
     return call(buffer, start, values)
 
 
-def on_cpu(kernel, otherwise, *arguments):
-    """Call `kernel` where the program is for one CPU, the library is there and all floats are bfloat16; elsewhere `otherwise`.
+def on_cpu(kernel, otherwise, *arguments, dtypes: tuple[str, ...] = DTYPES):
+    """Call `kernel` where the program is for one CPU, the library is there and all floats have one of `dtypes`; else `otherwise`.
 
     XLA cannot split a foreign call over the devices of a mesh; it would gather every operand on each.
     """
-    floats = {array.dtype for array in arguments if jnp.issubdtype(array.dtype, jnp.floating)}
-    if floats != {jnp.dtype(jnp.bfloat16)} or not usable():
+    floats = {array.dtype.name for array in arguments if jnp.issubdtype(array.dtype, jnp.floating)}
+    if len(floats) != 1 or not floats.issubset(dtypes) or not usable():
         return otherwise(*arguments)
     return jax.lax.platform_dependent(*arguments, cpu=kernel, default=otherwise)
 
 
 def usable() -> bool:
     """Return whether a program that is traced here can call these functions."""
-    return jax.default_backend() == "cpu" and jax.sharding.get_abstract_mesh().empty and bool(isas("bf16_matmul"))
+    return jax.default_backend() == "cpu" and jax.sharding.get_abstract_mesh().empty and bool(isas("matmul"))
 
 
-def _call(product, isa, result, *arguments):
-    here = isas(product)
+def _call(product, isa, result, *arguments, **attributes):
+    dtype = arguments[0].dtype.name
+    here = isas(product, dtype)
     if not here or isa not in (None, *here):
         raise NotImplementedError(f"{product} for {isa or 'any instruction set'}: this machine has {', '.join(here) or 'none'}")
-    return jax.ffi.ffi_call(_target(product), result, vmap_method="sequential")(*arguments, isa=isa or "")
+    call = jax.ffi.ffi_call(_target(_named(product, dtype)), result, vmap_method="sequential")
+    return call(*arguments, isa=isa or "", **attributes)
+
+
+def _named(product, dtype):
+    return f"{product}_{dtype}" if product in OF_ANY_DTYPE else product
 
 
 def _target(name):
@@ -151,6 +178,7 @@ def _library():
     if path is None:
         return None
     library = ctypes.CDLL(str(path))
-    for name in (*PRODUCTS, "put_window"):
+    names = [_named(product, dtype) for product in OF_ANY_DTYPE for dtype in DTYPES]
+    for name in (*names, *OF_BFLOAT16, "put_window"):
         jax.ffi.register_ffi_target(_target(name), jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
     return library

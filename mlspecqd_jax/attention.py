@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 import cpu_kernels
+from mlspecqd_jax.folds import ordered_softmax
 from mlspecqd_jax.moves import put_window
 
 
@@ -52,7 +53,7 @@ def _attend(q, k, v, first, last):
     scores = _product(q.reshape(batch, kv, groups * window, dim), k, 3) * dim**-0.5
     scores = scores.reshape(batch, kv, groups, window, slots)
     scores = jnp.where(visible[:, None, None], scores, -jnp.inf)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    weights = ordered_softmax(scores).astype(v.dtype)
     out = _product(weights.reshape(batch, kv, groups * window, slots), v, 2).reshape(batch, heads, window, dim)
     return jnp.swapaxes(out, 1, 2).reshape(batch, window, heads * dim).astype(q.dtype)
 

@@ -28,11 +28,12 @@ def linear(x: jax.Array, w: jax.Array | MXFP4Array | MXArray | LaidOut, *, out_d
     if isinstance(w, LaidOut):
         y = laid_out_product(rows, w)
     elif isinstance(w, MXFP4Array):
-        y = cpu_kernels.on_cpu(cpu_kernels.mxfp4_matmul, mxfp4_matmul, _whole_blocks(rows), w.packed, w.scales)
+        arguments = (_whole_blocks(rows), w.packed, w.scales)
+        y = cpu_kernels.on_cpu(cpu_kernels.mxfp4_matmul, mxfp4_matmul, *arguments, dtypes=("bfloat16",))
     elif isinstance(w, MXArray):
         y = mx_matmul(_whole_blocks(rows), w.codes, w.scales, FORMATS[w.format].exponent_bits, FORMATS[w.format].mantissa_bits)
     else:
-        y = cpu_kernels.on_cpu(cpu_kernels.bf16_matmul, bf16_matmul, rows.astype(w.dtype), w)
+        y = cpu_kernels.on_cpu(cpu_kernels.dense_matmul, bf16_matmul, rows.astype(w.dtype), w)
     return y.reshape(*x.shape[:-1], w.shape[0]).astype(out_dtype or x.dtype)
 
 
@@ -42,10 +43,10 @@ def implementation(chip: str) -> str:
         kernel = {"tpu": "Pallas TPU kernel", "gpu": "Pallas GPU kernel"}
         mxfp4 = choose(chip, "bfloat16", BLOCK, BLOCK)
         return f"XLA dot; {kernel.get(mxfp4, f'XLA ({mxfp4})')} for mxfp4"
-    bf16, mxfp4 = cpu_kernels.isas("bf16_matmul"), cpu_kernels.isas("mxfp4_matmul")
+    bf16, mxfp4 = cpu_kernels.isas("matmul"), cpu_kernels.isas("mxfp4_matmul")
     if not bf16:
         return "XLA dot, at least two rows"
-    return f"C++ for bfloat16 ({bf16[0]}) and mxfp4 ({mxfp4[0]}, activations in 8 bits); XLA dot for the rest"
+    return f"C++ for bfloat16 ({bf16[0]}), float16 and float32, and for mxfp4 ({mxfp4[0]}, activations in 8 bits)"
 
 
 def _whole_blocks(x):

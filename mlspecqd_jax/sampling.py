@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mlspecqd_jax.folds import ordered_logsumexp, ordered_softmax
+
 RULES = ("coupled", "rejection")
 LARGEST = float(np.finfo(np.float32).max)
 LARGEST_INT = np.iinfo(np.int32).max
@@ -308,12 +310,18 @@ def _keep_top_k(x, top_k):
 
 def _keep_top_p(x, top_p):
     """Drop the smallest entries whose mass stays within 1 - top_p; of equal entries those of lower index go first."""
-    p = jax.nn.softmax(x, axis=-1)
+    # Sums of these are exact in f32, up to a million entries, so that no order of additions changes the choice: multiples of 2^-24
+    # whose sum is at most about 1, and multiples of 2^-30 whose sum is far below 2^-6.
+    p = ordered_softmax(x)
+    coarse = jnp.rint(p * 2.0**24) * 2.0**-24
+    fine = jnp.rint((p - coarse) * 2.0**30) * 2.0**-30
+    p = coarse + fine
     order = _ordered_bits(x)
     spare = jnp.where(top_p < 1, 1 - top_p, -1.0)[:, None]  # [B, 1]; -1 drops nothing
 
     def mass_below(t):
-        return jnp.sum(jnp.where(order < t[..., None], p, 0), axis=-1)
+        below = order < t[..., None]
+        return sum(jnp.sum(jnp.where(below, part, 0), axis=-1) for part in (coarse, fine))
 
     boundary = _largest(lambda t: mass_below(t) <= spare, x.shape[:-1])
     boundary = jnp.minimum(boundary, jnp.max(order, axis=-1))  # rounding of a sum must not drop the largest
@@ -328,8 +336,7 @@ def _keep_top_p(x, top_p):
 
 def _keep_min_p(x, min_p):
     """Drop entries less probable than min_p times the most probable one."""
-    p = jax.nn.softmax(x, axis=-1)
-    return jnp.where(p < min_p[:, None, None] * jnp.max(p, axis=-1, keepdims=True), -jnp.inf, x)
+    return jnp.where(x < jnp.max(x, axis=-1, keepdims=True) + jnp.log(min_p)[:, None, None], -jnp.inf, x)
 
 
 def _ordered_bits(x):
@@ -352,4 +359,4 @@ def _largest(holds, shape):
 def log_probability(logits: jax.Array, chosen: jax.Array) -> jax.Array:
     """log_softmax(logits)[chosen], f32 [B, W], from logits f32 [B, W, V] and token ids [B, W]."""
     picked = jnp.take_along_axis(logits, chosen[..., None], axis=-1)[..., 0]
-    return picked - jax.nn.logsumexp(logits, axis=-1)
+    return picked - ordered_logsumexp(logits)

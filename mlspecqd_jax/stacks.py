@@ -13,8 +13,8 @@ from mlspecqd_jax.mxfp4 import MXFP4Array
 from mlspecqd_jax.prompt_lookup import PromptLookup
 
 EMBEDDING = "model.embed_tokens.weight"
-# A row's result was found equal bit for bit at all even widths of XLA's products on CPU; elsewhere one padded width is alike by
-# construction.
+# A row's result was found equal bit for bit at all even widths of XLA's bfloat16 products on CPU; in float32 and float16 it was not
+# on every processor. Elsewhere one padded width is alike by construction.
 CPU_ROWS, ROWS = 2, 16
 
 
@@ -35,8 +35,9 @@ def stack(target: Model, *drafters: Any, exact: bool = True, share_cache: bool =
       ValueError: a drafter does not fit the level above it; one sentence on how.
     """
     pairs = [_pair(drafter, nested=i > 0) for i, drafter in enumerate(drafters)]
-    platform = next(iter(jax.tree.leaves(target.params)[0].devices())).platform
-    rows = exact_rows(platform, pairs[0][1] if pairs else 0, computes_rows_apart(target)) if exact else 1
+    embedding, draft_len = target.params[EMBEDDING], pairs[0][1] if pairs else 0
+    platform = next(iter(embedding.devices())).platform
+    rows = exact_rows(platform, embedding.dtype.name, draft_len, computes_rows_apart(target)) if exact else 1
     models = [target]
     for i, (drafter, _) in enumerate(pairs):
         if isinstance(drafter, Model):
@@ -65,31 +66,38 @@ def prompt_lookup(max_ngram: int = 3, min_ngram: int = 1) -> PromptLookup:
     return PromptLookup(max_ngram, min_ngram)
 
 
-def exact_rows(platform: str, draft_len: int, apart: bool = False) -> int:
+def exact_rows(platform: str, dtype: str, draft_len: int, apart: bool = False) -> int:
     """Return how many rows every window of the target is a multiple of, so that all stacks compute a row alike.
 
     Args:
       platform: of the target's device.
+      dtype: of its activations.
       draft_len: of what drafts for it.
       apart: whether it computes every row by itself.
 
     Raises:
-      ValueError: a window of draft_len + 1 would be wider than plain decoding's, where that is not known to be alike.
+      ValueError: a window of draft_len + 1 would be wider than plain decoding's, where that is not known to be alike, or there is no
+        width at which a row is known to be.
     """
-    if platform == "cpu":
-        return 1 if apart else CPU_ROWS
-    if draft_len >= ROWS:
+    if platform == "cpu" and apart:
+        return 1
+    if platform == "cpu" and dtype != "bfloat16":
+        raise ValueError(
+            f"exact=True cannot be promised for {dtype} on CPU without the C++ kernels, which take plain weights on one device; "
+            "install a C++ compiler such as g++ if that is what is missing, use bfloat16, or pass exact=False (--inexact)"
+        )
+    if platform != "cpu" and draft_len >= ROWS:
         raise ValueError(
             f"draft_len {draft_len} is more than the {ROWS - 1} that exact=True allows on {platform}; pass exact=False"
         )
-    return ROWS
+    return CPU_ROWS if platform == "cpu" else ROWS
 
 
 def computes_rows_apart(model: Model) -> bool:
-    """Return whether a model's products and attention are all in C++, where a row's bits do not depend on the window."""
-    products = all(isinstance(leaf, jax.Array | MXFP4Array) for leaf in model.params.values())
+    """Return whether a model's products, norms and attention are all in C++, where a row's bits do not depend on the window."""
+    in_cpp = jax.Array | MXFP4Array if model.params[EMBEDDING].dtype == jnp.bfloat16 else jax.Array
     one_device = model.network.mesh is None
-    return model.params[EMBEDDING].dtype == jnp.bfloat16 and one_device and products and cpu_kernels.usable()
+    return one_device and all(isinstance(leaf, in_cpp) for leaf in model.params.values()) and cpu_kernels.usable()
 
 
 def is_twin(model: Model, other: Model) -> bool:

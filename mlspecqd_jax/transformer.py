@@ -21,6 +21,7 @@ from jax.sharding import Mesh
 from mlspecqd_jax.attention import KVCache, attend, finite, write
 from mlspecqd_jax.matmul import linear
 from mlspecqd_jax.moves import rows
+from mlspecqd_jax.norms import rms_norm
 from mlspecqd_jax.partition import cache_sharding
 from mlspecqd_jax.rope import RopeScaling, inverse_frequencies, rotary, rotate
 
@@ -81,16 +82,14 @@ class Embedding(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """x / sqrt(mean(x^2) + eps) * weight over the last axis, in f32 (Zhang and Sennrich, arXiv 1910.07467)."""
+    """`norms.rms_norm` with its weight [K]."""
 
     def __init__(self, k: int, eps: float):
         self.weight = nnx.Param(jnp.ones((k,)))
         self.eps = eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = x.astype(jnp.float32)
-        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
-        return (y * self.weight.get_value().astype(jnp.float32)).astype(x.dtype)
+        return rms_norm(x, self.weight.get_value(), self.eps)
 
 
 class Attention(nnx.Module):

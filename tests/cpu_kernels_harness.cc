@@ -65,28 +65,53 @@ static void require(bool holds, const char* what, std::string_view isa, int64_t 
   std::exit(1);
 }
 
-static void check(Pool& pool, int64_t m, int64_t n, int64_t k, unsigned seed) {
-  std::mt19937 random(seed);
-  std::vector<uint16_t> x(m * k), w(n * k);
-  for (auto* values : {&x, &w}) {
-    for (auto& v : *values) v = static_cast<uint16_t>(0x3e80 + random() % 0x180 + (random() % 2 << 15));
-  }
-  for (const auto& choice : bf16_choices()) {
+// Numbers of both signs whose magnitudes are from 0.25 to 0.5.
+template <class Element>
+static std::vector<Element> numbers(int64_t count, std::mt19937& random) {
+  std::vector<Element> values(count);
+  for (auto& v : values) v = narrowed<Element>((0.25f + static_cast<float>(random() % 256) / 1024) * (random() % 2 ? 1 : -1));
+  return values;
+}
+
+template <class Element>
+static void check_dense(Pool& pool, int64_t m, int64_t n, int64_t k, std::mt19937& random) {
+  const auto x = numbers<Element>(m * k, random), w = numbers<Element>(n * k, random);
+  for (const auto& choice : dense_choices<Element>()) {
     if (!choice.supported) continue;
     std::vector<float> y(m * n, NAN);
-    bf16_matmul(*choice.kernel, pool, x.data(), w.data(), y.data(), m, n, k);
+    dense_matmul(*choice.kernel, pool, x.data(), w.data(), y.data(), m, n, k);
     for (int64_t i = 0; i < m * n; ++i) {
       double expected = 0;
       for (int64_t j = 0; j < k; ++j) expected += double{widened(x[i / n * k + j])} * widened(w[i % n * k + j]);
-      require(std::abs(y[i] - expected) < 1e-3, "bf16", choice.isa, m, n, k);
+      require(std::abs(y[i] - expected) < 1e-3, "matmul", choice.isa, m, n, k);
     }
   }
+  for (const auto& choice : norm_choices<Element>()) {
+    if (!choice.supported) continue;
+    std::vector<Element> y(m * k);
+    norm::rms_norm(*choice.kernel, pool, x.data(), w.data(), 1e-5f, y.data(), m, k);
+    for (int64_t row = 0; row < m; ++row) {
+      double squares = 0;
+      for (int64_t j = 0; j < k; ++j) squares += double{widened(x[row * k + j])} * widened(x[row * k + j]);
+      for (int64_t j = 0; j < k; ++j) {
+        const double expected = widened(x[row * k + j]) / std::sqrt(squares / k + 1e-5) * widened(w[j]);
+        require(std::abs(widened(y[row * k + j]) - expected) < 4e-3, "norm", choice.isa, m, n, k);
+      }
+    }
+  }
+}
+
+static void check(Pool& pool, int64_t m, int64_t n, int64_t k, unsigned seed) {
+  std::mt19937 random(seed);
+  check_dense<Bf16>(pool, m, n, k, random);
+  check_dense<Half>(pool, m, n, k, random);
+  check_dense<float>(pool, m, n, k, random);
   const int64_t blocks = k / mxfp4::kBlock;
   std::vector<uint8_t> packed(n * blocks * 16), scales(n * blocks);
   std::vector<uint16_t> rows(m * blocks * mxfp4::kBlock);
   for (auto& p : packed) p = static_cast<uint8_t>(random());
   for (auto& s : scales) s = static_cast<uint8_t>(random() % 8 == 0 ? 0 : 120 + random() % 10);
-  for (auto& v : rows) v = x[random() % x.size()];
+  for (auto& v : rows) v = static_cast<uint16_t>(0x3e80 + random() % 0x180 + (random() % 2 << 15));
   std::vector<std::vector<float>> results;
   for (const auto& choice : mxfp4_choices()) {
     if (!choice.supported) continue;
@@ -99,18 +124,19 @@ static void check(Pool& pool, int64_t m, int64_t n, int64_t k, unsigned seed) {
 }
 
 // Every row of a causal window over a cache of exact length, against the definition; the window is written to the cache first.
+template <class Element>
 static void check_attention(Pool& pool, const attention::Shape& s, unsigned seed) {
   std::mt19937 random(seed);
-  std::vector<uint16_t> q(s.batch * s.heads * s.window * s.depth), k(s.batch * s.kv_heads * s.slots * s.depth), v(k);
-  std::vector<uint16_t> more(s.batch * s.kv_heads * s.window * s.depth);
-  for (auto* values : {&q, &k, &v, &more}) {
-    for (auto& x : *values) x = static_cast<uint16_t>(0x3e80 + random() % 0x180 + (random() % 2 << 15));
-  }
+  const int64_t cached = s.batch * s.kv_heads * s.slots * s.depth;
+  const auto q = numbers<Element>(s.batch * s.heads * s.window * s.depth, random), v = numbers<Element>(cached, random);
+  auto k = numbers<Element>(cached, random);
+  const auto more = numbers<Element>(s.batch * s.kv_heads * s.window * s.depth, random);
   std::vector<int32_t> start(s.batch), first(s.batch * s.window), last(first);
   for (int64_t b = 0; b < s.batch; ++b) start[b] = static_cast<int32_t>(random() % (s.slots + 2)) - 1;
   for (size_t i = 0; i < last.size(); ++i) last[i] = static_cast<int32_t>(random() % (s.slots + 1)), first[i] = last[i] / 3 - 1;
-  put_window(k.data(), start.data(), more.data(), s.batch, s.kv_heads, s.slots, s.window, s.depth);
-  for (const auto& choice : attention_choices()) {
+  put_window(reinterpret_cast<char*>(k.data()), start.data(), reinterpret_cast<const char*>(more.data()), s.batch, s.kv_heads, s.slots,
+             s.window, s.depth * static_cast<int64_t>(sizeof(Element)));
+  for (const auto& choice : attention_choices<Element>()) {
     if (!choice.supported) continue;
     std::vector<float> y(q.size(), NAN);
     attention::attention(*choice.kernel, pool, q.data(), k.data(), v.data(), first.data(), last.data(), y.data(), s);
@@ -147,7 +173,11 @@ int main() {
     check(pool, 3, 700, 544, seed);  // large enough for the pool
     for (int64_t slots : {1, 31, 32, 77}) {
       for (int64_t window : {1, 5, 18}) {
-        for (int64_t depth : {1, 8, 20}) check_attention(pool, {2, 6, 3, window, slots, depth}, seed++);
+        for (int64_t depth : {1, 8, 20}) {
+          check_attention<Bf16>(pool, {2, 6, 3, window, slots, depth}, seed++);
+          check_attention<Half>(pool, {2, 6, 3, window, slots, depth}, seed);
+          check_attention<float>(pool, {2, 6, 3, window, slots, depth}, seed);
+        }
       }
     }
   };

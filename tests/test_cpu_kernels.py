@@ -17,7 +17,7 @@ from mlspecqd_jax.mxfp4 import quantize
 from pallas_kernels import mxfp4_matmul as exact_mxfp4
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-BF16, MXFP4 = cpu_kernels.isas("bf16_matmul"), cpu_kernels.isas("mxfp4_matmul")
+BF16, MXFP4 = cpu_kernels.isas("matmul"), cpu_kernels.isas("mxfp4_matmul")
 
 pytestmark = pytest.mark.skipif(not BF16, reason="needs a C++ compiler")
 
@@ -36,7 +36,7 @@ def normal(*shape, seed=0, scale=1.0):
 
 
 def bf16(x, w, isa=None):
-    return np.asarray(cpu_kernels.bf16_matmul(jnp.asarray(x), jnp.asarray(w), isa))
+    return np.asarray(cpu_kernels.dense_matmul(jnp.asarray(x), jnp.asarray(w), isa))
 
 
 def mxfp4(x, leaf, isa=None):
@@ -155,7 +155,7 @@ def test_empty_products():
 
 def test_a_named_instruction_set_runs_or_raises():
     x, leaf = normal(2, 32), quantize(jnp.ones((3, 32)))
-    with pytest.raises(NotImplementedError, match=r"bf16_matmul for amx: this machine has .*portable"):
+    with pytest.raises(NotImplementedError, match=r"matmul for amx: this machine has .*portable"):
         bf16(x, normal(3, 32), "amx")
     with pytest.raises(NotImplementedError, match="mxfp4_matmul for avx512bf16"):
         mxfp4(x, leaf, "avx512bf16")
@@ -164,9 +164,9 @@ def test_a_named_instruction_set_runs_or_raises():
 def test_what_does_not_belong_together_is_refused():
     x, leaf = jnp.ones((2, 64), jnp.bfloat16), quantize(jnp.ones((3, 64)))
     with pytest.raises(ValueError, match="should be bfloat16"):
-        cpu_kernels.bf16_matmul(x, jnp.ones((3, 64)))
+        cpu_kernels.dense_matmul(x, jnp.ones((3, 64)))
     with pytest.raises(ValueError, match=r"\[M, K\] and \[N, K\]"):
-        cpu_kernels.bf16_matmul(x, jnp.ones((3, 32), jnp.bfloat16))
+        cpu_kernels.dense_matmul(x, jnp.ones((3, 32), jnp.bfloat16))
     with pytest.raises(ValueError, match="do not belong together"):
         cpu_kernels.mxfp4_matmul(x[:, :32], leaf.packed, leaf.scales)
     with pytest.raises(ValueError, match="should be bfloat16, uint8, uint8"):
@@ -182,7 +182,7 @@ def test_gradients_are_those_of_the_plain_product():
     def plain(x, w):
         return jnp.dot(x, w.T, preferred_element_type=jnp.float32)
 
-    for found, expected in zip(gradients(cpu_kernels.bf16_matmul), gradients(plain), strict=True):
+    for found, expected in zip(gradients(cpu_kernels.dense_matmul), gradients(plain), strict=True):
         np.testing.assert_allclose(found.astype(np.float32), expected.astype(np.float32), rtol=0.02, atol=0.02)
 
 
@@ -193,7 +193,7 @@ def test_calls_from_two_threads_at_once():
 
     @jax.jit
     def both(x):
-        return cpu_kernels.bf16_matmul(x, w), cpu_kernels.mxfp4_matmul(x, leaf.packed, leaf.scales)
+        return cpu_kernels.dense_matmul(x, w), cpu_kernels.mxfp4_matmul(x, leaf.packed, leaf.scales)
 
     expected = [np.asarray(y) for y in both(x)]
     wrong = []
@@ -225,8 +225,8 @@ w = jnp.asarray(random.standard_normal((1500, 416)), jnp.bfloat16)
 leaf, digest = quantize(w), hashlib.sha256()
 for m in (1, 5, 64):
     x = jnp.asarray(random.standard_normal((m, 416)), jnp.bfloat16)
-    for isa in cpu_kernels.isas("bf16_matmul"):
-        digest.update(np.asarray(cpu_kernels.bf16_matmul(x, w, isa)).tobytes())
+    for isa in cpu_kernels.isas("matmul"):
+        digest.update(np.asarray(cpu_kernels.dense_matmul(x, w, isa)).tobytes())
     for isa in cpu_kernels.isas("mxfp4_matmul"):
         digest.update(np.asarray(cpu_kernels.mxfp4_matmul(x, leaf.packed, leaf.scales, isa)).tobytes())
 print(digest.hexdigest())

@@ -192,10 +192,16 @@ def test_what_does_not_fit_is_refused(demo, other):
 
 
 def test_the_exact_width_bounds_the_draft_where_windows_are_sixteen_rows():
-    assert [stacks.exact_rows("cpu", 40), stacks.exact_rows("tpu", 15), stacks.exact_rows("gpu", 0)] == [2, 16, 16]
-    assert stacks.exact_rows("cpu", 40, apart=True) == 1
+    assert [stacks.exact_rows(*case) for case in (("cpu", "bfloat16", 40), ("tpu", "float32", 15), ("gpu", "float16", 0))] == [
+        2,
+        16,
+        16,
+    ]
+    assert [stacks.exact_rows("cpu", dtype, 40, apart=True) for dtype in ("bfloat16", "float32")] == [1, 1]
+    with pytest.raises(ValueError, match=r"cannot be promised for float16 on CPU without the C\+\+ kernels.* exact=False"):
+        stacks.exact_rows("cpu", "float16", 1)
     with pytest.raises(ValueError, match="draft_len 16 is more than the 15 that exact=True allows on tpu; pass exact=False"):
-        stacks.exact_rows("tpu", 16)
+        stacks.exact_rows("tpu", "bfloat16", 16)
 
 
 def test_windows_are_padded_unless_all_rows_are_computed_apart(demo):
@@ -203,7 +209,7 @@ def test_windows_are_padded_unless_all_rows_are_computed_apart(demo):
     twins = (quantize(low.params[up], format) for format in ("mxfp4", "mxfp8_e4m3"))
     mxfp4, mxfp8 = (dataclasses.replace(low, params=low.params | {up: leaf}) for leaf in twins)
     apart = cpu_kernels.usable()
-    assert [stacks.computes_rows_apart(model) for model in (low, mxfp4, mxfp8, demo)] == [apart, apart, False, False]
+    assert [stacks.computes_rows_apart(model) for model in (low, mxfp4, mxfp8, demo)] == [apart, apart, False, apart]
     assert mlsd.stack(low).window() == (1 if apart else 2)
     assert mlsd.stack(low, (mlsd.prompt_lookup(), 6)).window() == (7 if apart else 8)
 

@@ -1,4 +1,5 @@
-// attention: softmax(q k^T / sqrt(D)) v over a range of slots for each query, bfloat16 to f32, once for each instruction set.
+// attention: softmax(q k^T / sqrt(D)) v over a range of slots for each query, of bfloat16, float16 or float32 to f32, once for each
+// instruction set.
 //
 // Notation: B batch, W window, S slots, H query heads in groups over Hkv key/value heads, D head size.
 
@@ -20,9 +21,10 @@ constexpr int kTile = 32;  // slots
 constexpr int kMostLanes = 16;
 
 // One instruction set's attention of up to `lanes` query rows over one head; the arguments are `attend`'s in attention.inc.
+template <class Element>
 struct Kernel {
   int lanes;
-  void (*attend)(const float* q, const uint16_t* k, const uint16_t* v, const int32_t* first, const int32_t* last, int64_t slots,
+  void (*attend)(const float* q, const Element* k, const Element* v, const int32_t* first, const int32_t* last, int64_t slots,
                  int64_t depth, float scale, float* tile, float* weights, float* out);
 };
 
@@ -88,8 +90,8 @@ struct Shape {
 
 // out [B, W, H, D] from q [B, H, W, D] and k, v [B, Hkv, S, D]; the query at [b, w] sees the slots from first[b, w] to
 // last[b, w], both included.
-template <class Pool>
-void attention(const Kernel& kernel, Pool& pool, const uint16_t* q, const uint16_t* k, const uint16_t* v, const int32_t* first,
+template <class Element, class Pool>
+void attention(const Kernel<Element>& kernel, Pool& pool, const Element* q, const Element* k, const Element* v, const int32_t* first,
                const int32_t* last, float* out, const Shape& s) {
   const int lanes = kernel.lanes;
   const int64_t rows = s.heads / s.kv_heads * s.window, blocks = (rows + lanes - 1) / lanes, heads = s.batch * s.kv_heads;
@@ -111,7 +113,7 @@ void attention(const Kernel& kernel, Pool& pool, const uint16_t* q, const uint16
     float *const result = queries + s.depth * lanes, *const weights = result + s.depth * lanes;
     std::memset(queries, 0, s.depth * lanes * sizeof(float));
     for (int lane = 0; lane < there; ++lane) {
-      const uint16_t* const row = q + (head * rows + begin + lane) * s.depth;
+      const Element* const row = q + (head * rows + begin + lane) * s.depth;
       for (int64_t d = 0; d < s.depth; ++d) queries[d * lanes + lane] = widened(row[d]);
     }
     const int64_t cache = head * s.slots * s.depth;

@@ -13,13 +13,38 @@ namespace mlspecqd {
 
 namespace ffi = xla::ffi;
 
-using X = ffi::Buffer<ffi::BF16, 2>;
-using Bytes = ffi::Buffer<ffi::U8, 2>;
-using Y = ffi::Buffer<ffi::F32, 2>;
-using Heads = ffi::Buffer<ffi::BF16, 4>;
-using HeadsOut = ffi::Buffer<ffi::F32, 4>;
-using Slots = ffi::Buffer<ffi::S32, 2>;
-using Slot = ffi::Buffer<ffi::S32, 1>;
+template <ffi::DataType type>
+struct Stored;  // in which a kernel reads numbers of this type
+template <>
+struct Stored<ffi::BF16> {
+  using Element = Bf16;
+};
+template <>
+struct Stored<ffi::F16> {
+  using Element = Half;
+};
+template <>
+struct Stored<ffi::F32> {
+  using Element = float;
+};
+
+template <ffi::DataType type>
+using Matrix = ffi::Buffer<type, 2>;
+template <ffi::DataType type>
+using Heads = ffi::Buffer<type, 4>;
+template <ffi::DataType type>
+using Row = ffi::Buffer<type, 1>;
+using X = Matrix<ffi::BF16>;
+using Bytes = Matrix<ffi::U8>;
+using Y = Matrix<ffi::F32>;
+using HeadsOut = Heads<ffi::F32>;
+using Slots = Matrix<ffi::S32>;
+using Slot = Row<ffi::S32>;
+
+template <ffi::DataType type, size_t rank>
+static const typename Stored<type>::Element* elements(const ffi::Buffer<type, rank>& buffer) {
+  return reinterpret_cast<const typename Stored<type>::Element*>(buffer.typed_data());
+}
 
 static ffi::Error unsupported(std::string_view isa) {
   return ffi::Error::InvalidArgument("this processor cannot run '" + std::string(isa) + "'");
@@ -27,12 +52,25 @@ static ffi::Error unsupported(std::string_view isa) {
 
 static ffi::Error unfitting() { return ffi::Error::InvalidArgument("the shapes do not belong together"); }
 
-static ffi::Error bf16_handler(ffi::ThreadPool pool, std::string_view isa, X x, X w, ffi::Result<Y> y) {
+template <ffi::DataType type>
+static ffi::Error dense_handler(ffi::ThreadPool pool, std::string_view isa, Matrix<type> x, Matrix<type> w, ffi::Result<Y> y) {
   const auto a = x.dimensions(), b = w.dimensions(), c = y->dimensions();
   if (b[1] != a[1] || c[0] != a[0] || c[1] != b[0]) return unfitting();
-  const auto* kernel = choose(bf16_choices(), isa);
+  const auto* kernel = choose(dense_choices<typename Stored<type>::Element>(), isa);
   if (kernel == nullptr) return unsupported(isa);
-  bf16_matmul(*kernel, pool, x.typed_data(), w.typed_data(), y->typed_data(), a[0], b[0], a[1]);
+  dense_matmul(*kernel, pool, elements(x), elements(w), y->typed_data(), a[0], b[0], a[1]);
+  return ffi::Error::Success();
+}
+
+template <ffi::DataType type>
+static ffi::Error norm_handler(ffi::ThreadPool pool, std::string_view isa, float eps, Matrix<type> x, Row<type> weight,
+                               ffi::Result<Matrix<type>> y) {
+  using Element = typename Stored<type>::Element;
+  const auto a = x.dimensions(), b = weight.dimensions(), c = y->dimensions();
+  if (a[1] != b[0] || !std::equal(a.begin(), a.end(), c.begin())) return unfitting();
+  const auto* kernel = choose(norm_choices<Element>(), isa);
+  if (kernel == nullptr) return unsupported(isa);
+  norm::rms_norm(*kernel, pool, elements(x), elements(weight), eps, reinterpret_cast<Element*>(y->typed_data()), a[0], a[1]);
   return ffi::Error::Success();
 }
 
@@ -45,8 +83,9 @@ static ffi::Error mxfp4_handler(ffi::ThreadPool pool, std::string_view isa, X x,
   return ffi::Error::Success();
 }
 
-static ffi::Error attention_handler(ffi::ThreadPool pool, std::string_view isa, Heads q, Heads k, Heads v, Slots first, Slots last,
-                                    ffi::Result<HeadsOut> y) {
+template <ffi::DataType type>
+static ffi::Error attention_handler(ffi::ThreadPool pool, std::string_view isa, Heads<type> q, Heads<type> k, Heads<type> v,
+                                    Slots first, Slots last, ffi::Result<HeadsOut> y) {
   const auto a = q.dimensions(), b = k.dimensions(), c = v.dimensions(), f = first.dimensions(), l = last.dimensions();
   const auto out = y->dimensions();
   const attention::Shape shape = {a[0], a[1], b[1], a[2], b[2], a[3]};
@@ -55,20 +94,24 @@ static ffi::Error attention_handler(ffi::ThreadPool pool, std::string_view isa, 
   if (!std::equal(b.begin(), b.end(), c.begin()) || b[0] != a[0] || b[3] != a[3] || b[1] == 0 || a[1] % b[1] || !windows || !result) {
     return unfitting();
   }
-  const auto* kernel = choose(attention_choices(), isa);
+  const auto* kernel = choose(attention_choices<typename Stored<type>::Element>(), isa);
   if (kernel == nullptr) return unsupported(isa);
-  attention::attention(*kernel, pool, q.typed_data(), k.typed_data(), v.typed_data(), first.typed_data(), last.typed_data(),
-                       y->typed_data(), shape);
+  attention::attention(*kernel, pool, elements(q), elements(k), elements(v), first.typed_data(), last.typed_data(), y->typed_data(),
+                       shape);
   return ffi::Error::Success();
 }
 
-static ffi::Error put_window_handler(Heads buffer, Slot start, Heads values, ffi::Result<Heads> out) {
+static ffi::Error put_window_handler(ffi::AnyBuffer buffer, Slot start, ffi::AnyBuffer values, ffi::Result<ffi::AnyBuffer> out) {
   const auto a = buffer.dimensions(), b = values.dimensions();
-  if (a[0] != b[0] || a[1] != b[1] || a[3] != b[3] || start.dimensions()[0] != a[0] || out->element_count() != buffer.element_count()) {
+  const bool types = buffer.element_type() == values.element_type() && buffer.element_type() == out->element_type();
+  if (!types || a.size() != 4 || b.size() != 4 || a[0] != b[0] || a[1] != b[1] || a[3] != b[3] || start.dimensions()[0] != a[0] ||
+      out->element_count() != buffer.element_count()) {
     return unfitting();
   }
-  if (out->typed_data() != buffer.typed_data()) std::memcpy(out->typed_data(), buffer.typed_data(), buffer.size_bytes());
-  put_window(out->typed_data(), start.typed_data(), values.typed_data(), a[0], a[1], a[2], b[2], a[3]);
+  if (out->untyped_data() != buffer.untyped_data()) std::memcpy(out->untyped_data(), buffer.untyped_data(), buffer.size_bytes());
+  const auto row_bytes = a[3] * static_cast<int64_t>(ffi::ByteWidth(buffer.element_type()));
+  put_window(static_cast<char*>(out->untyped_data()), start.typed_data(), static_cast<const char*>(values.untyped_data()), a[0], a[1],
+             a[2], b[2], row_bytes);
   return ffi::Error::Success();
 }
 
@@ -86,13 +129,45 @@ static const char* names(const Choices& choices) {
 
 }  // namespace mlspecqd
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(bf16_matmul, mlspecqd::bf16_handler,
-                              xla::ffi::Ffi::Bind()
-                                  .Ctx<xla::ffi::ThreadPool>()
-                                  .Attr<std::string_view>("isa")
-                                  .Arg<mlspecqd::X>()
-                                  .Arg<mlspecqd::X>()
-                                  .Ret<mlspecqd::Y>());
+#define MLSPECQD_HANDLERS(name, type)                                                     \
+  XLA_FFI_DEFINE_HANDLER_SYMBOL(matmul_##name, mlspecqd::dense_handler<xla::ffi::type>,       \
+                                xla::ffi::Ffi::Bind()                                         \
+                                    .Ctx<xla::ffi::ThreadPool>()                              \
+                                    .Attr<std::string_view>("isa")                            \
+                                    .Arg<mlspecqd::Matrix<xla::ffi::type>>()                  \
+                                    .Arg<mlspecqd::Matrix<xla::ffi::type>>()                  \
+                                    .Ret<mlspecqd::Y>());                                     \
+  XLA_FFI_DEFINE_HANDLER_SYMBOL(rms_norm_##name, mlspecqd::norm_handler<xla::ffi::type>,      \
+                                xla::ffi::Ffi::Bind()                                         \
+                                    .Ctx<xla::ffi::ThreadPool>()                              \
+                                    .Attr<std::string_view>("isa")                            \
+                                    .Attr<float>("eps")                                       \
+                                    .Arg<mlspecqd::Matrix<xla::ffi::type>>()                  \
+                                    .Arg<mlspecqd::Row<xla::ffi::type>>()                     \
+                                    .Ret<mlspecqd::Matrix<xla::ffi::type>>());                \
+  XLA_FFI_DEFINE_HANDLER_SYMBOL(attention_##name, mlspecqd::attention_handler<xla::ffi::type>, \
+                                xla::ffi::Ffi::Bind()                                         \
+                                    .Ctx<xla::ffi::ThreadPool>()                              \
+                                    .Attr<std::string_view>("isa")                            \
+                                    .Arg<mlspecqd::Heads<xla::ffi::type>>()                   \
+                                    .Arg<mlspecqd::Heads<xla::ffi::type>>()                   \
+                                    .Arg<mlspecqd::Heads<xla::ffi::type>>()                   \
+                                    .Arg<mlspecqd::Slots>()                                   \
+                                    .Arg<mlspecqd::Slots>()                                   \
+                                    .Ret<mlspecqd::HeadsOut>());                              \
+  extern "C" const char* matmul_##name##_isas() {                                            \
+    return mlspecqd::names(mlspecqd::dense_choices<mlspecqd::Stored<xla::ffi::type>::Element>()); \
+  }                                                                                           \
+  extern "C" const char* rms_norm_##name##_isas() {                                          \
+    return mlspecqd::names(mlspecqd::norm_choices<mlspecqd::Stored<xla::ffi::type>::Element>()); \
+  }                                                                                           \
+  extern "C" const char* attention_##name##_isas() {                                         \
+    return mlspecqd::names(mlspecqd::attention_choices<mlspecqd::Stored<xla::ffi::type>::Element>()); \
+  }
+
+MLSPECQD_HANDLERS(bfloat16, BF16)
+MLSPECQD_HANDLERS(float16, F16)
+MLSPECQD_HANDLERS(float32, F32)
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(mxfp4_matmul, mlspecqd::mxfp4_handler,
                               xla::ffi::Ffi::Bind()
@@ -103,24 +178,11 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(mxfp4_matmul, mlspecqd::mxfp4_handler,
                                   .Arg<mlspecqd::Bytes>()
                                   .Ret<mlspecqd::Y>());
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(attention, mlspecqd::attention_handler,
-                              xla::ffi::Ffi::Bind()
-                                  .Ctx<xla::ffi::ThreadPool>()
-                                  .Attr<std::string_view>("isa")
-                                  .Arg<mlspecqd::Heads>()
-                                  .Arg<mlspecqd::Heads>()
-                                  .Arg<mlspecqd::Heads>()
-                                  .Arg<mlspecqd::Slots>()
-                                  .Arg<mlspecqd::Slots>()
-                                  .Ret<mlspecqd::HeadsOut>());
-
 XLA_FFI_DEFINE_HANDLER_SYMBOL(put_window, mlspecqd::put_window_handler,
                               xla::ffi::Ffi::Bind()
-                                  .Arg<mlspecqd::Heads>()
+                                  .Arg<xla::ffi::AnyBuffer>()
                                   .Arg<mlspecqd::Slot>()
-                                  .Arg<mlspecqd::Heads>()
-                                  .Ret<mlspecqd::Heads>());
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Ret<xla::ffi::AnyBuffer>());
 
-extern "C" const char* bf16_matmul_isas() { return mlspecqd::names(mlspecqd::bf16_choices()); }
 extern "C" const char* mxfp4_matmul_isas() { return mlspecqd::names(mlspecqd::mxfp4_choices()); }
-extern "C" const char* attention_isas() { return mlspecqd::names(mlspecqd::attention_choices()); }

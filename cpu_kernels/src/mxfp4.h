@@ -64,7 +64,7 @@ inline void prepare_block(const uint16_t* x, Group* group) {
   for (int i = 0; i < kBlock; ++i) largest = std::max(largest, x[i] & 0x7fffu);
   const Factors f = factors(largest);
   for (int i = 0; i < kBlock; ++i) {
-    const float scaled = f.to_integer == 0 ? 0 : widened(x[i]) * f.to_integer;
+    const float scaled = f.to_integer == 0 ? 0 : widened(Bf16{x[i]}) * f.to_integer;
     group->elements[i % 2 * (kBlock / 2) + i / 2] = static_cast<int16_t>(std::nearbyintf(scaled));
   }
   group->factor = f.back;

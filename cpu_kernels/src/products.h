@@ -1,4 +1,4 @@
-// The two products over plain pointers: which instruction sets this processor has, the scratch memory, the split over threads.
+// The products over plain pointers: which instruction sets this processor has, the scratch memory, the split over threads.
 
 #pragma once
 
@@ -8,8 +8,9 @@
 #include <string_view>
 
 #include "attention.h"
-#include "bf16.h"
+#include "dense.h"
 #include "mxfp4.h"
+#include "norm.h"
 #include "parallel.h"
 #include "scratch.h"
 
@@ -23,31 +24,64 @@ struct Choice {
 };
 
 #if defined(MLSPECQD_X86)
-inline bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+inline bool has_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+}
 inline bool has_avx512() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512vl");
 }
 #endif
 
+// The kernels of a product that has one for each of three instruction sets, the best first.
+#if defined(MLSPECQD_X86)
+template <class Kernel>
+std::array<Choice<Kernel>, 3> three_choices(const Kernel& avx512, const Kernel& avx2, const Kernel& portable) {
+  return {{{"avx512", &avx512, has_avx512()}, {"avx2", &avx2, has_avx2()}, {"portable", &portable, true}}};
+}
+#define MLSPECQD_THREE(product, ...) product::avx512::__VA_ARGS__, product::avx2::__VA_ARGS__, product::portable::__VA_ARGS__
+#else
+template <class Kernel>
+std::array<Choice<Kernel>, 1> three_choices(const Kernel& portable) {
+  return {{{"portable", &portable, true}}};
+}
+#define MLSPECQD_THREE(product, ...) product::portable::__VA_ARGS__
+#endif
+
 // Instruction sets by name, the best first. Intel's bfloat16 instruction has half the throughput of two f32 multiply-adds, AMD's
 // twice (Sapphire Rapids: one every two cycles against two a cycle), so it leads on AMD alone.
-inline const auto& bf16_choices() {
+template <class Element>
+const auto& dense_choices();
+
+template <>
+inline const auto& dense_choices<Bf16>() {
 #if defined(MLSPECQD_X86)
   static const auto choices = [] {
     const bool bf16 = has_avx512() && __builtin_cpu_supports("avx512bf16");
-    std::array<Choice<bf16::Kernel>, 4> all = {{
-        {"avx512bf16", &bf16::avx512bf16::kernel, bf16},
-        {"avx512", &bf16::avx512::kernel, has_avx512()},
-        {"avx2", &bf16::avx2::kernel, has_avx2()},
-        {"portable", &bf16::portable::kernel, true},
+    std::array<Choice<dense::Kernel>, 4> all = {{
+        {"avx512bf16", &dense::avx512bf16::bf16::kernel, bf16},
+        {"avx512", &dense::avx512::bf16::kernel, has_avx512()},
+        {"avx2", &dense::avx2::bf16::kernel, has_avx2()},
+        {"portable", &dense::portable::bf16::kernel, true},
     }};
     if (!__builtin_cpu_is("amd")) std::swap(all[0], all[1]);
     return all;
   }();
 #else
-  static constexpr std::array<Choice<bf16::Kernel>, 1> choices = {{{"portable", &bf16::portable::kernel, true}}};
+  static constexpr std::array<Choice<dense::Kernel>, 1> choices = {{{"portable", &dense::portable::bf16::kernel, true}}};
 #endif
+  return choices;
+}
+
+template <>
+inline const auto& dense_choices<Half>() {
+  static const auto choices = three_choices(MLSPECQD_THREE(dense, f16::kernel));
+  return choices;
+}
+
+template <>
+inline const auto& dense_choices<float>() {
+  static const auto choices = three_choices(MLSPECQD_THREE(dense, f32::kernel));
   return choices;
 }
 
@@ -64,16 +98,15 @@ inline const auto& mxfp4_choices() {
   return choices;
 }
 
-inline const auto& attention_choices() {
-#if defined(MLSPECQD_X86)
-  static const std::array<Choice<attention::Kernel>, 3> choices = {{
-      {"avx512", &attention::avx512::kernel, has_avx512()},
-      {"avx2", &attention::avx2::kernel, has_avx2()},
-      {"portable", &attention::portable::kernel, true},
-  }};
-#else
-  static constexpr std::array<Choice<attention::Kernel>, 1> choices = {{{"portable", &attention::portable::kernel, true}}};
-#endif
+template <class Element>
+const auto& attention_choices() {
+  static const auto choices = three_choices(MLSPECQD_THREE(attention, kernel<Element>));
+  return choices;
+}
+
+template <class Element>
+const auto& norm_choices() {
+  static const auto choices = three_choices<norm::Rows<Element>>(MLSPECQD_THREE(norm, rows_of<Element>));
   return choices;
 }
 
@@ -116,12 +149,12 @@ void blocked(Pool& pool, int64_t m, int64_t n, int64_t k, int64_t row_bytes, int
   });
 }
 
-template <class Pool>
-void bf16_matmul(const bf16::Kernel& kernel, Pool& pool, const uint16_t* x, const uint16_t* w, float* out, int64_t m, int64_t n,
-                 int64_t k) {
+template <class Element, class Pool>
+void dense_matmul(const dense::Kernel& kernel, Pool& pool, const Element* x, const Element* w, float* out, int64_t m, int64_t n,
+                  int64_t k) {
   const int64_t prepared = (k + kernel.step - 1) / kernel.step * kernel.step * kernel.activation_bytes;
   blocked(
-      pool, m, n, k, 2 * k, kernel.rows, prepared,
+      pool, m, n, k, sizeof(Element) * k, kernel.rows, prepared,
       [&](int64_t at, int rows, char* block) { kernel.prepare(x + at * k, rows, k, block); },
       [&](int64_t at, int rows, const char* block, int64_t begin, int64_t end) {
         kernel.product(block, rows, w, k, begin, end, out + at * n, n);

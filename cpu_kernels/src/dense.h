@@ -1,0 +1,265 @@
+// dense_matmul: x [M, K] by w [N, K], both bfloat16, float16 or float32, to f32 [M, N], once for each instruction set and type.
+
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "floats.h"
+#include "sums.h"
+
+namespace mlspecqd::dense {
+
+constexpr int64_t kNear = 256;  // elements
+
+// One instruction set's product for one type: rows are prepared in blocks of `rows`, each of `activation_bytes` for every element of
+// K, rounded up to `step`; then any range of columns may be computed.
+struct Kernel {
+  int rows;
+  int64_t step;
+  int64_t activation_bytes;
+  void (*prepare)(const void* x, int rows, int64_t k, void* out);
+  void (*product)(const void* x, int rows, const void* w, int64_t k, int64_t begin, int64_t end, float* out, int64_t stride);
+};
+
+namespace portable {
+
+#define TARGET
+#define KEEP(a)
+#define FOUR_ROWS
+
+using Activation = float;
+constexpr int kStep = 8, kParts = 1, kRows = 4;
+
+struct Vector {
+  float lane[kStep];
+};
+
+constexpr int width(int) { return 2; }
+
+inline Vector zero() { return {}; }
+
+template <class Element>
+inline Vector weight(const Element* w, int) {
+  Vector v;
+  for (int i = 0; i < kStep; ++i) v.lane[i] = widened(w[i]);
+  return v;
+}
+
+inline const float* activation(const float* x, int) { return x; }
+
+inline Vector fma(const float* a, const Vector& b, Vector c) {
+  for (int i = 0; i < kStep; ++i) {
+#if defined(__FP_FAST_FMAF)
+    c.lane[i] = __builtin_fmaf(a[i], b.lane[i], c.lane[i]);
+#else
+    c.lane[i] += a[i] * b.lane[i];
+#endif
+  }
+  return c;
+}
+
+template <int N>
+inline void sums(const Vector* v, float* out) {
+  for (int i = 0; i < N; ++i) {
+    const float* a = v[i].lane;
+    out[i] = ((a[0] + a[4]) + (a[2] + a[6])) + ((a[1] + a[5]) + (a[3] + a[7]));
+  }
+}
+
+template <class Element>
+inline void prepare_step(const Element* x, float* out) {
+  for (int i = 0; i < kStep; ++i) out[i] = widened(x[i]);
+}
+
+namespace bf16 {
+using Element = Bf16;
+#include "dense_tile.inc"
+}  // namespace bf16
+
+namespace f16 {
+using Element = Half;
+#include "dense_tile.inc"
+}  // namespace f16
+
+namespace f32 {
+using Element = float;
+#include "dense_tile.inc"
+}  // namespace f32
+
+#undef TARGET
+#undef KEEP
+#undef FOUR_ROWS
+
+}  // namespace portable
+
+#if defined(MLSPECQD_X86)
+
+#define KEEP(a) asm("" : "+v"(a))
+
+// Without bfloat16 instructions a register of pairs becomes two of f32, the even elements and the odd ones, and rows of x are
+// prepared in that order.
+namespace avx2 {
+
+#define TARGET __attribute__((target("avx2,fma,f16c")))
+#define FOUR_ROWS
+
+using Vector = __m256;
+using Activation = float;
+constexpr int kRows = 4;
+
+constexpr int width(int rows) { return rows <= 2 ? 4 : 2; }
+
+TARGET inline Vector zero() { return _mm256_setzero_ps(); }
+
+TARGET inline Vector activation(const float* x, int part) { return _mm256_loadu_ps(x + 8 * part); }
+
+TARGET inline Vector fma(Vector a, Vector b, Vector c) { return _mm256_fmadd_ps(a, b, c); }
+
+template <int N>
+TARGET inline void sums(const Vector* v, float* out) {
+#pragma GCC unroll 8
+  for (int i = 0; i < N; ++i) out[i] = lane_sum(v[i]);
+}
+
+TARGET inline Vector weight(const Bf16* w, int part) {
+  const __m256i pairs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w));
+  return _mm256_castsi256_ps(part == 0 ? _mm256_slli_epi32(pairs, 16) : _mm256_and_si256(pairs, _mm256_set1_epi32(0xffff0000)));
+}
+
+TARGET inline Vector weight(const Half* w, int) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w))); }
+
+TARGET inline Vector weight(const float* w, int) { return _mm256_loadu_ps(w); }
+
+template <class Element>
+TARGET inline void prepare_step(const Element* x, float* out) {
+  _mm256_storeu_ps(out, weight(x, 0));
+}
+
+TARGET inline void prepare_step(const Bf16* x, float* out) {
+  _mm256_storeu_ps(out, weight(x, 0));
+  _mm256_storeu_ps(out + 8, weight(x, 1));
+}
+
+namespace bf16 {
+using Element = Bf16;
+constexpr int kStep = 16, kParts = 2;
+#include "dense_tile.inc"
+}  // namespace bf16
+
+namespace f16 {
+using Element = Half;
+constexpr int kStep = 8, kParts = 1;
+#include "dense_tile.inc"
+}  // namespace f16
+
+namespace f32 {
+using Element = float;
+constexpr int kStep = 8, kParts = 1;
+#include "dense_tile.inc"
+}  // namespace f32
+
+#undef TARGET
+#undef FOUR_ROWS
+
+}  // namespace avx2
+
+namespace avx512 {
+
+#define TARGET __attribute__((target("avx512f,avx512dq,avx512bw,avx512vl")))
+
+using Vector = __m512;
+using Activation = float;
+constexpr int kRows = 8;
+
+constexpr int width(int rows) { return rows <= 6 ? 4 : 3; }
+
+TARGET inline Vector zero() { return _mm512_setzero_ps(); }
+
+TARGET inline Vector activation(const float* x, int part) { return _mm512_loadu_ps(x + 16 * part); }
+
+TARGET inline Vector fma(Vector a, Vector b, Vector c) { return _mm512_fmadd_ps(a, b, c); }
+
+template <int N>
+TARGET inline void sums(const Vector* v, float* out) {
+  lane_sums<N>(v, out);
+}
+
+TARGET inline Vector weight(const Bf16* w, int part) {
+  const __m512i pairs = _mm512_loadu_si512(w);
+  return _mm512_castsi512_ps(part == 0 ? _mm512_slli_epi32(pairs, 16) : _mm512_and_si512(pairs, _mm512_set1_epi32(0xffff0000)));
+}
+
+TARGET inline Vector weight(const Half* w, int) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(w))); }
+
+TARGET inline Vector weight(const float* w, int) { return _mm512_loadu_ps(w); }
+
+template <class Element>
+TARGET inline void prepare_step(const Element* x, float* out) {
+  _mm512_storeu_ps(out, weight(x, 0));
+}
+
+TARGET inline void prepare_step(const Bf16* x, float* out) {
+  _mm512_storeu_ps(out, weight(x, 0));
+  _mm512_storeu_ps(out + 16, weight(x, 1));
+}
+
+namespace bf16 {
+using Element = Bf16;
+constexpr int kStep = 32, kParts = 2;
+#include "dense_tile.inc"
+}  // namespace bf16
+
+namespace f16 {
+using Element = Half;
+constexpr int kStep = 16, kParts = 1;
+#include "dense_tile.inc"
+}  // namespace f16
+
+namespace f32 {
+using Element = float;
+constexpr int kStep = 16, kParts = 1;
+#include "dense_tile.inc"
+}  // namespace f32
+
+#undef TARGET
+
+}  // namespace avx512
+
+namespace avx512bf16::bf16 {
+
+#define TARGET __attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,avx512bf16")))
+
+using Element = Bf16;
+using Vector = __m512;
+using Activation = Bf16;
+constexpr int kStep = 32, kParts = 1, kRows = 8;
+
+constexpr int width(int rows) { return rows <= 6 ? 4 : 3; }
+
+TARGET inline Vector zero() { return _mm512_setzero_ps(); }
+
+TARGET inline __m512bh weight(const Bf16* w, int) { return (__m512bh)_mm512_loadu_si512(w); }
+
+TARGET inline __m512bh activation(const Bf16* x, int) { return (__m512bh)_mm512_loadu_si512(x); }
+
+TARGET inline Vector fma(__m512bh a, __m512bh b, Vector c) { return _mm512_dpbf16_ps(c, a, b); }
+
+template <int N>
+TARGET inline void sums(const Vector* v, float* out) {
+  lane_sums<N>(v, out);
+}
+
+TARGET inline void prepare_step(const Bf16* x, Bf16* out) { std::memcpy(out, x, kStep * sizeof *x); }
+
+#include "dense_tile.inc"
+
+#undef TARGET
+
+}  // namespace avx512bf16::bf16
+
+#undef KEEP
+
+#endif  // MLSPECQD_X86
+
+}  // namespace mlspecqd::dense

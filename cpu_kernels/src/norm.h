@@ -1,0 +1,107 @@
+// rms_norm: x / sqrt(mean(x^2) + eps) * weight, row by row, in f32.
+//
+// A row's squares are added in sixteen lanes, each in order, and the lanes in one fixed order, so that its bits depend on nothing else:
+// neither on other rows, nor on the instruction set, since no multiply-add is fused.
+
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "floats.h"
+#include "parallel.h"
+#include "target.h"
+
+namespace mlspecqd::norm {
+
+constexpr int kLanes = 16;
+typedef float Lanes __attribute__((vector_size(4 * kLanes)));
+
+#define ALWAYS inline __attribute__((always_inline))
+
+template <class Element>
+ALWAYS void row(const Element* x, const Element* weight, int64_t k, float eps, Element* out) {
+  Lanes sums = {};
+  for (int64_t at = 0; at < k; at += kLanes) {
+    const int there = k - at < kLanes ? static_cast<int>(k - at) : kLanes;
+    Lanes values = {};
+    if (there == kLanes) {
+      for (int i = 0; i < kLanes; ++i) values[i] = widened(x[at + i]);
+    } else {
+      for (int i = 0; i < there; ++i) values[i] = widened(x[at + i]);
+    }
+    sums += values * values;
+  }
+  for (int half = kLanes / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) sums[i] += sums[i + half];
+  }
+  const float factor = 1 / std::sqrt(sums[0] / static_cast<float>(k) + eps);
+  for (int64_t i = 0; i < k; ++i) out[i] = narrowed<Element>(widened(x[i]) * factor * widened(weight[i]));
+}
+
+template <class Element>
+ALWAYS void rows(const Element* x, const Element* weight, int64_t begin, int64_t end, int64_t k, float eps, Element* out) {
+  for (int64_t m = begin; m < end; ++m) row(x + m * k, weight, k, eps, out + m * k);
+}
+
+template <class Element>
+using Rows = void (*)(const Element* x, const Element* weight, int64_t begin, int64_t end, int64_t k, float eps, Element* out);
+
+namespace portable {
+
+template <class Element>
+void kernel(const Element* x, const Element* weight, int64_t begin, int64_t end, int64_t k, float eps, Element* out) {
+  rows(x, weight, begin, end, k, eps, out);
+}
+
+template <class Element>
+inline constexpr Rows<Element> rows_of = kernel<Element>;
+
+}  // namespace portable
+
+#if defined(MLSPECQD_X86)
+
+namespace avx2 {
+
+template <class Element>
+__attribute__((target("avx2,f16c"))) void kernel(const Element* x, const Element* weight, int64_t begin, int64_t end, int64_t k,
+                                                 float eps, Element* out) {
+  rows(x, weight, begin, end, k, eps, out);
+}
+
+template <class Element>
+inline constexpr Rows<Element> rows_of = kernel<Element>;
+
+}  // namespace avx2
+
+namespace avx512 {
+
+template <class Element>
+__attribute__((target("avx512f,avx512dq,avx512bw,avx512vl"))) void kernel(const Element* x, const Element* weight, int64_t begin,
+                                                                          int64_t end, int64_t k, float eps, Element* out) {
+  rows(x, weight, begin, end, k, eps, out);
+}
+
+template <class Element>
+inline constexpr Rows<Element> rows_of = kernel<Element>;
+
+}  // namespace avx512
+
+#endif  // MLSPECQD_X86
+
+#undef ALWAYS
+
+constexpr int64_t kLeastElements = 16 << 10;  // of a chunk: some microseconds of work
+
+// out [M, K] from x [M, K] and weight [K].
+template <class Element, class Pool>
+void rms_norm(Rows<Element> kernel, Pool& pool, const Element* x, const Element* weight, float eps, Element* out, int64_t m, int64_t k) {
+  const int64_t each = kLeastElements / (k > 0 ? k : 1) + 1;
+  for_each_chunk(pool, (m + each - 1) / each, [&](int64_t chunk) {
+    const int64_t begin = chunk * each, end = begin + each < m ? begin + each : m;
+    kernel(x, weight, begin, end, k, eps, out);
+  });
+}
+
+}  // namespace mlspecqd::norm

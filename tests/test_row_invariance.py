@@ -1,0 +1,189 @@
+"""A position's bits depend on its own row alone: at real widths, for every operation and for whole models, on CPU.
+
+Rows are computed alone, and among as many others as batches and windows make of them.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import cpu_kernels
+from mlspecqd_jax import sampling
+from mlspecqd_jax.attention import attend
+from mlspecqd_jax.folds import ordered_logsumexp, ordered_softmax, ordered_sum
+from mlspecqd_jax.matmul import linear
+from mlspecqd_jax.mxfp4 import quantize
+from mlspecqd_jax.norms import rms_norm
+from mlspecqd_jax.rope import RopeScaling, inverse_frequencies, rotary, rotate
+from mlspecqd_jax.transformer import ACTIVATIONS, LanguageModel, ModelConfig
+
+IN_CPP = bool(cpu_kernels.isas("matmul"))
+ROWS = (1, 2, 6, 10, 33, 64)
+WIDTHS = (576, 1536, 2048)
+DTYPES = ("bfloat16", "float16", "float32") if IN_CPP else ("bfloat16",)
+FEWEST = 1 if IN_CPP else 2  # rows: XLA's products of one row are others
+
+
+def random(seed, shape, dtype="float32"):
+    return (3 * jax.random.normal(jax.random.key(seed), shape)).astype(dtype)
+
+
+def assert_rows_alike(run, *arrays, rows=ROWS):
+    """Assert that run(arrays) has the same bits in each row, whatever number of rows is computed."""
+    run = jax.jit(run)
+    whole = [np.asarray(leaf) for leaf in jax.tree.leaves(run(*(array[: rows[-1]] for array in arrays)))]
+    for m in rows[:-1]:
+        for begin in {0, rows[-1] - m}:
+            part = jax.tree.leaves(run(*(array[begin : begin + m] for array in arrays)))
+            for found, expected in zip(part, whole, strict=True):
+                np.testing.assert_array_equal(np.asarray(found), expected[begin : begin + m], err_msg=f"{m} rows from {begin}")
+
+
+def test_the_harness_sees_a_norm_whose_sums_xla_orders():
+    """The formula that was there before: its mean changes with the number of elements."""
+
+    def norm(x):
+        y = x.astype(jnp.float32)
+        return (y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + 1e-5)).astype(jnp.float32)
+
+    with pytest.raises(AssertionError, match="rows from"):
+        assert_rows_alike(norm, random(0, (64, 576)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("k", WIDTHS)
+def test_norms(k, dtype):
+    weight = random(1, (k,), dtype)
+    assert_rows_alike(lambda x: rms_norm(x, weight, 1e-5), random(0, (64, k), dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("k", WIDTHS)
+def test_products(k, dtype):
+    w = random(1, (384, k), dtype)
+    assert_rows_alike(functools.partial(linear, w=w), random(0, (64, k), dtype), rows=[m for m in ROWS if m >= FEWEST])
+
+
+@pytest.mark.skipif(not IN_CPP, reason="needs a C++ compiler")
+def test_quantized_products():
+    w = quantize(random(1, (384, 576), "bfloat16"))
+    assert_rows_alike(functools.partial(linear, w=w), random(0, (64, 576), "bfloat16"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_attention_over_windows_batches_and_buffers(dtype):
+    if not IN_CPP:
+        pytest.skip("without C++ windows are padded and buffers are alike")
+    heads, kv, depth, slots = 9, 3, 64, 256
+    q, k, v = (random(i, (8, n, m, depth), dtype) for i, (n, m) in enumerate(((heads, 8), (kv, slots), (kv, slots))))
+    last = 40 + 20 * jnp.arange(8)[:, None] + jnp.arange(8)
+    run = jax.jit(attend)
+    whole = np.asarray(run(q, k, v, jnp.zeros_like(last), last))
+    for window in (1, 6):
+        found = run(q[:, :, :window], k, v, jnp.zeros_like(last[:, :window]), last[:, :window])
+        np.testing.assert_array_equal(np.asarray(found), whole[:, :window])
+    for batch in (3,):
+        found = run(q[:batch], k[:batch], v[:batch], jnp.zeros_like(last[:batch]), last[:batch])
+        np.testing.assert_array_equal(np.asarray(found), whole[:batch])
+    more = [jnp.pad(array, ((0, 0), (0, 0), (0, 256), (0, 0)), constant_values=7) for array in (k, v)]
+    np.testing.assert_array_equal(np.asarray(run(q, *more, jnp.zeros_like(last), last)), whole)
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_pytorch_tanh"])
+def test_activations(activation):
+    for dtype in ("bfloat16", "float32"):
+        x, up = random(0, (64, 1536), dtype), random(1, (64, 1536), dtype)
+        assert_rows_alike(lambda x, up: ACTIVATIONS[activation](x) * up, x, up, rows=(1, 2, 6, 16, 64))
+
+
+def test_rotations():
+    frequencies = inverse_frequencies(64, 100000.0, RopeScaling())
+    position = jnp.asarray(np.random.RandomState(0).randint(0, 8192, (64, 1)), jnp.int32)
+    x = random(0, (64, 1, 9, 64), "bfloat16")
+    assert_rows_alike(lambda x, position: rotate(x, *rotary(position, frequencies)), x, position)
+
+
+@pytest.mark.parametrize("k", [100, pytest.param(4099, marks=pytest.mark.slow)])
+def test_folds(k):
+    rows = (1, 8, 33)
+    assert_rows_alike(lambda x: (ordered_sum(x), ordered_softmax(x), ordered_logsumexp(x)), random(0, (33, k)), rows=rows)
+
+
+def test_folds_do_not_see_the_end_of_a_buffer():
+    x = random(0, (4, 700))
+    for more in (10, 1000):
+        filled = jnp.pad(x, ((0, 0), (0, more)), constant_values=-jnp.inf)
+        np.testing.assert_array_equal(np.asarray(ordered_softmax(filled))[:, :700], np.asarray(ordered_softmax(x)))
+        zeros = jnp.pad(x, ((0, 0), (0, more)))
+        np.testing.assert_array_equal(np.asarray(ordered_sum(zeros)), np.asarray(ordered_sum(x)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("vocab", [49152, 50257])
+def test_the_choice_of_a_token_and_its_log_probability(vocab):
+    """With noise and every filter, over a vocabulary of a real model and one of odd size."""
+    logits, tokens = random(0, (12, 1, vocab)), jnp.zeros((12, 64), jnp.int32)
+
+    def run(logits, seed):
+        filters = {"temperature": 0.8, "top_k": 400, "top_p": 0.9, "min_p": 0.001, "repetition_penalty": 1.2}
+        s = sampling.Sampling.create(len(logits), vocab, **filters)
+        position = jnp.full((len(logits), 1), 20, jnp.int32)
+        adjusted = sampling.adjust(logits, tokens[: len(logits)], position, s)
+        chosen = sampling.choose(adjusted, sampling.noise(seed, position, 0, sampling.DRAW), s)
+        return (
+            sampling.log_probability(logits, chosen),
+            adjusted,
+            chosen,
+            sampling.gumbel(sampling.noise(seed, position, 0, sampling.DRAW), vocab),
+        )
+
+    assert_rows_alike(run, logits, jnp.arange(12, dtype=jnp.uint32), rows=(1, 5, 12))
+
+
+# Hidden, intermediate, query heads, key/value heads, size of a head, vocabulary: of models that people use, one layer each.
+SHAPES = {
+    "576": ModelConfig(49152, 576, 1536, 1, 9, 3, 64, 2048, tie_word_embeddings=True),
+    "1024": ModelConfig(151936, 1024, 3072, 1, 16, 8, 128, 2048, tie_word_embeddings=True, qk_norm=True),
+    "1536": ModelConfig(151936, 1536, 8960, 1, 12, 2, 128, 2048, tie_word_embeddings=True, qkv_bias=True),
+    "2048": ModelConfig(32000, 2048, 5632, 1, 32, 4, 64, 2048),
+    "4096": ModelConfig(32000, 4096, 14336, 1, 32, 8, 128, 2048),
+}
+QUICK = {("576", "bfloat16")}
+# Batch and window, and the buckets of their buffers.
+PROGRAMS = ((1, 1, 256), (1, 6, 256), (2, 1, 512), (4, 16, 256), (8, 8, 256))
+
+
+CASES = [
+    pytest.param(name, dtype, marks=[] if (name, dtype) in QUICK else pytest.mark.slow, id=f"{name}-{dtype}")
+    for name in SHAPES
+    for dtype in DTYPES
+]
+
+
+@pytest.mark.parametrize(("name", "dtype"), CASES)
+def test_whole_models(name, dtype):
+    """Logits of every position, in every program, are those of the widest."""
+    network = LanguageModel(SHAPES[name])
+    params = {
+        leaf: (jax.random.normal(jax.random.key(i), shape) / shape[-1] ** 0.5 + (len(shape) == 1)).astype(dtype)
+        for i, (leaf, shape) in enumerate(network.shapes().items())
+    }
+    tokens = np.random.RandomState(0).randint(0, network.vocab_size, (8, 36)).astype(np.int32)
+    fed = 20
+
+    @functools.partial(jax.jit, static_argnums=(2, 3))
+    def run(params, tokens, window, slots):
+        cache = network.init_cache(len(tokens), slots, params)
+        start = jnp.zeros((len(tokens),), jnp.int32)
+        _, cache = network(params, tokens[:, :fed], start, cache)
+        return network(params, tokens[:, fed : fed + max(window, FEWEST)], start + fed, cache)[0][:, :window]
+
+    expected = np.asarray(run(params, tokens, 16, 256))
+    for batch, window, slots in PROGRAMS:
+        if slots != 256 and not IN_CPP:
+            continue
+        found = np.asarray(run(params, tokens[:batch], window, slots))
+        np.testing.assert_array_equal(found, expected[:batch, :window], err_msg=f"{batch} x {window} in {slots}")
