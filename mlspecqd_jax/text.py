@@ -3,6 +3,8 @@
 import operator
 from collections.abc import Sequence
 
+from mlspecqd_jax.chat import encode_texts
+
 REPLACEMENT = "\ufffd"  # what an incomplete UTF-8 sequence decodes to
 CONTEXT = 16  # prompt tokens decoded with the first new ones, since tokenizers drop a leading space
 
@@ -99,9 +101,9 @@ def encode(card, prompts, *, chat: bool = False) -> list[list[int]]:
     prompts = list(prompts)
     if not prompts:
         raise ValueError("no prompt was given; give a text, a list of texts or a list of token id lists")
-    rows = []
+    rows, encoded = [], iter(encode_texts(card, [prompt for prompt in prompts if isinstance(prompt, str)], chat=chat))
     for i, prompt in enumerate(prompts):
-        ids = _encode_text(card, prompt, chat) if isinstance(prompt, str) else _integers(prompt, i)
+        ids = next(encoded) if isinstance(prompt, str) else _integers(prompt, i)
         if not ids:
             raise ValueError(f"prompt {i} is empty (no tokens); give at least one token")
         bad = next((t for t in ids if not 0 <= t < card.vocab_size), None)
@@ -109,27 +111,6 @@ def encode(card, prompts, *, chat: bool = False) -> list[list[int]]:
             raise ValueError(f"prompt {i} has token id {bad}, but ids go from 0 to {card.vocab_size - 1}")
         rows.append(ids)
     return rows
-
-
-def _encode_text(card, text, chat):
-    if card.tokenizer is None:
-        raise ValueError(f"{card.name} has no tokenizer; put its tokenizer.json beside config.json, or give token ids")
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ValueError(f"the prompt {text[:40]!r} is not valid Unicode; give UTF-8 text") from None
-    if not chat:
-        return list(card.tokenizer(text, verbose=False)["input_ids"])  # a long text is judged by `prepare`
-    if not card.tokenizer.chat_template:
-        raise ValueError(f"{card.name} has no chat template; leave out --chat, or use an instruction-tuned model")
-    ids = card.tokenizer.apply_chat_template(
-        [{"role": "user", "content": text}],
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        tokenizer_kwargs={"verbose": False},
-    )
-    return list(ids["input_ids"])
 
 
 def _integers(ids, i):

@@ -11,9 +11,10 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 # From the ground up; a module may import modules of the lines before its own, and of its own line those to its left.
 FLOORS = (
     ("pallas_kernels", "cpu_kernels"),
+    ("json_files", "render_templates", "chat", "tokenizer_files"),
     ("buffers", "predictions", "moves", "mxfp4", "partition", "placement", "layouts", "matmul", "quantization", "rope", "text"),
     ("attention", "transformer", "sampling", "verification"),
-    ("huggingface", "checkpoint", "levels", "prompt_lookup", "speculation"),
+    ("config_file", "weight_files", "huggingface", "checkpoint", "levels", "prompt_lookup", "speculation"),
     ("models", "stacks", "specs", "report", "api"),
     ("cli", "examples", "benchmarks"),
 )
@@ -30,6 +31,8 @@ NETWORK = {
     "moves",
     "attention",
     "transformer",
+    "config_file",
+    "weight_files",
     "huggingface",
     "checkpoint",
 }

@@ -19,7 +19,7 @@ import pytest
 import tiny
 from safetensors.numpy import save_file
 
-from mlspecqd_jax import huggingface, models
+from mlspecqd_jax import config_file, huggingface, models
 from mlspecqd_jax.rope import RopeScaling
 from mlspecqd_jax.transformer import LanguageModel
 
@@ -30,11 +30,11 @@ NAME = "model.layers.0.mlp.up_proj.weight"
 
 def parse(tmp_path, config: dict):
     (tmp_path / "config.json").write_text(json.dumps(config))
-    return huggingface.read_config(tmp_path)
+    return config_file.read_config(tmp_path)
 
 
 def read(folder, dtype="float32"):
-    network = LanguageModel(huggingface.read_config(folder))
+    network = LanguageModel(config_file.read_config(folder))
     return huggingface.read_params(folder, network, jnp.dtype(dtype), None)
 
 
@@ -75,7 +75,7 @@ MINIMAL = {
 }
 
 
-@pytest.mark.parametrize("family", list(huggingface.FAMILIES))
+@pytest.mark.parametrize("family", list(config_file.FAMILIES))
 def test_absent_keys_take_the_defaults_of_transformers(tmp_path, family):
     import transformers
 
@@ -179,9 +179,9 @@ def test_configs_of_real_models_are_read_or_refused(shared):
     for folder in folders:
         if folder.name in REFUSED:
             with refused(*REFUSED[folder.name], "supported: llama, mistral"):
-                huggingface.read_config(folder)
+                config_file.read_config(folder)
         else:
-            assert parameters(huggingface.read_config(folder)) == READ[folder.name], folder.name
+            assert parameters(config_file.read_config(folder)) == READ[folder.name], folder.name
 
 
 LLAMA = {"model_type": "llama"} | MINIMAL
@@ -232,14 +232,14 @@ def test_a_config_that_cannot_be_read(tmp_path, config, words):
 
 def test_no_config(tmp_path):
     with refused("config.json", "missing", "safetensors"):
-        huggingface.read_config(tmp_path)
+        config_file.read_config(tmp_path)
 
 
 @pytest.mark.parametrize(("text", "words"), [("{", ("not valid JSON",)), ("[1]", ("a list", "JSON object"))])
 def test_a_broken_config(tmp_path, text, words):
     (tmp_path / "config.json").write_text(text)
     with refused("config.json", "download it again", *words):
-        huggingface.read_config(tmp_path)
+        config_file.read_config(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -255,7 +255,7 @@ def test_a_broken_config(tmp_path, text, words):
 def test_ids_that_end_a_text(tmp_path, files, expected):
     for name, content in files.items():
         (tmp_path / name).write_text(json.dumps(content))
-    assert huggingface.eos_token_ids(tmp_path) == expected
+    assert config_file.eos_token_ids(tmp_path, 97) == expected
 
 
 # Weights
@@ -266,7 +266,7 @@ def test_every_tensor_arrives_in_its_place(tmp_path, shards):
     config = tiny.FAMILIES["qwen3_bias"]
     params = read(write(tmp_path, config=config, shards=shards))
     equal(params, tiny.weights(config))
-    assert list(params) == list(LanguageModel(huggingface.read_config(tmp_path)).shapes())
+    assert list(params) == list(LanguageModel(config_file.read_config(tmp_path)).shapes())
 
 
 @pytest.mark.parametrize("stored", ["float32", "float16", "bfloat16", "float64"])
