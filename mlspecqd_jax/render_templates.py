@@ -10,7 +10,7 @@ import datetime
 import json
 import sys
 
-CPU_SECONDS, MEMORY = 4, 2**30
+CPU_SECONDS, MEMORY = 2, 2**30
 # Of the request: {"path": sys.path, "template": text, "conversations": [[message]], "variables": {name: value}, "most": characters}
 
 

@@ -85,7 +85,7 @@ def _token(folder: pathlib.Path, name: str, value: Any):
 
 
 def _chat_template(folder: pathlib.Path, config: dict) -> str | None:
-    """Return the text of chat_template.jinja, or else of tokenizer_config.json's chat_template, its default if there are several."""
+    """Return the text of chat_template.jinja, or else of tokenizer_config.json's chat_template, its default of several."""
     if os.path.isfile(folder / TEMPLATE):
         return read_text(folder / TEMPLATE)
     template = config.get("chat_template")
