@@ -4,6 +4,7 @@ A template is rendered by another process (`render_templates`), which cannot out
 """
 
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -78,7 +79,7 @@ def render(tokenizer, conversations: list[list[dict[str, str]]], *, generation_p
         raise ValueError(f"is longer than {LARGEST_TEMPLATE:,} characters")
     size = max(len(message["content"]) for messages in conversations for message in messages)
     request = {
-        "path": sys.path,
+        "path": [folder for folder in sys.path if os.path.isabs(folder)],  # "" is wherever the process is, such as in the folder
         "template": tokenizer.chat_template,
         "conversations": conversations,
         "variables": dict(tokenizer.special_tokens_map) | {"add_generation_prompt": generation_prompt},

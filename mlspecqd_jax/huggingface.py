@@ -30,12 +30,12 @@ HUB_FILES = (
     "generation_config.json",
     "model*.safetensors",
     "model.safetensors.index.json",
-    "tokenizer*",
+    "tokenizer.json",
+    "tokenizer_config.json",
     "special_tokens_map.json",
-    "added_tokens.json",
+    "chat_template.jinja",
+    "tokenizer.model",  # these two only to say that tokenizer.json is what is read
     "vocab.json",
-    "merges.txt",
-    "chat_template*",
 )
 
 
