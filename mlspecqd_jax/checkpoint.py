@@ -57,7 +57,7 @@ def save(folder: pathlib.Path, source: pathlib.Path, params: dict[str, jax.Array
       ValueError: the folder exists already or cannot be written.
     """
     check_new(folder)
-    temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{folder.name}.unfinished-", dir=folder.parent))
+    temporary = pathlib.Path(tempfile.mkdtemp(prefix=_prefix(folder), dir=folder.parent))
     try:
         for pattern in HUB_FILES:
             if "safetensors" not in pattern:
@@ -145,15 +145,24 @@ def _mark_finished(folder: pathlib.Path, params: dict[str, jax.Array], drafts: l
 
 def check_new(folder: pathlib.Path) -> None:
     """Raise a ValueError unless `folder` is a new name in a folder that can be written."""
-    if folder.exists():
+    if os.path.lexists(folder):
         raise ValueError(f"{folder} exists already; choose another name or remove it first")
-    if not folder.parent.is_dir():
+    if not os.path.isdir(folder.parent):
         raise ValueError(f"{folder.parent} is not a folder; create it first")
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            os.lstat(folder.parent / f"{_prefix(folder)}{'x' * 8}")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{shown(folder.name)} is no name for a folder ({reason(error)}); choose another name") from error
     try:
         with tempfile.TemporaryFile(dir=folder.parent):
             pass
     except OSError as error:
         raise ValueError(f"{folder.parent} cannot be written ({error.strerror}); choose another folder") from error
+
+
+def _prefix(folder: pathlib.Path) -> str:
+    return f".{folder.name}.unfinished-"
 
 
 def restore(folder: pathlib.Path, model: LanguageModel, dtype: jnp.dtype, mesh: Mesh | None) -> dict[str, jax.Array]:

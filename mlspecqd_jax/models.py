@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from mlspecqd_jax import chat, checkpoint, config_file, huggingface, layouts, tokenizer_files, weight_files
 from mlspecqd_jax.json_files import read_json, read_json_if_there, shown
-from mlspecqd_jax.mxfp4 import MXArray, MXFP4Array, check_format
+from mlspecqd_jax.mxfp4 import FORMATS, MXArray, MXFP4Array, check_format
 from mlspecqd_jax.partition import usable_mesh
 from mlspecqd_jax.quantization import Policy, Recipe, quantize_params
 from mlspecqd_jax.transformer import LanguageModel
@@ -30,11 +30,11 @@ SAMPLING_KEYS = ("do_sample", "temperature", "top_k", "top_p", "min_p", "repetit
 class Card:
     """What belongs to a model beside its weights; hashable, so that it can be static under jit.
 
-    Cards are compared without their tokenizers, which no compiled program reads: a model that is loaded again runs the programs
-    that its first load compiled.
+    Cards are compared without names and tokenizers, which no compiled program reads: a model that is loaded again, under whatever
+    name, runs the programs that its first load compiled.
     """
 
-    name: str
+    name: str = dataclasses.field(compare=False)
     vocab_size: int
     max_positions: int
     tokenizer: Any = dataclasses.field(compare=False)  # a transformers tokenizer, or None
@@ -138,7 +138,7 @@ def find(model: str | os.PathLike) -> pathlib.Path:
 
     A name of the demo family is that, whatever the working directory holds; `./demo`, `demo/` and a Path are folders.
     """
-    if not isinstance(model, str | os.PathLike) or not isinstance(os.fspath(model), str):
+    if not _is_path(model):
         raise ValueError(f"model is {shown(model)}, but must be {WANTED}")
     if _is_demo(model):
         here = pathlib.Path(__file__).parent
@@ -154,6 +154,10 @@ def find(model: str | os.PathLike) -> pathlib.Path:
 def is_known(model: str | os.PathLike) -> bool:
     """Return whether `find` would look for a model of this name, without looking on the hub."""
     return _is_demo(model) or _is_folder(model) or _is_hub_id(model)
+
+
+def _is_path(value) -> bool:
+    return isinstance(value, str | os.PathLike) and isinstance(os.fspath(value), str)
 
 
 def _is_demo(model) -> bool:
@@ -207,9 +211,11 @@ def convert(
     Raises:
       ValueError: as for `load`, the format is unknown, or the folder exists already or cannot be written.
     """
+    if not isinstance(draft, str | None):
+        raise ValueError(f"draft is {shown(draft)}, but must be one of {', '.join(FORMATS)}, or None")
     if draft is not None:
         check_format(draft)
-    if not isinstance(folder, str | os.PathLike) or not isinstance(os.fspath(folder), str):
+    if not _is_path(folder) or not os.fspath(folder):
         raise ValueError(f"folder is {shown(folder)}, but must be the name of a new folder")
     folder = pathlib.Path(folder)
     checkpoint.check_new(folder)

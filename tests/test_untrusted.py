@@ -40,7 +40,7 @@ def planted(tmp_path):
         "AutoConfig": "code.Config",
         "AutoModelForCausalLM": "code.Model",
     }
-    template = "{{ cycler.__init__.__globals__.os.system('touch %s') }}" % ran
+    template = "{{ cycler.__init__.__globals__.os.system('touch " + str(ran) + "') }}"
     folder = folders.write(tmp_path / "planted", template, tokenizer_class="Tokenizer", auto_map=auto)
     for file in ("config.json", "generation_config.json"):
         (folder / file).write_text(json.dumps(json.loads((folder / file).read_text()) | {"auto_map": auto}))
