@@ -37,6 +37,7 @@ MARKER = "mlspecqd.json"
 WEIGHTS = "weights"
 DRAFTS = "drafts"
 VERSION = 1
+DTYPES = ("bfloat16", "<f4", "<f2", "|u1")  # as zarr writes them: of weights, and of the codes and scales of a twin
 
 
 def is_converted(folder: pathlib.Path) -> bool:
@@ -233,7 +234,9 @@ def _map(folder: pathlib.Path, shape: tuple[int, ...]) -> np.ndarray:
         raise ValueError(f"tensor {folder.name} has shape {layout['shape']}, but config.json asks for {list(shape)}")
     if layout["chunks"] != list(shape) or layout["compressor"] is not None:
         raise ValueError(f"tensor {folder.name} is in pieces or compressed")
-    dtype, file = np.dtype(layout["dtype"]), folder / ".".join("0" * len(shape))
-    if dtype.hasobject or dtype.fields or not os.path.isfile(file):  # what holds objects would be taken for their addresses
-        raise ValueError(f"tensor {folder.name} has no file {file.name} of numbers")
-    return np.memmap(file, dtype, "r", shape=shape)
+    if layout["dtype"] not in DTYPES:  # numpy would take other words for types of more than numbers
+        raise ValueError(f"tensor {folder.name} is stored as {shown(layout['dtype'])}, but must be one of {', '.join(DTYPES)}")
+    file = folder / ".".join("0" * len(shape))
+    if not os.path.isfile(file):
+        raise ValueError(f"tensor {folder.name} has no file {file.name}")
+    return np.memmap(file, layout["dtype"], "r", shape=shape)
