@@ -182,7 +182,7 @@ def _check_values(path: pathlib.Path, raw: dict) -> None:
     _check_table(path, raw, KEYS)
     for name in ("rope_scaling", "rope_parameters"):
         rope = raw.get(name) or {}
-        if any(isinstance(value, dict) for value in rope.values()):
+        if any(isinstance(value, dict) for key, value in rope.items() if key not in ROPE_KEYS):
             raise ValueError(f"{path}: {name} differ between layers, which is not supported; only one set for all layers is")
         _check_table(path, rope, ROPE_KEYS, within=f"{name}: ")
         kind = rope.get("rope_type", rope.get("type", "default"))

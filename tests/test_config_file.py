@@ -2,13 +2,15 @@
 
 import dataclasses
 import json
+import math
 
+import jax
 import numpy as np
 import pytest
 import tiny
 from refusals import refused
 
-from mlspecqd_jax import config_file
+from mlspecqd_jax import config_file, json_files
 from mlspecqd_jax.rope import RopeScaling
 from mlspecqd_jax.transformer import LanguageModel
 
@@ -201,6 +203,9 @@ def test_a_broken_config(tmp_path, text, words):
         ({"generation_config.json": {"temperature": 0.6}, "config.json": {"eos_token_id": 2}}, (2,)),
         ({"generation_config.json": {"eos_token_id": 0}}, (0,)),
         ({"config.json": {"eos_token_id": None}}, ()),
+        ({"generation_config.json": {"eos_token_id": -1}, "config.json": {"eos_token_id": 2}}, ()),  # it says that there is none
+        ({"generation_config.json": {"eos_token_id": [5, None, -1, 5, 96, 97, 10**30]}}, (5, 96)),
+        ({"generation_config.json": {"eos_token_id": []}, "config.json": {"eos_token_id": 2}}, ()),
         ({}, ()),
     ],
 )
@@ -208,3 +213,94 @@ def test_ids_that_end_a_text(tmp_path, files, expected):
     for name, content in files.items():
         (tmp_path / name).write_text(json.dumps(content))
     assert config_file.eos_token_ids(tmp_path, 97) == expected
+
+
+@pytest.mark.parametrize("ids", [True, "2", 2.0, [2, "3"], [False], [[2]], {"a": 2}])
+def test_ids_of_another_type_are_refused(tmp_path, ids):
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
+    with refused("generation_config.json", f"eos_token_id is {ids}" if isinstance(ids, list | dict) else repr(ids), "token id"):
+        config_file.eos_token_ids(tmp_path, 97)
+
+
+def outside(rule):
+    """Return values that a rule must not allow, and how it is told."""
+    yield from [value for value in (True, "8", 8, 8.5, [8], {"a": 8}, math.nan) if not rule.allows(value)]
+    if math.isfinite(rule.least):
+        yield from (rule.least - 1, rule.most + 1, -math.inf, math.inf, 10**400, -(10**400))
+    if not rule.null:
+        yield None
+
+
+@pytest.mark.parametrize("key", config_file.KEYS)
+def test_every_key_has_a_type_and_a_range(tmp_path, key):
+    rule = config_file.KEYS[key]
+    assert len(list(outside(rule))) >= 4
+    for value in outside(rule):
+        if value is not None or key not in config_file.REQUIRED:  # else it is absent
+            with refused("config.json", f"{key} is {json_files.shown(value)}", f"must be {rule}", "correct that key"):
+                parse(tmp_path, LLAMA | {key: value})
+
+
+@pytest.mark.parametrize("key", config_file.ROPE_KEYS)
+@pytest.mark.parametrize("spelling", ["rope_scaling", "rope_parameters"])
+def test_every_key_of_rope_has_a_type_and_a_range(tmp_path, spelling, key):
+    rope = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    for value in outside(config_file.ROPE_KEYS[key]):
+        with refused("config.json", f"{spelling}: {key} is", "must be", "correct that key"):
+            parse(tmp_path, LLAMA | {spelling: rope | {key: value}})
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"num_hidden_layers": 10**6}, ("num_hidden_layers is 1000000", "from 1 to 1,024")),
+        ({"rope_theta": 0}, ("rope_theta is 0", "a number from 1 to")),
+        ({"rope_theta": "1e6"}, ("rope_theta is '1e6'", "a number")),
+        ({"sliding_window": 0}, ("sliding_window is 0", "or null")),
+        ({"head_dim": 0}, ("head_dim is 0",)),
+        ({"hidden_size": 32, "num_attention_heads": 32}, ("head_dim is 1", "even")),
+        ({"layer_types": ["full_attention"]}, ("layer_types", "each of 3 layers")),
+        ({"layer_types": ["full_attention", "other", "full_attention"]}, ("layer_types", "sliding_attention")),
+        ({"layer_types": [["full_attention"]] * 3}, ("layer_types", "sliding_attention")),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0, "extra": 1}}, ("'extra'", "factor")),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0, "low_freq_factor": 4, "high_freq_factor": 4}}, ("greater than",)),
+        ({"rope_scaling": [1]}, ("rope_scaling is [1]", "an object or null")),
+        ({"quantization_config": "gptq"}, ("quantized already",)),
+        ({"model_type": ["llama"]}, ("model_type ['llama']", "supported")),
+        ({"architectures": "LlamaModel"}, ("LlamaModel", "CausalLM")),
+        ({"architectures": [3]}, ("architectures is [3]", "list of names")),
+        ({"architectures": {"a": 1}}, ("architectures is", "list of names")),
+    ],
+)
+def test_values_that_no_model_has(tmp_path, change, words):
+    with refused("config.json", *words):
+        parse(tmp_path, LLAMA | change)
+
+
+def test_an_architecture_may_be_a_text_and_keys_of_no_matter_are_not_read(tmp_path):
+    odd = {
+        "architectures": "LlamaForCausalLM",
+        "torch_dtype": 3,
+        "id2label": "x",
+        "auto_map": [1],
+        "num_labels": -1,
+        "bos_token_id": {},
+    }
+    assert parse(tmp_path, LLAMA | odd) == parse(tmp_path, LLAMA)
+
+
+def test_a_window_of_a_family_without_one_has_no_effect(tmp_path):
+    """transformers' Llama attends to everything whatever its config says."""
+    odd = {"sliding_window": 5, "layer_types": ["sliding_attention"] * 3, "use_sliding_window": True}
+    assert parse(tmp_path, LLAMA | odd) == parse(tmp_path, LLAMA)
+
+
+def test_many_layers_take_no_longer_to_tell(tmp_path):
+    config = parse(tmp_path, LLAMA | {"num_hidden_layers": 1024})
+    shapes = LanguageModel(config).shapes()
+    assert len([name for name in shapes if name.endswith("mlp.up_proj.weight")]) == 1024
+    assert list(shapes)[:2] == ["lm_head.weight", "model.embed_tokens.weight"]
+    few = dataclasses.replace(config, hidden_size=64, num_hidden_layers=2)
+    assert LanguageModel(few).shapes() == {
+        name: leaf.shape for name, leaf in jax.eval_shape(lambda: LanguageModel(few).init(0)).items()
+    }
