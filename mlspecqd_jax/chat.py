@@ -14,7 +14,7 @@ from mlspecqd_jax.json_files import shown
 
 SECONDS = 20  # of waiting; the process limits its own processor time to less
 LARGEST_TEMPLATE = 2**20  # characters
-LARGEST_TEXT, TIMES = 2**22, 16  # characters that a template may put out: some for itself, and its messages so many times
+LARGEST_TEXT, TIMES = 2**18, 16  # characters that a template may put out: some for itself, and its messages so many times
 PROCESS = pathlib.Path(__file__).with_name("render_templates.py")
 ANSWER = "mlspecqd-7f3a"  # what no template writes itself
 

@@ -161,7 +161,8 @@ def _refuse(path: pathlib.Path, raw: dict, family: Any) -> None:
     named = [architectures] if isinstance(architectures, str) else architectures or []
     if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
         raise ValueError(f"{path}: architectures is {shown(architectures)}, but must be a list of names; correct that key")
-    other = [name for name in named if not name.endswith("ForCausalLM")]
+    base = f"{family.capitalize()}Model"  # which was saved without its head; whether it needs one, the weights will tell
+    other = [name for name in named if not name.endswith("ForCausalLM") and name != base]
     if other:
         raise ValueError(
             f"{path}: architecture {shown(other[0])} has no language-model head; a ...ForCausalLM checkpoint is needed"

@@ -52,8 +52,11 @@ def read_json_if_there(path: pathlib.Path) -> dict:
 
 
 def shown(value: Any, most: int = 80) -> str:
-    """Return a value of a file as a message quotes it: on one line, and not too long."""
-    text = repr(value)
+    """Return a value as a message quotes it: on one line, and not too long."""
+    try:
+        text = repr(value).replace("\n", " ")
+    except Exception:  # a number of more digits than Python writes, or a class whose repr fails
+        text = f"a value of type {type(value).__name__}"
     return text if len(text) <= most else f"{text[: most - 3]}..."
 
 

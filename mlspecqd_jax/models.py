@@ -39,8 +39,8 @@ class Card:
     max_positions: int
     tokenizer: Any = dataclasses.field(compare=False)  # a transformers tokenizer, or None
     eos_token_ids: tuple[int, ...]
-    exact: bool | None = None  # set by `stack`
     chat_end_token_ids: tuple[int, ...] = ()  # what ends an assistant's turn in a chat, beside the above
+    exact: bool | None = None  # set by `stack`
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -191,7 +191,7 @@ def describe(model: str | os.PathLike) -> dict[str, Any]:
         "vocabulary": config.vocab_size,
         "layers": f"{config.num_hidden_layers} x hidden {config.hidden_size}, {config.num_attention_heads} heads, "
         f"{config.num_key_value_heads} key/value heads",
-        "tokenizer": "yes" if tokenizer_files.has_tokenizer(folder) else "none",
+        "tokenizer": tokenizer_files.describe(folder),
         "end of text ids": ", ".join(map(str, config_file.eos_token_ids(folder, config.vocab_size))) or "none",
         "recorded sampling": f"{json.dumps(defaults)} (not applied)" if defaults else "none",
     }

@@ -6,6 +6,7 @@ stops after a while and which limits its own processor time and memory (where th
 nothing of this package, so that it starts in a tenth of a second.
 """
 
+import contextlib
 import datetime
 import json
 import sys
@@ -80,7 +81,8 @@ def _limit() -> None:
         return
     for kind, most in ((resource.RLIMIT_CPU, CPU_SECONDS), (resource.RLIMIT_AS, MEMORY)):
         _, hard = resource.getrlimit(kind)
-        resource.setrlimit(kind, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
+        with contextlib.suppress(ValueError, OSError):  # macOS does not limit memory
+            resource.setrlimit(kind, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
 
 
 def _line(error: Exception) -> str:

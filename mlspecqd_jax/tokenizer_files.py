@@ -17,9 +17,14 @@ LISTS = ("additional_special_tokens", "extra_special_tokens")
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
-def has_tokenizer(folder: pathlib.Path) -> bool:
-    """Return whether `read_tokenizer` would find one, or refuse the form in which it is there."""
-    return any(os.path.isfile(folder / name) for name in (FILE, *OTHERS))
+def describe(folder: pathlib.Path) -> str:
+    """Return "yes", "none", or the file of a form that `read_tokenizer` refuses."""
+    name = _found(folder)
+    return "none" if name is None else "yes" if name == FILE else f"{name}, which is not read"
+
+
+def _found(folder: pathlib.Path) -> str | None:
+    return next((name for name in (FILE, *OTHERS) if os.path.isfile(folder / name)), None)
 
 
 def read_tokenizer(folder: pathlib.Path):
@@ -28,13 +33,12 @@ def read_tokenizer(folder: pathlib.Path):
     Raises:
       ValueError: there is one, but without tokenizer.json, or its files cannot be read.
     """
-    path = folder / FILE
-    if not os.path.isfile(path):
-        other = next((name for name in OTHERS if os.path.isfile(folder / name)), None)
-        if other is None:
-            return None
+    path, found = folder / FILE, _found(folder)
+    if found is None:
+        return None
+    if found != FILE:
         raise ValueError(
-            f"{folder} holds {other}, but not tokenizer.json, which is what is read; write it with transformers "
+            f"{folder} holds {found}, but not tokenizer.json, which is what is read; write it with transformers "
             "(AutoTokenizer.from_pretrained(folder).save_pretrained(folder)), or remove the file to give token ids"
         )
     if os.path.getsize(path) > LARGEST:

@@ -267,7 +267,8 @@ def test_every_key_of_rope_has_a_type_and_a_range(tmp_path, spelling, key):
         ({"rope_scaling": [1]}, ("rope_scaling is [1]", "an object or null")),
         ({"quantization_config": "gptq"}, ("quantized already",)),
         ({"model_type": ["llama"]}, ("model_type ['llama']", "supported")),
-        ({"architectures": "LlamaModel"}, ("LlamaModel", "CausalLM")),
+        ({"architectures": "LlamaForTokenClassification"}, ("LlamaForTokenClassification", "CausalLM")),
+        ({"architectures": ["Qwen2Model"]}, ("Qwen2Model", "CausalLM")),
         ({"architectures": [3]}, ("architectures is [3]", "list of names")),
         ({"architectures": {"a": 1}}, ("architectures is", "list of names")),
     ],
@@ -278,6 +279,7 @@ def test_values_that_no_model_has(tmp_path, change, words):
 
 
 def test_an_architecture_may_be_a_text_and_keys_of_no_matter_are_not_read(tmp_path):
+    assert parse(tmp_path, LLAMA | {"architectures": ["LlamaModel"]}) == parse(tmp_path, LLAMA)  # as it was saved without its head
     odd = {
         "architectures": "LlamaForCausalLM",
         "torch_dtype": 3,

@@ -94,7 +94,9 @@ def test_names_that_no_disk_could_hold(monkeypatch, call, name):
 # Arguments
 
 
-@pytest.mark.parametrize("model", [None, 3, 1.5, True, b"demo", ["demo"], {"demo": 1}, object(), np.zeros(3)], ids=repr)
+@pytest.mark.parametrize(
+    "model", [None, 3, 1.5, True, b"demo", ["demo"], {"demo": 1}, object(), np.zeros((3, 3)), 10**5000], ids=type
+)
 @pytest.mark.parametrize("call", [models.load, models.describe, lambda model: models.convert(model, "never-written")])
 def test_a_model_of_another_type_is_named(call, model):
     with refused("model is", "must be an existing folder, an owner/name id"):

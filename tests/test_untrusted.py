@@ -132,3 +132,4 @@ def test_another_form_of_tokenizer_is_refused_by_name(tmp_path, name):
     (folder / "tokenizer.json").rename(folder / name)
     with refused(name, "tokenizer.json", "save_pretrained"):
         mlsd.load(folder)
+    assert models.describe(folder)["tokenizer"] == f"{name}, which is not read"
