@@ -10,7 +10,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
-from mlspecqd_jax.json_files import shown
+from mlspecqd_jax.json_files import printable, shown
 
 SECONDS = 20  # of waiting; the process limits its own processor time to less
 LARGEST_TEMPLATE = 2**20  # characters
@@ -87,7 +87,10 @@ def render(tokenizer, conversations: list[list[dict[str, str]]], *, generation_p
     }
     try:
         process = subprocess.run(
-            [sys.executable, "-I", "-S", str(PROCESS)], input=json.dumps(request).encode(), capture_output=True, timeout=SECONDS
+            [sys.executable or "python3", "-I", "-S", str(PROCESS)],
+            input=json.dumps(request).encode(),
+            capture_output=True,
+            timeout=SECONDS,
         )
     except subprocess.TimeoutExpired:
         raise ValueError(f"does not end ({SECONDS} s)") from None
@@ -100,5 +103,5 @@ def render(tokenizer, conversations: list[list[dict[str, str]]], *, generation_p
         raise ValueError(f"cannot be rendered ({shown(next(filter(None, reversed(said)), 'no reason given'))})")
     answer = json.loads(process.stdout)
     if "error" in answer:
-        raise ValueError(f"cannot be rendered ({answer['error']})")
+        raise ValueError(f"cannot be rendered ({printable(answer['error'])})")
     return answer["texts"]

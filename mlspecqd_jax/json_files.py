@@ -62,4 +62,9 @@ def shown(value: Any, most: int = 80) -> str:
 
 def reason(error: BaseException) -> str:
     """Return what another package says is wrong, on one line, and not too long."""
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    return printable(str(error))[:200] or type(error).__name__
+
+
+def printable(text: str) -> str:
+    """Return a text of a file, such as a tensor's name, on one line and without what would steer a terminal."""
+    return "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))

@@ -165,7 +165,7 @@ def _is_demo(model) -> bool:
 
 
 def _is_folder(model) -> bool:
-    return bool(str(model)) and os.path.isdir(model)
+    return str(model).splitlines() == [str(model)] and os.path.isdir(model)  # messages hold it, and are one line
 
 
 def _is_hub_id(model) -> bool:

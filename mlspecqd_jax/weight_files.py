@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
-from mlspecqd_jax.json_files import read_json, reason, shown
+from mlspecqd_jax.json_files import printable, read_json, reason, shown
 
 FILE, INDEX, SUFFIX = "model.safetensors", "model.safetensors.index.json", ".safetensors"
 FLOATS = ("F64", "F32", "F16", "BF16")
@@ -100,7 +100,7 @@ def _missing(name: str, headers: dict[Source, Header], index: dict[str, pathlib.
 
 def _some(words: list[str], separator: str) -> str:
     more = f" (and {len(words) - 3} more)" if len(words) > 3 else ""
-    return " ".join(separator.join(word[:200] for word in words[:3]).split()) + more  # a name may hold a line break
+    return printable(separator.join(word[:200] for word in words[:3])) + more
 
 
 def _headers(folder: pathlib.Path) -> tuple[dict[Source, Header], dict[str, pathlib.Path] | None]:

@@ -83,6 +83,12 @@ def test_a_demo_is_not_a_path(tmp_path, monkeypatch):
         assert not models.is_known(name)
 
 
+def test_a_folder_whose_name_breaks_the_line_is_none(tmp_path):
+    folders.write_tokenizer(tmp_path / "a\nb")
+    with refused("is not a model", "a\\nb"):
+        models.load(tmp_path / "a\nb")
+
+
 @pytest.mark.parametrize("name", ["", "a" * 5000, "a/" * 3000, "a\0b", "a\nb", "\ud800", "owner/" + "n" * 500, "x" * 90 + "/y"])
 @pytest.mark.parametrize("call", [models.load, models.describe])
 def test_names_that_no_disk_could_hold(monkeypatch, call, name):
