@@ -211,6 +211,7 @@ def _with_defaults(path: pathlib.Path, raw: dict, family: str):
 
     known = {field.name for field in dataclasses.fields(CONFIG_MAPPING[family])}
     known |= {"rope_theta", "rope_scaling", "partial_rotary_factor"}  # spellings of rope_parameters
+    known |= {"head_dim"}  # which Qwen2 honours although its config class does not know it
     try:
         return CONFIG_MAPPING[family](**{key: raw[key] for key in KEYS if key in raw and key in known})
     except Exception as error:

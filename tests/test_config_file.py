@@ -297,6 +297,11 @@ def test_a_window_of_a_family_without_one_has_no_effect(tmp_path):
     assert parse(tmp_path, LLAMA | odd) == parse(tmp_path, LLAMA)
 
 
+def test_a_head_size_is_honoured_by_every_family(tmp_path):
+    for family in config_file.FAMILIES:
+        assert parse(tmp_path, {"model_type": family, "num_key_value_heads": 4, "head_dim": 14} | MINIMAL).head_dim == 14
+
+
 def test_many_layers_take_no_longer_to_tell(tmp_path):
     config = parse(tmp_path, LLAMA | {"num_hidden_layers": 1024})
     shapes = LanguageModel(config).shapes()
