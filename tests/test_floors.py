@@ -11,14 +11,14 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 # From the ground up; a module may import modules of the lines before its own, and of its own line those to its left.
 FLOORS = (
     ("pallas_kernels", "cpu_kernels"),
-    ("buffers", "predictions", "moves", "mxfp4", "partition", "placement", "layouts", "matmul", "quantization", "rope", "text"),
+    ("arguments", "settings", "buffers", "predictions", "moves", "mxfp4", "partition", "placement", "layouts", "matmul", "quantization", "rope", "text"),
     ("attention", "transformer", "sampling", "verification"),
     ("huggingface", "checkpoint", "levels", "prompt_lookup", "speculation"),
     ("models", "stacks", "specs", "report", "api"),
     ("cli", "examples", "benchmarks"),
 )
 ORDER = [name for floor in FLOORS for name in floor]
-ALGORITHM = {"buffers", "sampling", "verification", "levels", "prompt_lookup", "speculation"}
+ALGORITHM = {"arguments", "settings", "buffers", "sampling", "verification", "levels", "prompt_lookup", "speculation"}
 NETWORK = {
     "mxfp4",
     "layouts",
