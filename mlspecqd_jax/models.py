@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from mlspecqd_jax import checkpoint, huggingface, layouts
+from mlspecqd_jax import checkpoint, huggingface, layouts, settings
 from mlspecqd_jax.mxfp4 import MXArray, MXFP4Array, check_format
 from mlspecqd_jax.partition import usable_mesh
 from mlspecqd_jax.quantization import Policy, Recipe, quantize_params
@@ -34,6 +34,7 @@ class Card:
     max_positions: int
     tokenizer: Any  # a transformers tokenizer, or None
     eos_token_ids: tuple[int, ...]
+    chat_end_token_ids: tuple[int, ...] = ()  # that end an answer too, where the config names others: the template's end of turn
     exact: bool | None = None  # set by `stack`
 
 
@@ -60,6 +61,7 @@ class Model:
     def nbytes(self) -> int:
         return sum(leaf.nbytes for leaf in self.params.values())
 
+    @settings.held
     def quantized(self, format: str = "mxfp4", policy: Policy | None = None, scale_rule: str = "floor") -> "Model":
         """Return the twin: this model with its linear layers and lm_head in `format`, sharing every other array.
 
@@ -91,6 +93,7 @@ class Model:
         return dataclasses.replace(self, params=params, card=card, recipe=recipe)
 
 
+@settings.held
 def load(model: str | os.PathLike, *, dtype: str = "bfloat16", mesh: Mesh | None = None) -> Model:
     """Load a model from the demo family, a folder, or the Hugging Face hub.
 
@@ -186,6 +189,7 @@ def describe(model: str | os.PathLike) -> dict[str, Any]:
     }
 
 
+@settings.held
 def convert(
     model: str | os.PathLike, folder: str | os.PathLike, *, dtype: str = "bfloat16", draft: str | None = None
 ) -> pathlib.Path:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 import cpu_kernels
+from mlspecqd_jax import settings
 from mlspecqd_jax.levels import Level
 from mlspecqd_jax.models import Card, Model
 from mlspecqd_jax.mxfp4 import MXFP4Array
@@ -18,6 +19,7 @@ EMBEDDING = "model.embed_tokens.weight"
 CPU_ROWS, ROWS = 2, 16
 
 
+@settings.held
 def stack(target: Model, *drafters: Any, exact: bool = True, share_cache: bool = True) -> Level:
     """Build what generates: a target, what drafts for it, what drafts for that, and so on; the target alone decodes plainly.
 

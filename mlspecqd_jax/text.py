@@ -4,6 +4,7 @@ import codecs
 import operator
 import re
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -18,6 +19,14 @@ CHARACTER_BYTES = 4  # at most
 CHARACTERS_A_TOKEN = 8  # more than texts have on average; see `_check_length`
 
 
+class Token(NamedTuple):
+    """What a token is, by itself."""
+
+    text: str  # as it shows at the beginning of a text; a special token's own name
+    data: bytes | None = None  # where it stands for bytes rather than for whole characters
+    is_special: bool = False
+
+
 class Decoder:
     """Turns one row's new tokens into text as they come, one after the other, so that it is the same however often one looks.
 
@@ -29,8 +38,9 @@ class Decoder:
 
     def __init__(self, tokenizer, prompt: Sequence[int], stop: Sequence[str] = ()):
         self._tokenizer, self._stop = tokenizer, tuple(stop)
+        self._known: dict[int, Token] = {}  # by id
         # The token before, special ones passed over: tokenizers drop the space with which a text begins.
-        self._last = next((t for t in reversed(prompt) if not self._is_special(t)), None)
+        self._last = next((t for t in reversed(prompt) if not self._token(t).is_special), None)
         self._bytes = self._incomplete(prompt)  # of a character whose other bytes have not come
         self._all_of_prompt = True  # whether these are the prompt's, which shows them itself if nothing completes them
         self._held: list[tuple[str, bool]] = []  # characters held back, and whether they are text (or of a special token)
@@ -41,11 +51,11 @@ class Decoder:
 
     def push(self, ids: Iterable[int]) -> str:
         """Return the text that became final with these ids, the next after those pushed before."""
-        for token in ids:
+        for id_ in ids:
             if self.stopped:
                 break
             self.tokens += 1
-            self._take(token)
+            self._take(id_)
         return self._piece()
 
     def finish(self) -> str:
@@ -59,33 +69,33 @@ class Decoder:
         """The text that is final."""
         return "".join(self._final)
 
-    def _take(self, token):
-        if self._is_special(token):
+    def _take(self, id_):
+        token = self._token(id_)
+        if token.is_special:
             self._flush()
-            self._add(self._show([token], special=True), is_text=False)
+            self._add(token.text, is_text=False)
             return
-        data = self._bytes_of(token)
-        if data is None:
+        if token.data is None:
             self._flush()
-            self._add(self._text_of(token), is_text=True)
+            self._add(self._text_of(id_), is_text=True)
         else:
             before = self._bytes
-            if self._all_of_prompt and not _continues(before, data[:1]):
+            if self._all_of_prompt and not _continues(before, token.data[:1]):
                 before = b""
-            text, self._bytes = _characters(before + data)
+            text, self._bytes = _characters(before + token.data)
             self._all_of_prompt = False
             self._add(text, is_text=True)
-        self._last = token
+        self._last = id_
 
     def _flush(self):
-        """Give up an incomplete character."""
+        """Give an incomplete character up."""
         if not self._all_of_prompt:
             self._add(self._bytes.decode(errors="replace"), is_text=True)
         self._bytes, self._all_of_prompt = b"", False
 
     def _add(self, text, is_text):
         """Hold text back, then release what no stop string can begin in any more."""
-        if self.stopped:
+        if self.stopped or not text:
             return
         self._held += [(character, is_text) for character in text]
         held = "".join(character for character, _ in self._held)
@@ -108,36 +118,43 @@ class Decoder:
         self._returned = len(self._final)
         return piece
 
-    def _text_of(self, token):
+    def _text_of(self, id_):
         """Return what a token of whole characters adds to the text before it."""
-        before = [] if self._last is None else [self._last]
-        shown, both = self._show(before), self._show([*before, token])
-        return both[len(shown) :] if both.startswith(shown) else self._show([token])
+        alone = self._token(id_).text
+        if self._last is None:
+            return alone
+        before, both = self._token(self._last).text, self._show([self._last, id_])
+        return both[len(before) :] if both.startswith(before) else alone
 
-    def _bytes_of(self, token) -> bytes | None:
-        """Return the bytes of a token that stands for bytes rather than for whole characters, else None."""
-        name, alone = self._tokenizer.convert_ids_to_tokens(token), self._show([token])
+    def _token(self, id_) -> "Token":
+        if id_ not in self._known:
+            self._known[id_] = self._read(id_)
+        return self._known[id_]
+
+    def _read(self, id_):
+        text, name = self._show([id_]), self._tokenizer.convert_ids_to_tokens(id_)
+        if not text:
+            special = self._show([id_], special=True)
+            if special:
+                return Token(special, is_special=True)
         if name is None:  # a place of a padded vocabulary
-            return None
+            return Token(text)
         byte = BYTE_TOKEN.fullmatch(name)
-        if byte and alone != name:
-            return bytes.fromhex(byte[1])
-        if REPLACEMENT in alone and all(c in BYTE_OF for c in name):
-            return bytes(BYTE_OF[c] for c in name)
-        return None
+        if byte and text != name:
+            return Token(text, bytes.fromhex(byte[1]))
+        if REPLACEMENT in text and all(c in BYTE_OF for c in name):
+            return Token(text, bytes(BYTE_OF[c] for c in name))
+        return Token(text)
 
     def _incomplete(self, prompt) -> bytes:
         """Return the bytes of the character within which a prompt ends."""
         data = b""
-        for token in reversed(prompt[1 - CHARACTER_BYTES :]):
-            of_token = None if self._is_special(token) else self._bytes_of(token)
+        for id_ in reversed(prompt[1 - CHARACTER_BYTES :]):
+            of_token = self._token(id_).data
             if of_token is None:
                 break
             data = of_token + data
         return _characters(data)[1]
-
-    def _is_special(self, token):
-        return not self._show([token]) and bool(self._show([token], special=True))
 
     def _show(self, ids, special=False):
         return self._tokenizer.decode(ids, skip_special_tokens=not special, clean_up_tokenization_spaces=False)
@@ -192,8 +209,10 @@ def encode(card, prompts, *, chat: bool = False) -> list[list[int]]:
 
 def _check_length(card, text, i):
     """Refuse a text far beyond the positions by its beginning, since to encode megabytes takes minutes."""
+    if card.tokenizer is None:
+        return
     size = CHARACTERS_A_TOKEN * card.max_positions
-    while card.tokenizer is not None and size < len(text):
+    while size < len(text):
         # What follows can merge with the last few tokens of a beginning alone, so twice the positions are beyond doubt.
         if len(_encode_text(card, text[:size], False)) > 2 * card.max_positions:
             raise ValueError(
