@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from mlspecqd_jax import report, settings, speculation
-from mlspecqd_jax.arguments import LARGEST_INT, each_row, flag, is_array, texts
+from mlspecqd_jax.arguments import LARGEST_INT, each_row, flag, instance, is_array, texts
 from mlspecqd_jax.levels import Level, piece_width
+from mlspecqd_jax.models import Card
 from mlspecqd_jax.sampling import Sampling
 from mlspecqd_jax.speculation import State
 from mlspecqd_jax.text import Decoder, encode
@@ -84,8 +85,7 @@ def prepare(stack: Level, prompts, *, max_new_tokens: int | Sequence[int] | None
     Raises:
       ValueError: a prompt is empty, or prompt and new tokens exceed the positions of the target or of a draft.
     """
-    speculation.check_stack(stack)
-    card = stack.card
+    card = _card(stack)
     rows = encode(card, prompts, chat=flag("chat", chat))
     explicit = max_new_tokens is not None
     wanted = each_row("max_new_tokens", max_new_tokens if explicit else DEFAULT_NEW_TOKENS, len(rows))
@@ -131,7 +131,7 @@ def generate(stack: Level, prompts, **arguments: Unpack[Arguments]) -> Generatio
       ValueError: before anything is compiled, one sentence on what is wrong; or as soon as the model's logits for a row are no
         numbers, which dtype to load it in.
     """
-    run = _run(stack, prompts, ROUNDS_TO_STOP_STRINGS if arguments.get("stop") else LARGEST_INT, arguments)
+    run = _run(stack, prompts, LARGEST_INT if arguments.get("stop") is None else ROUNDS_TO_STOP_STRINGS, arguments)
     while True:
         try:
             next(run)
@@ -234,8 +234,7 @@ def _request(stack: Level, prompts, arguments: dict[str, Any]) -> tuple[Batch, S
     unknown = sorted(set(arguments) - set(Arguments.__annotations__))
     if unknown:
         raise ValueError(f"'{unknown[0]}' is not supported; supported: {', '.join(sorted(Arguments.__annotations__))}")
-    speculation.check_stack(stack)
-    card, stops = stack.card, texts("stop", arguments.pop("stop", None))
+    card, stops = _card(stack), texts("stop", arguments.pop("stop", None))
     if stops and card.tokenizer is None:
         raise ValueError(f"{card.name} has no tokenizer, which stop strings need; use stop_token_ids")
     batch_arguments = {name: arguments.pop(name) for name in ("max_new_tokens", "chat") if name in arguments}
@@ -246,6 +245,11 @@ def _request(stack: Level, prompts, arguments: dict[str, Any]) -> tuple[Batch, S
     sampling = Sampling.create(len(batch.length), stack.model.vocab_size, **arguments)
     speculation.check(stack, sampling)
     return batch, sampling, stops
+
+
+def _card(stack: Level) -> Card:
+    speculation.check_stack(stack)
+    return instance("the stack's card", stack.card, Card, "one of name, tokenizer and positions: build the stack with mlsd.stack")
 
 
 @settings.held

@@ -54,6 +54,8 @@ NUMBERS = {
     "longest": _whole("a whole number from 0 to 2**30", 0, 2**30),
     "multiple": _whole("a whole number from 1 to 2**30", 1, 2**30),
     "prefill_width": _whole("a positive whole number", 1, LARGEST_INT),
+    "max_ngram": _whole("a whole number from 1 to 64", 1, 64),
+    "min_ngram": _whole("a whole number from 1 to 64", 1, 64),
     "rounds": _whole("a whole number from 0 to 2**31 - 1", 0, LARGEST_INT),
     "limit": _whole("a whole number from 0 to 2**31 - 1", 0, LARGEST_INT),
 }
@@ -128,6 +130,15 @@ def instance(name: str, value: Any, kind: type, needed: str) -> Any:
     if not isinstance(value, kind):
         raise ValueError(f"{name} is {brief(value)}, but must be {needed}")
     return value
+
+
+def recipe(format: Any, policy: Any, scale_rule: Any) -> None:
+    """Raise a ValueError unless these are of the types that quantizing takes; what formats and rules there are is checked there."""
+    instance("format", format, str, "the name of a format, such as mxfp4")
+    instance("scale_rule", scale_rule, str, "the name of a scale rule, such as floor")
+    entries = policy.items() if isinstance(policy, Mapping) else None if policy is not None else ()
+    if entries is None or not all(isinstance(glob, str) and isinstance(to, (str, type(None))) for glob, to in entries):
+        raise ValueError(f"policy is {brief(policy)}, but must be a mapping from globs over tensor names to a format or None")
 
 
 def integers(name: str, value: Any, axes: str) -> jax.Array:

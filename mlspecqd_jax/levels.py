@@ -132,7 +132,7 @@ class Level:
 
     def window(self, refed: int = 0) -> int:
         """Return the number of positions that one round feeds to the model, `refed` of them for the second time."""
-        return math.ceil((refed + self.draft_len + 1) / self.window_multiple) * self.window_multiple
+        return -(-(refed + self.draft_len + 1) // self.window_multiple) * self.window_multiple
 
     def init(self, prompts: Sequences, prefill_width: int) -> "LevelState":
         """Feed all prompt tokens but the last to every cache of this level and those below."""

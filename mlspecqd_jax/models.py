@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from mlspecqd_jax import checkpoint, huggingface, layouts, settings
+from mlspecqd_jax import arguments, checkpoint, huggingface, layouts, settings
 from mlspecqd_jax.mxfp4 import MXArray, MXFP4Array, check_format
 from mlspecqd_jax.partition import usable_mesh
 from mlspecqd_jax.quantization import Policy, Recipe, quantize_params
@@ -75,6 +75,7 @@ class Model:
         Raises:
           ValueError: an unknown format, rule or glob, or a model that is quantized in another way.
         """
+        arguments.recipe(format, policy, scale_rule)
         recipe = Recipe(format, tuple((policy or {}).items()), scale_rule)
         if recipe == self.recipe:
             return self

@@ -134,7 +134,8 @@ def advance(stack: Level, state: State, limit: jax.Array, sampling: Sampling, ro
     check(stack, sampling)
     limit = _clipped(limit, _checked(state))
     rounds = LARGEST_INT if rounds is None else rounds
-    bound = (rounds if isinstance(rounds, jax.Array) else jnp.asarray(number("rounds", rounds))).astype(jnp.int32)
+    bound = integers("rounds", rounds, "") if isinstance(rounds, jax.Array) else number("rounds", rounds)
+    bound = jnp.asarray(bound, jnp.int32)
 
     def more(carry):
         done, state = carry
@@ -170,6 +171,7 @@ def generate_tokens(
     Returns:
       (tokens [B, S], length [B], state): row r's text is tokens[r, :length[r]]. `advance` continues from the state.
     """
+    limit = _limit(limit, *integers("tokens", tokens, "BS").shape)
     state = advance(stack, init(stack, tokens, length, sampling, prefill_width=prefill_width), limit, sampling)
     return state.tokens, state.length, state
 
@@ -184,9 +186,12 @@ def _check_rows(name: str, rows: int, batch: int) -> None:
 
 
 def _clipped(limit: jax.Array | int, state: State) -> jax.Array:
-    """Return the limit, or the length that leaves room for one window at the end of the buffer, if that is less."""
-    batch, size = _checked(state).tokens.shape
-    if not isinstance(limit, (np.ndarray, jax.Array)) or limit.ndim == 0 and is_array(limit):
+    return _limit(limit, *_checked(state).tokens.shape)
+
+
+def _limit(limit: jax.Array | int, batch: int, size: int) -> jax.Array:
+    """Return the limit [B], or the length that leaves room for one window at the end of the buffer, if that is less."""
+    if not isinstance(limit, (np.ndarray, jax.Array)) or (limit.ndim == 0 and is_array(limit)):
         limit = jnp.full((batch,), number("limit", limit), jnp.int32)
     _check_rows("limit", integers("limit", limit, "B").shape[0], batch)
     return jnp.minimum(jnp.asarray(limit).astype(jnp.int32), size - SLACK)

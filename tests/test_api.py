@@ -189,7 +189,12 @@ def test_bad_arguments_are_one_sentence(stack, arguments, message):
 
 
 def test_arguments_are_those_of_the_batch_and_of_sampling():
-    assert set(mlsd.Arguments.__annotations__) == {"max_new_tokens", "chat", "stop", *mlsd.Sampling.create.__wrapped__.__kwdefaults__}
+    assert set(mlsd.Arguments.__annotations__) == {
+        "max_new_tokens",
+        "chat",
+        "stop",
+        *mlsd.Sampling.create.__wrapped__.__kwdefaults__,
+    }
 
 
 def test_bad_prompts(stack):

@@ -101,9 +101,9 @@ def test_several_prompts_files_and_stdin_are_the_same_batch(capsys, tmp_path, mo
     lines.write_text("\n".join([json.dumps(prompts[0]), "", json.dumps({"prompt": prompts[1], "id": 7})]) + "\n")
     assert tokens("--prompt-file", lines) == batch
     whole = tmp_path / "prompt.txt"
-    whole.write_text(prompts[0])
+    whole.write_text(prompts[0] + "\n")
     assert tokens("--prompt-file", whole) == batch[:1]
-    with whole.open() as file:
+    with whole.open(encoding="ascii") as file:
         monkeypatch.setattr(sys, "stdin", file)
         assert tokens("--prompt-file", "-") == batch[:1]
 
@@ -196,7 +196,7 @@ def test_an_unfinished_or_damaged_conversion_does_not_load(capsys, tmp_path):
         (["generate", *SHORT, "--draft", "ngram", "--draft", "mxfp4"], ["--draft mxfp4 cannot draft for ngram"]),
         (["generate", *SHORT, "--draft", "mxfp4", "--draft", "none"], ["--draft none is plain decoding"]),
         (["generate", *SHORT, "--synthetic-acceptance", "0.9,x"], ["--synthetic-acceptance", "0.9,x"]),
-        (["generate", *SHORT, "--synthetic-acceptance", "1.5"], ["synthetic_acceptance has 1.5"]),
+        (["generate", *SHORT, "--synthetic-acceptance", "1.5"], ["synthetic_acceptance is 1.5"]),
         (["generate", *SHORT, "--synthetic-acceptance", "0.5,0.5,0.5"], ["3 rates", "2 levels"]),
         (["convert", "demo", "out", "--draft", "int4"], ["'int4' is not a format", "mxfp4"]),
         (["generate", *SHORT, "--logprobs"], ["--logprobs needs --json"]),

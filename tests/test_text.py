@@ -145,7 +145,7 @@ def stopped_stream(tokenizer, text, stop, every=1):
 @pytest.mark.parametrize("every", [1, 2, 5, 100])
 def test_a_stop_string_ends_the_text_across_tokens(byte_level, every):
     text = "one two END three"
-    pieces, decoder, ids = stopped_stream(byte_level, text.ljust(100), "END", every)
+    pieces, decoder, _ = stopped_stream(byte_level, text.ljust(100), "END", every)
     assert decoder.stopped
     assert "".join(pieces) == decoder.text == "one two "
     assert decoder.tokens == len("one two END")
@@ -167,13 +167,13 @@ def test_what_may_begin_a_stop_string_is_held_back_then_released(byte_level):
 def test_the_stop_string_completed_first_wins_however_often_one_looks(byte_level, every):
     text = "so abcdef".ljust(100)
     for stops, kept in ((["cd", "f"], "so ab"), (["f", "cd"], "so ab"), (["abcde", "cd"], "so ab"), (["bcd", "d"], "so a")):
-        pieces, decoder, ids = stopped_stream(byte_level, text, stops, every)
+        pieces, decoder, _ = stopped_stream(byte_level, text, stops, every)
         assert "".join(pieces) == kept
         assert decoder.tokens == text.index("d") + 1
 
 
 def test_a_stop_string_with_a_character_of_several_tokens(byte_level):
-    pieces, decoder, ids = stopped_stream(byte_level, "tea 中文 is good", "a 中文")
+    pieces, decoder, _ = stopped_stream(byte_level, "tea 中文 is good", "a 中文")
     assert "".join(pieces) == "te"
     assert decoder.stopped
     assert decoder.tokens == len("tea 中文".encode())
