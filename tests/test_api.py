@@ -2,9 +2,11 @@
 
 import dataclasses
 import json
+import signal
 
 import numpy as np
 import pytest
+from tiny import FAMILIES, weights, write_checkpoint
 
 import mlspecqd_jax as mlsd
 from mlspecqd_jax import api
@@ -205,6 +207,7 @@ def test_bad_prompts(stack):
         ([[]], "prompt 0 is empty"),
         ([[10**6]], "prompt 0 has token id 1000000"),
         ([3], "prompt 0 is 3, but must be a text or a list of token ids"),
+        ({"prompt": "x"}, "prompts is {'prompt': 'x'}, but must be a text, a list of texts"),
     ]:
         with pytest.raises(ValueError, match=message):
             mlsd.generate(stack, prompts)
@@ -212,6 +215,136 @@ def test_bad_prompts(stack):
         mlsd.stream(stack, ["a", "b"])
     with pytest.raises(ValueError, match="dtype is 'int8', but must be one of bfloat16"):
         mlsd.load("demo", dtype="int8")
+
+
+def overflowing(folder):
+    """A model as good as any in bfloat16, whose residual stream leaves float16: all that norms divide is large."""
+    config = FAMILIES["llama2"]
+    grown = ("embed_tokens.weight", "o_proj.weight", "down_proj.weight")
+    tensors = {name: x * (20_000 if name.endswith(grown) else 1) for name, x in weights(config, "llama2").items()}
+    return write_checkpoint(folder, config, tensors)
+
+
+def test_a_model_that_leaves_float16_is_refused_in_one_sentence_and_runs_in_bfloat16(tmp_path):
+    folder = overflowing(tmp_path / "m")
+    prompts = [[1, 2, 3], [4, 5]]
+    for drafted in (False, True):
+        model = mlsd.load(folder, dtype="float16")
+        stack = mlsd.stack(model, (mlsd.prompt_lookup(), 2)) if drafted else mlsd.stack(model)
+        for temperature in (0, 0.8):
+            with pytest.raises(
+                ValueError, match=r'row 0: after \d new tokens m gives logits.*float16; load it with dtype "bfloat16"$'
+            ):
+                mlsd.generate(stack, prompts, max_new_tokens=20, temperature=temperature, top_k=5)
+    with pytest.raises(ValueError, match="load it with dtype"):
+        list(mlsd.stream(stack, [[1, 2, 3]], max_new_tokens=20))
+    out = mlsd.generate(mlsd.stack(mlsd.load(folder)), prompts, max_new_tokens=20)
+    assert [len(set(row)) > 1 for row in out.tokens] == [True, True]
+
+
+def test_broken_weights_are_told_from_a_narrow_dtype(demo):
+    params = demo.params | {"model.norm.weight": demo.params["model.norm.weight"] * np.nan}
+    with pytest.raises(ValueError, match=r"row 0: after 0 new tokens demo gives logits .* its weights are broken.*float32"):
+        mlsd.generate(mlsd.stack(dataclasses.replace(demo, params=params)), [[5, 6]], max_new_tokens=4)
+
+
+def test_a_chat_ends_at_the_templates_end_of_turn_too(demo, monkeypatch):
+    monkeypatch.setattr(demo.tokenizer, "chat_template", "{% for m in messages %}{{ m.content }}{% endfor %}")
+    eos = demo.card.eos_token_ids
+    stack = mlsd.stack(dataclasses.replace(demo, card=dataclasses.replace(demo.card, chat_end_token_ids=(7, *eos))))
+
+    def stops(**arguments):
+        return [i for i in api._request(stack, "x", arguments)[1].stop_token_ids.tolist() if i >= 0]
+
+    assert stops() == list(eos)
+    assert stops(chat=True) == [*eos, 7]
+    assert stops(chat=True, stop_token_ids=[9]) == [9]
+    assert stops(chat=True, stop_token_ids=()) == []
+
+
+def test_a_stop_string_may_be_a_special_token(demo, stack):
+    special = demo.tokenizer.all_special_ids[-1]
+    name = demo.tokenizer.convert_ids_to_tokens(special)
+    free = mlsd.generate(stack, PROMPTS[0], max_new_tokens=NEW, stop_token_ids=[])
+    end = len(free.tokens[0]) // 2
+    # What was chosen anyway up to there, then the special token.
+    bias = {special: 1e6}
+    out = mlsd.generate(stack, [free.prompt_tokens[0] + free.tokens[0][:end]], stop=name, stop_token_ids=[], logit_bias=bias)
+    assert (out.tokens, out.text, out.finish_reason) == ([[special]], [""], ["stop"])
+
+
+def test_slices_of_any_size_give_one_text_and_one_trace(stack, monkeypatch):
+    calls, sliced = [], api._slice
+
+    def counted(*arguments):
+        calls.append(arguments[-1])
+        return sliced(*arguments)
+
+    monkeypatch.setattr(api, "_slice", counted)
+    arguments = {"max_new_tokens": [NEW, 5, 1], "temperature": 0.7, "stop_token_ids": [], "logprobs": True}
+    found = []
+    for seconds in (0.0, 1e9):
+        monkeypatch.setattr(api, "SLICE_SECONDS", seconds)
+        calls.clear()
+        found.append(mlsd.generate(stack, PROMPTS, **arguments))
+        assert calls == ([1] * NEW if seconds == 0 else [1, 2, 4, 8, 16])
+        traces = api._advance._cache_size()
+    assert api._advance._cache_size() == traces
+    assert (found[0].tokens, found[0].text, found[0].logprobs) == (found[1].tokens, found[1].text, found[1].logprobs)
+
+
+def test_a_slice_takes_about_its_time():
+    assert api._next(1, 0.001, 10**9) == 2  # growing by no more than twice
+    assert api._next(64, 0.05, 10**9) == 128
+    assert api._next(64, 0.2, 10**9) == 64
+    assert api._next(64, 0.8, 10**9) == 16
+    assert api._next(1, 30, 10**9) == 1
+    assert api._next(64, 0.001, 16) == 16
+
+
+def test_a_long_prompt_is_fed_in_slices(demo, monkeypatch):
+    import jax.numpy as jnp
+
+    monkeypatch.setattr(api, "PREFILL_WIDTHS", (16,))
+    stack = mlsd.stack(demo, (demo.quantized(), 2), share_cache=False)
+    fed, feed = [], api._feed
+
+    def counted(*arguments, **pieces):
+        fed.append((int(pieces["first"]), int(pieces["pieces"])))
+        return feed(*arguments, **pieces)
+
+    monkeypatch.setattr(api, "_feed", counted)
+    monkeypatch.setattr(api, "SLICE_SECONDS", 1e9)
+    prompts = [np.arange(5, 75).tolist(), [9]]
+    out = mlsd.generate(stack, prompts, max_new_tokens=4, stop_token_ids=[])
+    assert fed == [(0, 0), (0, 1), (1, 2), (3, 4)]
+    batch = mlsd.prepare(stack, prompts, max_new_tokens=4)
+    settings = mlsd.Sampling.create(2, stack.card.vocab_size)
+    tokens, length, _ = mlsd.generate_tokens(stack, *batch[:3], settings, prefill_width=16)
+    assert out.tokens == [np.asarray(tokens)[r, len(p) : int(length[r])].tolist() for r, p in enumerate(prompts)]
+    assert isinstance(tokens, jnp.ndarray)
+
+
+def test_an_interrupt_is_heeded_after_a_slice(stack, monkeypatch):
+    calls, sliced = [], api._slice
+
+    def interrupted(*arguments):
+        calls.append(1)
+        if len(calls) == 3:
+            signal.raise_signal(signal.SIGINT)
+        return sliced(*arguments)
+
+    monkeypatch.setattr(api, "_slice", interrupted)
+    monkeypatch.setattr(api, "SLICE_SECONDS", 0.0)
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        for run in (mlsd.generate, mlsd.compare):
+            calls.clear()
+            with pytest.raises(KeyboardInterrupt):
+                run(stack, PROMPTS, max_new_tokens=NEW, stop_token_ids=[])
+            assert len(calls) == 3
+    finally:
+        signal.signal(signal.SIGINT, handler)
 
 
 @pytest.mark.slow

@@ -2,10 +2,12 @@
 
 import types
 
+import hypothesis
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tokenizers
+from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -35,12 +37,17 @@ def sentencepiece(decoder):
     return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token=EOS, unk_token="<unk>")
 
 
-@pytest.fixture(scope="module", params=["llama", "metaspace"])
+DECODERS = {
+    "llama": lambda: decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    ),
+    "metaspace": lambda: decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()]),
+}
+
+
+@pytest.fixture(scope="module", params=list(DECODERS))
 def spaced(request):
-    if request.param == "metaspace":
-        return sentencepiece(decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()]))
-    parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    return sentencepiece(decoders.Sequence(parts))
+    return sentencepiece(DECODERS[request.param]())
 
 
 def ids_of(tokenizer, *tokens):
@@ -268,3 +275,142 @@ def test_chat_wraps_each_text_by_the_template(byte_level):
         byte_level.chat_template = None
     assert [byte_level.decode(row) for row in rows] == ["user:hello\nbot:", "user:😀\nbot:"]
     assert byte_level.decode(plain[0]) == "hello"
+
+
+@pytest.fixture(scope="module", params=["byte level", "llama", "metaspace"])
+def any_tokenizer(request, byte_level):
+    """Each kind of tokenizer, with two special tokens."""
+    tokenizer = byte_level if request.param == "byte level" else sentencepiece(DECODERS[request.param]())
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+    return tokenizer
+
+
+def ids_strategy(tokenizer):
+    """Tokens as a broken model would put them out: stray bytes above all."""
+    data = [0xE4, 0xB8, 0x96, 0xF0, 0x9F, 0x98, 0x80, 0xC3, 0xA9, 0xED, 0xA0, 0xFF, 0x20, 0x41]
+    others = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>"), *range(3, 11)]
+    return st.lists(st.one_of(st.sampled_from(byte_ids(tokenizer, data)), st.sampled_from(others)), max_size=12)
+
+
+@hypothesis.settings(max_examples=60, deadline=None, derandomize=True)
+@hypothesis.given(data=st.data())
+def test_whatever_bytes_come_and_however_often_one_looks_the_text_is_one(any_tokenizer, data):
+    prompt, ids = data.draw(ids_strategy(any_tokenizer)), data.draw(ids_strategy(any_tokenizer))
+    stop = data.draw(st.sampled_from([(), ("\ufffd\ufffd",), ("<|im_end|>A", "é"), ("A ",)]))
+    whole = Decoder(any_tokenizer, prompt, stop)
+    text = whole.push(ids) + whole.finish()
+    assert text == whole.text
+    for every in (1, 2, 5):
+        decoder = Decoder(any_tokenizer, prompt, stop)
+        assert "".join(stream(decoder, ids, every)) == text
+        assert (decoder.stopped, decoder.tokens) == (whole.stopped, whole.tokens)
+
+
+@hypothesis.settings(max_examples=60, deadline=None, derandomize=True)
+@hypothesis.given(data=st.binary(max_size=12))
+def test_bytes_become_the_characters_that_utf_8_makes_of_them(any_tokenizer, data):
+    """After a prompt that ends in a whole character; of bytes that are none, U+FFFD as Unicode recommends."""
+    decoder = Decoder(any_tokenizer, byte_ids(any_tokenizer, b"x"))
+    assert "".join(stream(decoder, byte_ids(any_tokenizer, data))) == data.decode(errors="replace")
+
+
+def test_stray_bytes_are_not_held_back(any_tokenizer):
+    decoder = Decoder(any_tokenizer, byte_ids(any_tokenizer, b"x"))
+    ids = byte_ids(any_tokenizer, b"\x96\xe4\xe4\xb8\xff\xf0\x9f\x98\xf0")
+    pieces = [decoder.push([id_]) for id_ in ids]
+    assert pieces == ["\ufffd", "", "\ufffd", "", "\ufffd\ufffd", "", "", "", "\ufffd"]
+    assert decoder.finish() == "\ufffd"
+
+
+def test_what_a_prompt_leaves_of_a_character_is_not_repeated(any_tokenizer):
+    """The prompt's own text shows it."""
+    world = "世".encode()
+    for begun in (1, 2):
+        prompt = byte_ids(any_tokenizer, b"x" + world[:begun])
+        assert stream(Decoder(any_tokenizer, prompt), byte_ids(any_tokenizer, b"A")) == ["A", ""]
+        assert stream(Decoder(any_tokenizer, prompt), byte_ids(any_tokenizer, b"\xffA")) == ["\ufffd", "A", ""]
+        assert stream(Decoder(any_tokenizer, prompt), []) == [""]
+        assert stream(Decoder(any_tokenizer, prompt), [any_tokenizer.eos_token_id]) == ["", ""]
+        assert "".join(stream(Decoder(any_tokenizer, prompt), byte_ids(any_tokenizer, world[begun:]))) == "世"
+    prompt = byte_ids(any_tokenizer, b"x" + world[:1])
+    assert "".join(stream(Decoder(any_tokenizer, prompt), byte_ids(any_tokenizer, world[1:2] + b"A"))) == "\ufffdA"
+
+
+def test_a_stop_string_may_be_or_hold_a_special_token(any_tokenizer):
+    a, b, end = [*byte_ids(any_tokenizer, b"AB"), any_tokenizer.convert_tokens_to_ids("<|im_end|>")]
+    for stop, ids, text, taken in [
+        ("<|im_end|>", [a, end, b], "A", 2),
+        ("A<|im_end|>", [b, a, end, b], "B", 3),
+        ("<|im_end|>B", [a, end, a, end, b, b], "AA", 5),
+        ("<|im_end|><|im_end|>", [a, end, b, end, end, b], "AB", 5),
+        ("im_", [a, end, b], "A", 2),
+        ("BB", [a, end, b, end, b], "ABB", 5),  # what stands between is no text, and keeps them apart
+    ]:
+        decoder = Decoder(any_tokenizer, [a], [stop])
+        assert "".join(stream(decoder, ids)) == text, stop
+        assert (decoder.tokens, decoder.stopped) == (taken, stop != "BB")
+
+
+def test_what_a_push_decodes_does_not_grow_with_the_text(any_tokenizer, monkeypatch):
+    decode, decoded = any_tokenizer.decode, []
+
+    def counted(ids, **options):
+        decoded.append(len(ids))
+        return decode(ids, **options)
+
+    monkeypatch.setattr(any_tokenizer, "decode", counted)
+    decoder = Decoder(any_tokenizer, byte_ids(any_tokenizer, b"x" * 500), ["never there"])
+    decoded.clear()
+    for id_ in byte_ids(any_tokenizer, TEXT.encode()) * 20:
+        decoder.push([id_])
+        assert sum(decoded) < 8
+        decoded.clear()
+    decoder.finish()
+    assert sum(decoded) < 8
+    assert decoder.text == TEXT * 20
+
+
+def test_a_prompt_far_beyond_the_positions_is_refused_by_its_beginning(byte_level):
+    encoded = []
+
+    class Counting:
+        def __call__(self, text, **options):
+            encoded.append(len(text))
+            return byte_level(text, **options)
+
+    short = types.SimpleNamespace(name="tiny", tokenizer=Counting(), vocab_size=300, max_positions=10)
+    with pytest.raises(ValueError, match=r"prompt 1 has 10000000 characters, more than twice the tokens that tiny has positions"):
+        encode(short, ["a", "a" * 10**7])
+    assert sum(encoded) < 1000
+    spaces = [len(ids) for ids in encode(short, ["a" * 25])]  # which of these are too long is said with the new tokens
+    assert spaces == [25]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        ({"prompt": "a"}, r"prompts is \{'prompt': 'a'\}, but must be a text, a list of texts"),
+        (b"bytes", r"prompts is b'bytes'"),
+        ({"a", "b"}, "prompts is {"),
+        (7, "prompts is 7"),
+        (None, "prompts is None"),
+        ((text for text in ["a"]), "prompts is of type generator"),
+        (np.zeros((2, 3, 4), int), r"prompts is an array of int64 of shape \[2, 3, 4\]"),
+        (np.zeros((1, 2)), r"prompt 0 is an array of float64 of shape \[2\], but must be a text or a list of token ids"),
+        ([b"bytes"], r"prompt 0 is b'bytes'"),
+        ([{"a": 1}], r"prompt 0 is \{'a': 1\}"),
+        ([{1, 2}], r"prompt 0 is \{1, 2\}"),
+        ([["a", "b"]], r"prompt 0 is \['a', 'b'\]"),
+        ([[True]], r"prompt 0 is \[True\]"),
+        ([[10**5000]], r"prompt 0 has token id of type int, but ids go from 0"),
+    ],
+)
+def test_prompts_of_another_kind_are_refused_by_name_and_not_iterated(byte_level, prompts, message):
+    with pytest.raises(ValueError, match=message):
+        encode(card(byte_level), prompts)
+
+
+def test_ids_may_be_lists_tuples_and_arrays(byte_level):
+    for prompts in ([[1, 2]], ([1, 2],), ((1, 2),), [np.array([1, 2], np.uint8)], np.array([[1, 2]]), jnp.array([[1, 2]])):
+        assert encode(card(), prompts) == [[1, 2]]
+    assert encode(card(byte_level), ("hello",)) == encode(card(byte_level), "hello")
