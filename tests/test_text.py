@@ -414,3 +414,12 @@ def test_ids_may_be_lists_tuples_and_arrays(byte_level):
     for prompts in ([[1, 2]], ([1, 2],), ((1, 2),), [np.array([1, 2], np.uint8)], np.array([[1, 2]]), jnp.array([[1, 2]])):
         assert encode(card(), prompts) == [[1, 2]]
     assert encode(card(byte_level), ("hello",)) == encode(card(byte_level), "hello")
+
+
+@hypothesis.settings(max_examples=60, deadline=None, derandomize=True)
+@hypothesis.given(data=st.data())
+def test_whole_tokens_give_the_text_that_the_tokenizer_gives_at_once(any_tokenizer, data):
+    tokens = st.lists(st.sampled_from([any_tokenizer.eos_token_id, *range(3, 11)]), min_size=1, max_size=8)
+    prompt, ids = data.draw(tokens), data.draw(tokens)
+    shown, whole = (any_tokenizer.decode(row, skip_special_tokens=True) for row in (prompt, prompt + ids))
+    assert shown + "".join(stream(Decoder(any_tokenizer, prompt), ids)) == whole

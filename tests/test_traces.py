@@ -106,9 +106,10 @@ def test_a_copy_of_a_cache_would_be_seen():
     assert cache_copies(swap.lower(*caches).compile().as_text(), cache_shape(CONFIG)[1:])
 
 
-def test_the_donated_caches_are_updated_where_they_are(program, stack):
+@pytest.mark.parametrize("name", ["feed", "advance"])
+def test_the_donated_caches_are_updated_where_they_are(program, stack, name):
     for config in (CONFIG, SMALL) if len(stack.levels) > 1 else (CONFIG,):
-        caches, in_place = aliased(program("advance"), "bf16", cache_shape(config))
+        caches, in_place = aliased(program(name), "bf16", cache_shape(config))
         assert len(caches) == 2 * config.num_hidden_layers  # a shared cache counts once
         assert in_place == caches
 
