@@ -258,7 +258,7 @@ def _compile(stack: Level, batch: Batch, sampling: Sampling) -> tuple[State, flo
     began = time.perf_counter()
     state = _begin(stack, batch.tokens, batch.length, sampling, prefill_width=batch.prefill_width)
     state = _feed(stack, state, prefill_width=batch.prefill_width, first=np.int32(0), pieces=np.int32(0))
-    state = _advance(stack, state, batch.limit, sampling, np.int32(0))
+    state = _advance(stack, state, np.array(batch.limit), sampling, np.int32(0))
     return jax.block_until_ready(state), time.perf_counter() - began
 
 

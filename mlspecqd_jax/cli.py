@@ -54,6 +54,14 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(f"{message}; see '{self.prog} --help'")
 
 
+def run() -> None:
+    """Leave the process by the exit code of `main`; at once if interrupted, when the runtime has no need to be shut down in order."""
+    code = main()
+    if code == INTERRUPTED:
+        os._exit(code)  # what was said is flushed
+    sys.exit(code)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit code."""
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
@@ -250,4 +258,4 @@ def _info(a: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

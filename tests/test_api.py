@@ -240,13 +240,10 @@ def test_a_model_that_leaves_float16_is_refused_in_one_sentence_and_runs_in_bflo
     model = mlsd.load(folder, dtype="float16")
     drafted = mlsd.stack(model, (mlsd.prompt_lookup(), 2))
     sentence = r'row 0: after \d new tokens .*m gives logits .*float16; load it with dtype "bfloat16"$'
-    for run in (
-        lambda: mlsd.generate(mlsd.stack(model), prompts, max_new_tokens=20),
-        lambda: mlsd.generate(drafted, prompts, max_new_tokens=20, temperature=0.8, top_k=5),
-        lambda: list(mlsd.stream(drafted, [[1, 2, 3]], max_new_tokens=20)),
-    ):
-        with pytest.raises(ValueError, match=sentence):
-            run()
+    with pytest.raises(ValueError, match=sentence):
+        mlsd.generate(mlsd.stack(model), prompts, max_new_tokens=20)
+    with pytest.raises(ValueError, match=sentence):
+        list(mlsd.stream(drafted, [[1, 2, 3]], max_new_tokens=20, temperature=0.8, top_k=5))
     out = mlsd.generate(mlsd.stack(mlsd.load(folder)), prompts, max_new_tokens=20)
     assert [len(set(row)) > 1 for row in out.tokens] == [True, True]
 
@@ -271,15 +268,31 @@ def test_a_chat_ends_at_the_templates_end_of_turn_too(demo, monkeypatch):
     assert stops(chat=True, stop_token_ids=()) == []
 
 
-def test_a_stop_string_may_be_a_special_token(demo, stack):
-    special = demo.tokenizer.all_special_ids[-1]
-    name = demo.tokenizer.convert_ids_to_tokens(special)
-    free = mlsd.generate(stack, PROMPTS[0], max_new_tokens=NEW, stop_token_ids=[])
-    end = len(free.tokens[0]) // 2
-    # What was chosen anyway up to there, then the special token.
-    bias = {special: 1e6}
-    out = mlsd.generate(stack, [free.prompt_tokens[0] + free.tokens[0][:end]], stop=name, stop_token_ids=[], logit_bias=bias)
-    assert (out.tokens, out.text, out.finish_reason) == ([[special]], [""], ["stop"])
+@dataclasses.dataclass(frozen=True)
+class Letters:
+    """A tokenizer of single letters and one special token."""
+
+    special: int
+
+    def decode(self, ids, skip_special_tokens, **_):
+        return "".join(chr(0x4E00 + i) if i != self.special else "" if skip_special_tokens else "<|end|>" for i in ids)
+
+    def convert_ids_to_tokens(self, id_):
+        return "<|end|>" if id_ == self.special else chr(0x4E00 + id_)
+
+
+def test_a_stop_string_may_be_a_special_token(small):
+    stack = mlsd.stack(small)
+    free = mlsd.generate(stack, IDS[:1], max_new_tokens=NEW, stop_token_ids=[]).tokens[0]
+    end = next(i for i in range(3, NEW) if free[i] not in free[:i])
+    card = dataclasses.replace(small.card, tokenizer=Letters(free[end]))
+    told = mlsd.stack(dataclasses.replace(small, card=card))
+    letters = "".join(chr(0x4E00 + i) for i in free[:end])
+    arguments = {"max_new_tokens": NEW, "stop_token_ids": []}
+    for stop, text in (("<|end|>", letters), (letters[-1] + "<|end|>", letters[:-1])):
+        out = mlsd.generate(told, IDS[:1], stop=[stop, "never"], **arguments)
+        assert (out.text, out.tokens, out.finish_reason) == ([text], [free[: end + 1]], ["stop"])
+        assert "".join(mlsd.stream(told, IDS[:1], stop=stop, **arguments)) == text
 
 
 def test_slices_of_any_size_give_one_text_and_one_trace(small, monkeypatch):
@@ -314,7 +327,7 @@ def test_a_slice_takes_about_its_time():
 def test_a_long_prompt_is_fed_in_slices(small, monkeypatch):
     monkeypatch.setattr(api, "PREFILL_WIDTHS", (16,))
     monkeypatch.setattr(api, "SLICE_SECONDS", 1e9)
-    stack, fed, feed = mlsd.stack(small, (small.quantized(), 2), share_cache=False), [], api._feed
+    stack, fed, feed = mlsd.stack(small), [], api._feed
 
     def counted(*arguments, **pieces):
         fed.append((int(pieces["first"]), int(pieces["pieces"])))
@@ -327,9 +340,9 @@ def test_a_long_prompt_is_fed_in_slices(small, monkeypatch):
     monkeypatch.setattr(api, "SLICE_SECONDS", 0.0)
     assert mlsd.generate(stack, prompts, max_new_tokens=4, stop_token_ids=[]).tokens == out.tokens
     assert fed[4:] == [(0, 0), *((i, 1) for i in range(5))]
-    batch = mlsd.prepare(stack, prompts, max_new_tokens=4)
-    tokens, length, _ = mlsd.generate_tokens(stack, *batch[:3], mlsd.Sampling.create(2, stack.card.vocab_size), prefill_width=16)
-    assert out.tokens == [np.asarray(tokens)[r, len(p) : int(length[r])].tolist() for r, p in enumerate(prompts)]
+    monkeypatch.setattr(api, "PREFILL_WIDTHS", (128,))
+    assert mlsd.generate(stack, prompts, max_new_tokens=4, stop_token_ids=[]).tokens == out.tokens
+    assert len(fed) == 4 + 6 + 2  # in one piece
 
 
 def test_an_interrupt_is_heeded_after_a_slice(small, monkeypatch):

@@ -393,7 +393,8 @@ def test_ctrl_c_ends_a_generation_of_any_form(options):
         "    return whole(*arguments)\n"
         "api._slice = rested\n"
         f"options = ['--prompt', 'def f():', '--draft', 'none', '--max-new-tokens', '900', *{options!r}]\n"
-        "sys.exit(cli.main(['generate', 'demo', *options]))\n"
+        "sys.argv = ['mlspecqd', 'generate', 'demo', *options]\n"
+        "cli.run()\n"
     )
     process = subprocess.Popen([sys.executable, "-c", child], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
     while process.stderr.readline() not in ("slice\n", ""):
