@@ -55,7 +55,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def run() -> None:
-    """Leave the process by the exit code of `main`; at once if interrupted, when the runtime has no need to be shut down in order."""
+    """Leave the process by the exit code of `main`; at once if interrupted, since shutting the runtime down takes its time."""
     code = main()
     if code == INTERRUPTED:
         os._exit(code)  # what was said is flushed
