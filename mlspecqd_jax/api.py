@@ -211,6 +211,7 @@ def _run(stack: Level, prompts, most_rounds: int, arguments: dict[str, Any]):
         if done.all():
             break
     timing = report.Timing(time.perf_counter() - began, compile_seconds)
+    stopped = [d is not None and d.stopped for d in decoders]  # what `finish` gave may have completed a stop string
     new = [tokens[r, begin[r] : length[r]].tolist() for r in rows]
     new = [ids[: d.tokens] if over else ids for ids, d, over in zip(new, decoders, stopped, strict=True)]
     logprobs = None
