@@ -268,10 +268,10 @@ def run_round(level: Level, progress: Progress, limit: jax.Array, sampling: Samp
     appended, ended = _cut(verdict, length, limit, open_, sampling.stop_token_ids)
     broken = progress.broken
     if number == 0:  # a draft's are replaced by lawful ones
-        first = _first_lawless(adjusted, verdict, sampling)
-        broken |= open_ & (first < appended)
+        lawful = _lawful_rows(adjusted, verdict, sampling)
+        broken |= open_ & (lawful < appended)
         ended &= ~broken
-        appended = jnp.minimum(appended, first)
+        appended = jnp.minimum(appended, lawful)
     probs, logprobs = progress.probs, progress.logprobs
     if probs is not None:
         probs = put(probs, length - progress.begin, verdict.probs)
@@ -340,7 +340,7 @@ def _lawful(logits: jax.Array) -> jax.Array:
     return jnp.where(usable[..., None], logits, certain)
 
 
-def _first_lawless(logits: jax.Array, verdict: Verdict, sampling: Sampling) -> jax.Array:
+def _lawful_rows(logits: jax.Array, verdict: Verdict, sampling: Sampling) -> jax.Array:
     """Return int32 [B], how many leading rows of logits [B, W, V] can be chosen from: no NaN, no +inf, not -inf throughout.
 
     NaN and +inf come before every number in an argmax, so greedy tokens tell of them without another pass over V.
