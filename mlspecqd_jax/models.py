@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from mlspecqd_jax import chat, checkpoint, config_file, huggingface, layouts, tokenizer_files, weight_files
+from mlspecqd_jax import arguments, chat, checkpoint, config_file, huggingface, layouts, settings, tokenizer_files, weight_files
 from mlspecqd_jax.json_files import read_json, read_json_if_there, shown
 from mlspecqd_jax.mxfp4 import FORMATS, MXArray, MXFP4Array, check_format
 from mlspecqd_jax.partition import usable_mesh
@@ -66,6 +66,7 @@ class Model:
     def nbytes(self) -> int:
         return sum(leaf.nbytes for leaf in self.params.values())
 
+    @settings.held
     def quantized(self, format: str = "mxfp4", policy: Policy | None = None, scale_rule: str = "floor") -> "Model":
         """Return the twin: this model with its linear layers and lm_head in `format`, sharing every other array.
 
@@ -79,6 +80,7 @@ class Model:
         Raises:
           ValueError: an unknown format, rule or glob, or a model that is quantized in another way.
         """
+        arguments.recipe(format, policy, scale_rule)
         recipe = Recipe(format, tuple((policy or {}).items()), scale_rule)
         if recipe == self.recipe:
             return self
@@ -97,6 +99,7 @@ class Model:
         return dataclasses.replace(self, params=params, card=card, recipe=recipe)
 
 
+@settings.held
 def load(model: str | os.PathLike, *, dtype: str = "bfloat16", mesh: Mesh | None = None) -> Model:
     """Load a model from the demo family, a folder, or the Hugging Face hub.
 
@@ -197,6 +200,7 @@ def describe(model: str | os.PathLike) -> dict[str, Any]:
     }
 
 
+@settings.held
 def convert(
     model: str | os.PathLike, folder: str | os.PathLike, *, dtype: str = "bfloat16", draft: str | None = None
 ) -> pathlib.Path:

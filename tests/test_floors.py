@@ -12,14 +12,30 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 FLOORS = (
     ("pallas_kernels", "cpu_kernels"),
     ("json_files", "render_templates", "chat", "tokenizer_files"),
-    ("buffers", "predictions", "moves", "mxfp4", "partition", "placement", "layouts", "matmul", "quantization", "rope", "text"),
+    (
+        "arguments",
+        "settings",
+        "console",
+        "prompt_files",
+        "buffers",
+        "predictions",
+        "moves",
+        "mxfp4",
+        "partition",
+        "placement",
+        "layouts",
+        "matmul",
+        "quantization",
+        "rope",
+        "text",
+    ),
     ("attention", "transformer", "sampling", "verification"),
     ("config_file", "weight_files", "huggingface", "checkpoint", "levels", "prompt_lookup", "speculation"),
     ("models", "stacks", "specs", "report", "api"),
     ("cli", "examples", "benchmarks"),
 )
 ORDER = [name for floor in FLOORS for name in floor]
-ALGORITHM = {"buffers", "sampling", "verification", "levels", "prompt_lookup", "speculation"}
+ALGORITHM = {"arguments", "settings", "buffers", "sampling", "verification", "levels", "prompt_lookup", "speculation"}
 NETWORK = {
     "mxfp4",
     "layouts",
