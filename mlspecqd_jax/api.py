@@ -3,15 +3,17 @@
 import dataclasses
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mlspecqd_jax import report, speculation
-from mlspecqd_jax.levels import Level
+from mlspecqd_jax import report, settings, speculation
+from mlspecqd_jax.arguments import LARGEST_INT, each_row, flag, instance, is_array, texts
+from mlspecqd_jax.levels import Level, piece_width
+from mlspecqd_jax.models import Card
 from mlspecqd_jax.sampling import Sampling
 from mlspecqd_jax.speculation import State
 from mlspecqd_jax.text import Decoder, encode
@@ -19,9 +21,10 @@ from mlspecqd_jax.text import Decoder, encode
 DEFAULT_NEW_TOKENS = 128
 PREFILL_WIDTHS = (16, 64, speculation.PREFILL_WIDTH)
 ROUNDS_TO_STOP_STRINGS = 16  # rounds between looks at the text when stop strings are given
-ALL_ROUNDS = 2**31 - 1
+SLICE_SECONDS = 0.2  # of work in one call, after which an interrupt is heeded
 
-_init = jax.jit(speculation.init, static_argnames="prefill_width")
+_begin = jax.jit(speculation.begin, static_argnames="prefill_width")
+_feed = jax.jit(speculation.feed, donate_argnames="state", static_argnames="prefill_width")
 _advance = jax.jit(speculation.advance, donate_argnames="state")
 
 
@@ -41,8 +44,8 @@ class Arguments(TypedDict, total=False):
     presence_penalty: float | Sequence[float]  # default 0: off
     frequency_penalty: float | Sequence[float]  # default 0: off
     logit_bias: Mapping[int, float] | Sequence[Mapping[int, float]] | None  # token id to what is added to its logit
-    stop_token_ids: Sequence[int] | None  # ids that end a row; None (default): the model's own
-    stop: str | Sequence[str] | None  # text ends before the first of these that is completed
+    stop_token_ids: Collection[int] | None  # ids that end a row, in place of the model's own; None (default): the model's own
+    stop: str | Sequence[str] | None  # text ends before the first of these that is completed; may be or hold special tokens
     logprobs: bool  # record the log-probability of each new token under the model's own logits; default False
     synthetic_acceptance: Sequence[float] | None  # for benchmarks: coins accept drafts, one rate a level; meaningless output
 
@@ -68,27 +71,26 @@ class Generation:
     report: dict[str, Any]
 
 
+@settings.held
 def prepare(stack: Level, prompts, *, max_new_tokens: int | Sequence[int] | None = None, chat: bool = False) -> Batch:
     """Encode prompts and lay them out in a buffer whose size is a bucket, so that another prompt is rarely another trace.
 
     Args:
       stack: from `stack`.
-      prompts: a text, a list of texts, or a list of token id lists.
+      prompts: a text, or a list or tuple of texts and of token ids (lists, tuples or integer arrays), or an integer array of a row
+        a prompt. Nothing else is iterated: make a list of what a generator yields.
       max_new_tokens: at most this many new tokens, one number or one a row; None is 128, or what the positions leave.
       chat: wrap each text as a user's message by the tokenizer's chat template.
 
     Raises:
       ValueError: a prompt is empty, or prompt and new tokens exceed the positions of the target or of a draft.
     """
-    card = stack.card
-    rows = encode(card, prompts, chat=chat)
+    card = _card(stack)
+    rows = encode(card, prompts, chat=flag("chat", chat))
     explicit = max_new_tokens is not None
-    wanted = np.asarray(max_new_tokens if explicit else DEFAULT_NEW_TOKENS)
-    if wanted.dtype.kind not in "iu" or wanted.ndim > 1 or np.any(wanted < 1):
-        raise ValueError(f"max_new_tokens is {max_new_tokens!r}, but must be a positive whole number (or one a row)")
-    if wanted.ndim == 1 and len(wanted) != len(rows):
-        raise ValueError(f"max_new_tokens has {len(wanted)} entries for {len(rows)} prompts; give a number or one for each")
-    length = np.array([len(row) for row in rows])
+    wanted = each_row("max_new_tokens", max_new_tokens if explicit else DEFAULT_NEW_TOKENS, len(rows))
+    wanted = np.array([min(n, LARGEST_INT) for n in wanted], np.int64)
+    length = np.array([len(row) for row in rows], np.int64)
     if np.any(length >= card.max_positions):
         raise ValueError(
             f"a prompt has {max(length)} tokens, but {card.name} has {card.max_positions} positions and needs one for a new token; "
@@ -120,14 +122,16 @@ def generate(stack: Level, prompts, **arguments: Unpack[Arguments]) -> Generatio
 
     Args:
       stack: from `stack`.
-      prompts: a text, a list of texts, or a list of token id lists.
+      prompts: as for `prepare`.
       **arguments: any of `Arguments`.
 
+    An interrupt (Ctrl-C) is heeded after at most some SLICE_SECONDS of work, one pass of the model, or a compilation.
+
     Raises:
-      ValueError: before anything is compiled, one sentence on what is wrong.
+      ValueError: before anything is compiled, one sentence on what is wrong; or as soon as the model's logits for a row are no
+        numbers, which dtype to load it in.
     """
-    rounds = ROUNDS_TO_STOP_STRINGS if arguments.get("stop") else ALL_ROUNDS
-    run = _run(stack, prompts, rounds, arguments)
+    run = _run(stack, prompts, LARGEST_INT if arguments.get("stop") is None else ROUNDS_TO_STOP_STRINGS, arguments)
     while True:
         try:
             next(run)
@@ -161,7 +165,7 @@ def stream(stack: Level, prompt, **arguments: Unpack[Arguments]) -> Stream:
     Raises:
       ValueError: as `generate`, or more than one prompt is given.
     """
-    if not isinstance(prompt, str) and len(prompt) != 1:
+    if (isinstance(prompt, (list, tuple)) or (is_array(prompt) and prompt.ndim)) and len(prompt) != 1:
         raise ValueError(f"stream continues one prompt, but {len(prompt)} were given; call generate for several")
     run = _run(stack, prompt, 1, arguments)
     next(run)  # check the arguments and compile now rather than at the first piece
@@ -178,33 +182,38 @@ def compare(stack: Level, prompts, **arguments: Unpack[Arguments]) -> Generation
     return dataclasses.replace(ours, report=ours.report | {"speedup": per_token[0] / per_token[1]})
 
 
-def _run(stack: Level, prompts, rounds: int, arguments: dict[str, Any]):
-    """Check, compile, then yield the new text of each row after every `rounds` rounds; return the Generation.
+def _run(stack: Level, prompts, most_rounds: int, arguments: dict[str, Any]):
+    """Check, compile, then yield the new text of each row after every slice of at most so many rounds; return the Generation.
 
     The first yield comes before anything is generated.
     """
     batch, sampling, stops = _request(stack, prompts, dict(arguments))
-    compile_seconds = _compile(stack, batch, sampling)
-    yield [""] * len(batch.length)
-
-    began = time.perf_counter()
+    state, compile_seconds = _compile(stack, batch, sampling)
     rows, begin, limit = range(len(batch.length)), np.asarray(batch.length), np.array(batch.limit)
     prompt_tokens = [np.asarray(batch.tokens)[r, : begin[r]].tolist() for r in rows]
+    yield [""] * len(rows)
+
+    began = time.perf_counter()
+    state = _prefill(stack, state, batch)
     decoders = [Decoder(stack.card.tokenizer, prompt, stops) if stack.card.tokenizer else None for prompt in prompt_tokens]
-    state = _init(stack, batch.tokens, batch.length, sampling, prefill_width=batch.prefill_width)
+    length, rounds = begin, 1
     while True:
-        state = _advance(stack, state, jnp.asarray(limit), sampling, np.int32(rounds))
-        tokens, length, ended = jax.device_get((state.tokens, state.length, state.ended))
-        new = [tokens[r, begin[r] : length[r]].tolist() for r in rows]
-        pieces = [decoder.push(ids) if decoder else "" for decoder, ids in zip(decoders, new, strict=True)]
-        stopped = [decoder is not None and decoder.stopped for decoder in decoders]
+        seen, sliced = length, time.perf_counter()
+        state, (tokens, length, ended, broken) = _slice(stack, state, limit, sampling, rounds)
+        rounds = _next(rounds, time.perf_counter() - sliced, most_rounds)
+        pieces = [d.push(tokens[r, seen[r] : length[r]].tolist()) if d else "" for r, d in enumerate(decoders)]
+        stopped = np.array([d is not None and d.stopped for d in decoders])
         limit = np.where(stopped, length, limit)
-        done = ended | (length >= limit)
-        yield [pieces[r] + decoders[r].finish(new[r]) if done[r] and decoders[r] else pieces[r] for r in rows]
+        done = ended | broken | (length >= limit)
+        yield [piece + d.finish() if d and over else piece for piece, d, over in zip(pieces, decoders, done, strict=True)]
+        if np.any(broken & ~stopped):
+            raise ValueError(_broken_sentence(stack, int(np.argmax(broken & ~stopped)), length - begin))
         if done.all():
             break
     timing = report.Timing(time.perf_counter() - began, compile_seconds)
-    new = [ids[: decoders[r].tokens_to_stop(ids)] if stopped[r] else ids for r, ids in enumerate(new)]
+    stopped = [d is not None and d.stopped for d in decoders]  # what `finish` gave may have completed a stop string
+    new = [tokens[r, begin[r] : length[r]].tolist() for r in rows]
+    new = [ids[: d.tokens] if over else ids for ids, d, over in zip(new, decoders, stopped, strict=True)]
     logprobs = None
     if state.logprobs is not None:
         logprobs = [np.asarray(state.logprobs)[r, begin[r] : begin[r] + len(new[r])].tolist() for r in rows]
@@ -226,25 +235,66 @@ def _request(stack: Level, prompts, arguments: dict[str, Any]) -> tuple[Batch, S
     unknown = sorted(set(arguments) - set(Arguments.__annotations__))
     if unknown:
         raise ValueError(f"'{unknown[0]}' is not supported; supported: {', '.join(sorted(Arguments.__annotations__))}")
-    stops = arguments.pop("stop", None)
-    stops = () if stops is None else (stops,) if isinstance(stops, str) else tuple(stops)
-    if not all(isinstance(s, str) and s for s in stops):
-        raise ValueError(f"stop is {stops!r}, but must be a non-empty string or several")
-    if stops and stack.card.tokenizer is None:
-        raise ValueError(f"{stack.card.name} has no tokenizer, which stop strings need; use stop_token_ids")
+    card, stops = _card(stack), texts("stop", arguments.pop("stop", None))
+    if stops and card.tokenizer is None:
+        raise ValueError(f"{card.name} has no tokenizer, which stop strings need; use stop_token_ids")
     batch_arguments = {name: arguments.pop(name) for name in ("max_new_tokens", "chat") if name in arguments}
-    if arguments.get("stop_token_ids") is None:
-        arguments["stop_token_ids"] = stack.card.eos_token_ids
     batch = prepare(stack, prompts, **batch_arguments)
+    if arguments.get("stop_token_ids") is None:
+        ends = card.chat_end_token_ids if batch_arguments.get("chat") else ()
+        arguments["stop_token_ids"] = tuple(dict.fromkeys((*card.eos_token_ids, *ends)))
     sampling = Sampling.create(len(batch.length), stack.model.vocab_size, **arguments)
     speculation.check(stack, sampling)
     return batch, sampling, stops
 
 
-def _compile(stack: Level, batch: Batch, sampling: Sampling) -> float:
-    """Compile by a call that has nothing to do (no prompt to feed, every row at its limit); return its seconds."""
+def _card(stack: Level) -> Card:
+    speculation.check_stack(stack)
+    return instance("the stack's card", stack.card, Card, "one of name, tokenizer and positions: build the stack with mlsd.stack")
+
+
+@settings.held
+def _compile(stack: Level, batch: Batch, sampling: Sampling) -> tuple[State, float]:
+    """Compile by calls that have nothing to do; return the state in which nothing is fed yet, and the seconds it took."""
     began = time.perf_counter()
-    one = jnp.ones_like(batch.length)
-    state: State = _init(stack, batch.tokens, one, sampling, prefill_width=batch.prefill_width)
-    jax.block_until_ready(_advance(stack, state, one, sampling, np.int32(ALL_ROUNDS)))
-    return time.perf_counter() - began
+    state = _begin(stack, batch.tokens, batch.length, sampling, prefill_width=batch.prefill_width)
+    state = _feed(stack, state, prefill_width=batch.prefill_width, first=np.int32(0), pieces=np.int32(0))
+    state = _advance(stack, state, np.array(batch.limit), sampling, np.int32(0))
+    return jax.block_until_ready(state), time.perf_counter() - began
+
+
+@settings.held
+def _prefill(stack: Level, state: State, batch: Batch) -> State:
+    """Feed the prompts, some pieces a call."""
+    width = piece_width(batch.prefill_width, batch.tokens.shape[1])
+    total = -(-(int(np.max(batch.length)) - 1) // width)
+    first, pieces = 0, 1
+    while first < total:
+        began = time.perf_counter()
+        state = _feed(stack, state, prefill_width=batch.prefill_width, first=np.int32(first), pieces=np.int32(pieces))
+        jax.block_until_ready(state.cache)
+        first, pieces = first + pieces, _next(pieces, time.perf_counter() - began, total)
+    return state
+
+
+@settings.held
+def _slice(stack: Level, state: State, limit: np.ndarray, sampling: Sampling, rounds: int):
+    """Run some rounds; return the state, and what the host looks at of it: tokens, length, ended, broken."""
+    state = _advance(stack, state, limit, sampling, np.int32(rounds))
+    return state, jax.device_get((state.tokens, state.length, state.ended, state.broken))
+
+
+def _next(n: int, seconds: float, most: int) -> int:
+    """Return how many rounds or pieces take about SLICE_SECONDS if n took so long, but at most twice as many as those."""
+    return max(1, min(int(n * SLICE_SECONDS / max(seconds, 1e-9)), 2 * n, most))
+
+
+def _broken_sentence(stack: Level, row: int, new_tokens: np.ndarray) -> str:
+    """Say why a row cannot go on: it names the row, and what to change."""
+    dtype = report.dtype_of(stack)
+    cause = (
+        'the model\'s values are too large for float16; load it with dtype "bfloat16"'
+        if dtype == "float16"
+        else f"its weights are broken, or a penalty is far too large ({dtype} holds what a sound model computes); load it anew"
+    )
+    return f"row {row}: after {new_tokens[row]} new tokens {stack.card.name} gives logits that are no finite numbers: {cause}"

@@ -25,16 +25,19 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm.auto import tqdm
 
-from mlspecqd_jax.huggingface import HUB_FILES, read_json
-from mlspecqd_jax.mxfp4 import MXArray, MXFP4Array
+from mlspecqd_jax.huggingface import HUB_FILES
+from mlspecqd_jax.json_files import read_json, reason, shown
+from mlspecqd_jax.mxfp4 import FORMATS, MXArray, MXFP4Array
 from mlspecqd_jax.partition import weight_sharding
 from mlspecqd_jax.quantization import place_quantized, quantize_params
 from mlspecqd_jax.transformer import LanguageModel
+from mlspecqd_jax.weight_files import HEAD
 
 MARKER = "mlspecqd.json"
 WEIGHTS = "weights"
 DRAFTS = "drafts"
 VERSION = 1
+DTYPES = ("bfloat16", "<f4", "<f2", "|u1")  # as zarr writes them: of weights, and of the codes and scales of a twin
 
 
 def is_converted(folder: pathlib.Path) -> bool:
@@ -55,12 +58,13 @@ def save(folder: pathlib.Path, source: pathlib.Path, params: dict[str, jax.Array
       ValueError: the folder exists already or cannot be written.
     """
     check_new(folder)
-    temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{folder.name}.unfinished-", dir=folder.parent))
+    temporary = pathlib.Path(tempfile.mkdtemp(prefix=_prefix(folder), dir=folder.parent))
     try:
         for pattern in HUB_FILES:
             if "safetensors" not in pattern:
-                for file in source.glob(pattern):
+                for file in filter(os.path.isfile, source.glob(pattern)):
                     shutil.copyfile(file, temporary / file.name)
+        _say_whether_tied(temporary / "config.json", HEAD not in params)
         _write(temporary / WEIGHTS, params)
         for format, twin in (twins or {}).items():
             (temporary / DRAFTS).mkdir(exist_ok=True)
@@ -81,6 +85,13 @@ def _write(folder: pathlib.Path, tensors: dict[str, jax.Array]) -> None:
     size = sum(leaf.nbytes for leaf in tensors.values())
     with _quiet(), _progress(folder, size), ocp.Checkpointer(handler) as checkpointer:
         checkpointer.save(folder.absolute(), tensors)
+
+
+def _say_whether_tied(path: pathlib.Path, tied: bool) -> None:
+    """Let a copied config.json say what the weights are, which is what decided where it and the original files differed."""
+    config = read_json(path)
+    if config.get("tie_word_embeddings", False) != tied:
+        path.write_text(json.dumps(config | {"tie_word_embeddings": tied}, indent=1) + "\n", encoding="utf-8")
 
 
 def _quantized(params: dict[str, Any]) -> dict[str, MXFP4Array | MXArray]:
@@ -135,15 +146,24 @@ def _mark_finished(folder: pathlib.Path, params: dict[str, jax.Array], drafts: l
 
 def check_new(folder: pathlib.Path) -> None:
     """Raise a ValueError unless `folder` is a new name in a folder that can be written."""
-    if folder.exists():
+    if os.path.lexists(folder):
         raise ValueError(f"{folder} exists already; choose another name or remove it first")
-    if not folder.parent.is_dir():
+    if not os.path.isdir(folder.parent):
         raise ValueError(f"{folder.parent} is not a folder; create it first")
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            os.lstat(folder.parent / f"{_prefix(folder)}{'x' * 8}")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{shown(folder.name)} is no name for a folder ({reason(error)}); choose another name") from error
     try:
         with tempfile.TemporaryFile(dir=folder.parent):
             pass
     except OSError as error:
         raise ValueError(f"{folder.parent} cannot be written ({error.strerror}); choose another folder") from error
+
+
+def _prefix(folder: pathlib.Path) -> str:
+    return f".{folder.name}.unfinished-"
 
 
 def restore(folder: pathlib.Path, model: LanguageModel, dtype: jnp.dtype, mesh: Mesh | None) -> dict[str, jax.Array]:
@@ -154,7 +174,7 @@ def restore(folder: pathlib.Path, model: LanguageModel, dtype: jnp.dtype, mesh: 
     """
     version = read_json(folder / MARKER).get("format")
     if version != VERSION:
-        raise ValueError(f"{folder} has format {version}, but this version reads format {VERSION}; convert the model again")
+        raise ValueError(f"{folder} has format {shown(version)}, but this version reads format {VERSION}; convert the model again")
 
     def place(name, shape):
         sharding = None if mesh is None else weight_sharding(name, shape, mesh)
@@ -171,8 +191,11 @@ def drafts(folder: pathlib.Path, dtype: str) -> tuple[str, ...]:
     the same values; in any other the weights are rounded, and their twin is another one.
     """
     marker = read_json(folder / MARKER)
+    formats = marker.get("drafts", [])
+    if not isinstance(formats, list) or not all(isinstance(format, str) and format in FORMATS for format in formats):
+        raise ValueError(f"{folder} is damaged (drafts is {shown(formats)} in {MARKER}); convert the model again")
     same_values = dtype == "float32" or marker.get("dtypes") == [dtype]
-    return tuple(marker.get("drafts", ())) if same_values else ()
+    return tuple(formats) if same_values else ()
 
 
 def restore_draft(
@@ -200,16 +223,20 @@ def _damage_named(folder: pathlib.Path):
     """Turn whatever reading a damaged folder raises into one sentence."""
     try:
         yield
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{folder} is damaged ({reason}); convert the model again") from error
+    except (ValueError, KeyError, TypeError, OSError, OverflowError) as error:
+        raise ValueError(f"{folder} is damaged ({reason(error)}); convert the model again") from error
 
 
 def _map(folder: pathlib.Path, shape: tuple[int, ...]) -> np.ndarray:
     """Map one tensor from its zarr folder; pages are read when they are first used."""
-    layout = json.loads((folder / ".zarray").read_text(encoding="utf-8"))
+    layout = read_json(folder / ".zarray")
     if layout["shape"] != list(shape):
         raise ValueError(f"tensor {folder.name} has shape {layout['shape']}, but config.json asks for {list(shape)}")
     if layout["chunks"] != list(shape) or layout["compressor"] is not None:
         raise ValueError(f"tensor {folder.name} is in pieces or compressed")
-    return np.memmap(folder / ".".join("0" * len(shape)), layout["dtype"], "r", shape=shape)
+    if layout["dtype"] not in DTYPES:  # numpy would take other words for types of more than numbers
+        raise ValueError(f"tensor {folder.name} is stored as {shown(layout['dtype'])}, but must be one of {', '.join(DTYPES)}")
+    file = folder / ".".join("0" * len(shape))
+    if not os.path.isfile(file):
+        raise ValueError(f"tensor {folder.name} has no file {file.name}")
+    return np.memmap(file, layout["dtype"], "r", shape=shape)

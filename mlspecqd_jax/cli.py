@@ -5,20 +5,33 @@ change; 130 interrupted.
 """
 
 import argparse
+import collections
 import functools
 import itertools
 import json
+import math
 import os
-import pathlib
 import sys
 import warnings
 
+from mlspecqd_jax import console, prompt_files
+from mlspecqd_jax.arguments import NUMBERS
+
 INTERRUPTED = 130
-# Options of `generate` that go to the API under their own names.
-PASSED_ON = (
-    "chat rule max_new_tokens temperature top_k top_p min_p repetition_penalty presence_penalty frequency_penalty "
-    "stop seed logprobs synthetic_acceptance"
-)
+# Options of `generate` that go to the API under their own names, where they are given.
+NUMERIC = {
+    "max_new_tokens": ("N", "default 128, or what the positions leave"),
+    "temperature": ("T", "default 0"),
+    "top_k": ("K", "default 0"),
+    "top_p": ("P", "default 1"),
+    "min_p": ("P", "default 0"),
+    "repetition_penalty": ("R", "default 1"),
+    "presence_penalty": ("P", "default 0"),
+    "frequency_penalty": ("P", "default 0"),
+    "seed": ("S", "default 0; prompt r of a batch uses S + r"),
+    "draft_limit": ("N", "drafted tokens a round, at most; default the draft's length"),
+}
+PASSED_ON = [*NUMERIC, "chat", "rule", "stop", "stop_token_ids", "logit_bias", "logprobs", "synthetic_acceptance"]
 
 DEFAULT_DRAFTS = ["mxfp4"]
 DEMO_DRAFTS = ["mxfp4", "demo-small@mxfp4"]
@@ -26,6 +39,12 @@ DRAFT_HELP = (
     "BASE[:LEN], what drafts for the model, repeated for what drafts for the draft; BASE is a format such as mxfp4 (the same "
     "weights in it), MODEL[@FORMAT], ngram, or none (plain decoding); default mxfp4, for demo with demo-small@mxfp4 below it"
 )
+
+PROMPT_FILE_HELP = (
+    "UTF-8 text, - is stdin; a file is one prompt (one newline at its end is dropped), a .jsonl file holds one a line"
+)
+STOP_TOKEN_HELP = "end a row after this token; repeatable; given once, these ids replace the model's own end-of-text ids"
+BIAS_HELP = "add VALUE to the logit of token ID (-inf bans it); repeatable"
 
 
 class Parser(argparse.ArgumentParser):
@@ -35,26 +54,35 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(f"{message}; see '{self.prog} --help'")
 
 
+def run() -> None:
+    """Leave the process by the exit code of `main`; at once if interrupted, since shutting the runtime down takes its time."""
+    code = main()
+    if code == INTERRUPTED:
+        os._exit(code)  # what was said is flushed
+    sys.exit(code)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit code."""
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    console.prepare()
     try:
         arguments = _parser().parse_args(argv)
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
             arguments.run(arguments)
-        sys.stdout.flush()
+        console.put("")
         return 0
     except ValueError as error:
         if _is_ours(error):
-            print(f"mlspecqd: {error}", file=sys.stderr)
+            console.say(f"mlspecqd: {' '.join(str(error).split())}")
             return 2
         raise
     except KeyboardInterrupt:
-        print("\nmlspecqd: interrupted", file=sys.stderr)
+        console.say("\nmlspecqd: interrupted")
         return INTERRUPTED
     except BrokenPipeError:  # the reader of stdout left, as `| head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        console.drop_output()
         return 0
 
 
@@ -67,7 +95,7 @@ def _is_ours(error: ValueError) -> bool:
 
 
 def _show_warning(message, *details, **more):
-    print(f"mlspecqd: warning: {message}", file=sys.stderr)
+    console.say(f"mlspecqd: warning: {message}")
 
 
 def _parser() -> Parser:
@@ -79,23 +107,22 @@ def _parser() -> Parser:
     g.add_argument("model", nargs="?", default="demo", metavar="MODEL", help="folder, owner/name id, demo (default) or demo-small")
     source = g.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", action="append", metavar="TEXT", help="repeat it for a batch")
-    source.add_argument("--prompt-file", metavar="F", help="a whole file is one prompt, .jsonl one a line, - is stdin")
+    source.add_argument("--prompt-file", metavar="F", help=PROMPT_FILE_HELP)
     g.add_argument("--chat", action="store_true", help="wrap each prompt by the model's chat template")
     g.add_argument("--draft", action="append", default=[], metavar="SPEC", help=DRAFT_HELP)
     g.add_argument("--own-cache", action="store_true", help="give twins a cache of their own instead of their verifier's")
     g.add_argument("--rule", default="coupled", metavar="R", help="coupled (default) or rejection: which noise sampling uses")
     g.add_argument("--inexact", action="store_true", help="do not pad windows: fastest, equal up to rounding")
     g.add_argument("--dtype", default="bfloat16", metavar="D", help="bfloat16 (default), float32 or float16")
-    g.add_argument("--max-new-tokens", type=int, metavar="N", help="default 128, or what the positions leave")
-    g.add_argument("--temperature", type=float, default=0.0, metavar="T", help="default 0: greedy")
-    g.add_argument("--top-k", type=int, default=0, metavar="K")
-    g.add_argument("--top-p", type=float, default=1.0, metavar="P")
-    g.add_argument("--min-p", type=float, default=0.0, metavar="P")
-    g.add_argument("--repetition-penalty", type=float, default=1.0, metavar="R")
-    g.add_argument("--presence-penalty", type=float, default=0.0, metavar="P")
-    g.add_argument("--frequency-penalty", type=float, default=0.0, metavar="P")
-    g.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; may be repeated")
-    g.add_argument("--seed", type=int, default=0, metavar="S", help="prompt r of a batch uses seed S + r")
+    for name, (metavar, words) in NUMERIC.items():
+        option, kind = "--" + name.replace("_", "-"), NUMBERS[name]
+        words = f"{kind.needed}; {words}"
+        g.add_argument(option, type=int if kind.whole else float, default=argparse.SUPPRESS, metavar=metavar, help=words)
+    g.add_argument(
+        "--stop", action="append", metavar="TEXT", help="end before this text, which may hold special tokens; repeatable"
+    )
+    g.add_argument("--stop-token-id", dest="stop_token_ids", action="append", type=int, metavar="ID", help=STOP_TOKEN_HELP)
+    g.add_argument("--logit-bias", action="append", type=_bias, metavar="ID=VALUE", help=BIAS_HELP)
     g.add_argument("--logprobs", action="store_true", help="with --json: the log-probability of each new token")
     g.add_argument("--synthetic-acceptance", type=_rates, metavar="A[,A2...]", help="benchmark with coins; meaningless text")
     g.add_argument("--compare", action="store_true", help="also decode plainly and report the ratio")
@@ -117,7 +144,8 @@ def _parser() -> Parser:
 def _generate(a: argparse.Namespace) -> None:
     if a.logprobs and not a.json:
         raise ValueError("--logprobs needs --json to print them; add --json")
-    prompts = a.prompt or _read_prompts(a.prompt_file)
+    prompts = a.prompt or prompt_files.read(a.prompt_file)
+    a.logit_bias = _biases(a.logit_bias)
 
     from mlspecqd_jax import api, models, specs, stacks
 
@@ -126,31 +154,33 @@ def _generate(a: argparse.Namespace) -> None:
     parsed = specs.parse(drafts)
     target = load(a.model)
     stack = stacks.stack(target, *specs.drafters(parsed, target, load), exact=not a.inexact, share_cache=not a.own_cache)
-    arguments = {name: getattr(a, name) for name in PASSED_ON.split()}
+    arguments = {name: getattr(a, name) for name in PASSED_ON if hasattr(a, name)}
     if a.json or a.compare or len(prompts) > 1:
         generation = (api.compare if a.compare else api.generate)(stack, prompts, **arguments)
         if a.json:
             keys = ["text", "tokens", "prompt_tokens", "finish_reason", "report"] + ["logprobs"] * a.logprobs
-            print(json.dumps({key: getattr(generation, key) for key in keys}))
+            console.put(json.dumps({key: _finite(getattr(generation, key)) for key in keys}, allow_nan=False) + "\n")
             return
         for prompt, text in zip(prompts, generation.text, strict=True):
             _print_prompt(prompt)
-            print(text)
+            console.put(text + "\n")
     else:
         stream = api.stream(stack, prompts[0], **arguments)
         _print_prompt(prompts[0])
-        for piece in stream:
-            print(piece, end="", flush=True)
-        print()
+        try:
+            for piece in stream:
+                console.put(piece)
+        finally:
+            console.put("\n")
         generation = stream.generation
     _print_summary(generation.report)
     if not a.draft:
-        print(f"[by default drafted with --draft {' --draft '.join(drafts)}; --draft none decodes plainly]", file=sys.stderr)
+        console.say(f"[by default drafted with --draft {' --draft '.join(drafts)}; --draft none decodes plainly]")
 
 
 def _print_prompt(prompt: str) -> None:
     # On a terminal the text reads on from its prompt; in a pipe stdout carries the new text alone.
-    print(prompt, end="", file=sys.stderr, flush=True)
+    console.say(prompt, end="")
 
 
 def _print_summary(r: dict) -> None:
@@ -168,43 +198,46 @@ def _print_summary(r: dict) -> None:
     ]
     if r["synthetic_acceptance"]:
         lines.append("synthetic acceptance: coins accepted the drafts, and the text is meaningless")
-    print("\n".join(f"[{line}]" for line in lines), file=sys.stderr)
+    console.say("\n".join(f"[{line}]" for line in lines))
+
+
+def _finite(value):
+    """Return the value with None for each number that JSON does not know."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    return [_finite(entry) for entry in value] if isinstance(value, list) else value
 
 
 def _rates(text: str) -> list[float]:
-    return [float(rate) for rate in text.split(",")]
-
-
-def _read_prompts(name: str) -> list[str]:
     try:
-        text = sys.stdin.read() if name == "-" else pathlib.Path(name).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"--prompt-file {name} is not UTF-8 text ({error.reason}); convert it first") from error
-    except OSError as error:
-        raise ValueError(f"--prompt-file {name} cannot be read ({error.strerror}); check the path") from error
-    if not name.endswith(".jsonl"):
-        return [text]
-    prompts = []
-    for number, line in enumerate(text.splitlines(), 1):
-        if line.strip():
-            try:
-                value = json.loads(line)
-            except ValueError:
-                value = None
-            value = value.get("prompt") if isinstance(value, dict) else value
-            if not isinstance(value, str):
-                raise ValueError(f'--prompt-file {name}, line {number}: needs a JSON string or an object with a "prompt" string')
-            prompts.append(value)
-    if not prompts:
-        raise ValueError(f"--prompt-file {name} holds no prompt; give at least one line")
-    return prompts
+        return [float(rate) for rate in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number, nor several with commas between them") from None
+
+
+def _bias(text: str) -> tuple[int, float]:
+    token, _, value = text.partition("=")
+    try:
+        return int(token), float(value)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not ID=VALUE, such as 17=-2.5 or 17=-inf") from None
+
+
+def _biases(pairs: list[tuple[int, float]] | None) -> dict[int, float] | None:
+    given = collections.Counter(token for token, _ in pairs or ())
+    twice = next((token for token, n in given.items() if n > 1), None)
+    if twice is not None:
+        raise ValueError(f"--logit-bias names token {twice} more than once; give it one value")
+    return dict(pairs) if pairs else None
 
 
 def _convert(a: argparse.Namespace) -> None:
     from mlspecqd_jax import models
 
     folder = models.convert(a.model, a.out, dtype=a.dtype, draft=a.draft)
-    print(f"wrote {folder}; load it with 'mlspecqd generate {folder}'", file=sys.stderr)
+    console.say(f"wrote {folder}; load it with 'mlspecqd generate {folder}'")
 
 
 def _info(a: argparse.Namespace) -> None:
@@ -221,8 +254,8 @@ def _info(a: argparse.Namespace) -> None:
             "products": matmul.implementation(chip_of(device)),
         }
     ).items():
-        print(f"{name + ':':22}{value}")
+        console.put(f"{name + ':':22}{value}\n")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

@@ -132,16 +132,36 @@ class Level:
 
     def window(self, refed: int = 0) -> int:
         """Return the number of positions that one round feeds to the model, `refed` of them for the second time."""
-        return math.ceil((refed + self.draft_len + 1) / self.window_multiple) * self.window_multiple
+        return -(-(refed + self.draft_len + 1) // self.window_multiple) * self.window_multiple
 
     def init(self, prompts: Sequences, prefill_width: int) -> "LevelState":
         """Feed all prompt tokens but the last to every cache of this level and those below."""
-        batch = prompts.tokens.shape[0]
-        return LevelState(
-            cache=None if self.share_cache else _prefilled(self, prompts, prefill_width),
-            below=None if self.drafter is None else self.drafter.init(prompts, prefill_width),
-            counts=Counts.zeros(batch, self.draft_len),
-        )
+        return self.feed(self.begin(prompts, prefill_width), prompts, prefill_width)
+
+    def begin(self, prompts: Sequences, prefill_width: int) -> "LevelState":
+        """Return empty caches for `feed`; what drafts and is no level is fed here."""
+        batch, size = prompts.tokens.shape
+        below = self.drafter
+        if below is not None:
+            below = (below.begin if isinstance(below, Level) else below.init)(prompts, prefill_width)
+        cache = None if self.share_cache else self.model.init_cache(batch, size, self.params)
+        return LevelState(cache, below, Counts.zeros(batch, self.draft_len))
+
+    def feed(
+        self,
+        state: "LevelState",
+        prompts: Sequences,
+        prefill_width: int,
+        first: jax.Array | int = 0,
+        pieces: jax.Array | int | None = None,
+    ) -> "LevelState":
+        """Feed the prompts' pieces `first` to `first + pieces - 1` (None: all from `first` on) to every cache of levels."""
+        cache, below = state.cache, state.below
+        if not self.share_cache:
+            cache = _fed(self, cache, prompts, prefill_width, first, pieces)
+        if isinstance(self.drafter, Level):
+            below = self.drafter.feed(below, prompts, prefill_width, first, pieces)
+        return state._replace(cache=cache, below=below)
 
     def propose(self, state, cache, sequences, sampling, draft_len, limit, number, refed):
         """Run rounds until every row has limit[r] tokens or drafted a stop token (see `Drafter`)."""
@@ -153,6 +173,7 @@ class Level:
             length=sequences.length,
             begin=sequences.length,
             ended=jnp.zeros((batch,), bool),
+            broken=jnp.zeros((batch,), bool),
             cache=cache if self.share_cache else state.cache,
             below=state.below,
             counts=state.counts,
@@ -210,6 +231,7 @@ class Progress(NamedTuple):
     length: jax.Array  # int32 [B]
     begin: jax.Array  # int32 [B], the length before the first round
     ended: jax.Array  # bool [B], whether the last token is a stop token
+    broken: jax.Array  # bool [B], whether the target's logits after the last token are no numbers to choose by
     cache: Any
     below: Any  # the drafter's state
     counts: Counts
@@ -218,8 +240,8 @@ class Progress(NamedTuple):
 
 
 def is_open(progress: Progress, limit: jax.Array) -> jax.Array:
-    """Return bool [B]: which rows have neither ended nor reached their limit."""
-    return ~progress.ended & (progress.length < limit)
+    """Return bool [B]: which rows have neither ended, nor broken, nor reached their limit."""
+    return ~progress.ended & ~progress.broken & (progress.length < limit)
 
 
 def run_round(level: Level, progress: Progress, limit: jax.Array, sampling: Sampling, number: int = 0, refed: int = 0) -> Progress:
@@ -244,6 +266,12 @@ def run_round(level: Level, progress: Progress, limit: jax.Array, sampling: Samp
     adjusted = adjust(logits, tokens, length[:, None] + jnp.arange(rows), sampling)
     verdict = verify(_lawful(adjusted) if number else adjusted, draft, length, sampling, number)
     appended, ended = _cut(verdict, length, limit, open_, sampling.stop_token_ids)
+    broken = progress.broken
+    if number == 0:  # a draft's are replaced by lawful ones
+        lawful = _lawful_rows(adjusted, verdict, sampling)
+        broken |= open_ & (lawful < appended)
+        ended &= ~broken
+        appended = jnp.minimum(appended, lawful)
     probs, logprobs = progress.probs, progress.logprobs
     if probs is not None:
         probs = put(probs, length - progress.begin, verdict.probs)
@@ -254,6 +282,7 @@ def run_round(level: Level, progress: Progress, limit: jax.Array, sampling: Samp
         length=length + appended,
         begin=progress.begin,
         ended=progress.ended | ended,
+        broken=broken,
         cache=cache,
         below=below,
         counts=_count(progress.counts, draft, verdict, appended, open_),
@@ -262,18 +291,26 @@ def run_round(level: Level, progress: Progress, limit: jax.Array, sampling: Samp
     )
 
 
-def _prefilled(level: Level, prompts: Sequences, prefill_width: int) -> Any:
-    """Return the level's cache after all prompt tokens but the last, fed in pieces of (at most) prefill_width."""
+def piece_width(prefill_width: int, size: int) -> int:
+    """Return the width of the pieces in which prompts are fed to a buffer of `size`: at most prefill_width, and they fill it."""
+    return math.gcd(prefill_width, size)
+
+
+def _fed(level: Level, cache: Any, prompts: Sequences, prefill_width: int, first, pieces) -> Any:
+    """Return the level's cache after some pieces of all prompt tokens but the last."""
     batch, size = prompts.tokens.shape
-    width = math.gcd(prefill_width, size)
-    pieces = (jnp.max(prompts.length) - 1 + width - 1) // width
+    width = piece_width(prefill_width, size)
+    first = jnp.asarray(first, jnp.int32)
+    end = (jnp.max(prompts.length) - 1 + width - 1) // width
+    if pieces is not None:
+        end = jnp.minimum(end, first + pieces)
 
     def feed(i, cache):
         start = i * width
         window = jax.lax.dynamic_slice(prompts.tokens, (0, start), (batch, width))
         return level.model(level.params, window, jnp.full((batch,), start, jnp.int32), cache)[1]
 
-    return jax.lax.fori_loop(0, pieces, feed, level.model.init_cache(batch, size, level.params))
+    return jax.lax.fori_loop(first, end, feed, cache)
 
 
 def _drafted(level, progress, limit, open_, sampling, number, refed):
@@ -301,6 +338,25 @@ def _lawful(logits: jax.Array) -> jax.Array:
     usable = jnp.all(logits < jnp.inf, axis=-1) & jnp.any(logits > -jnp.inf, axis=-1)
     certain = jnp.where(jnp.arange(logits.shape[-1]) == 0, 0.0, -jnp.inf)
     return jnp.where(usable[..., None], logits, certain)
+
+
+def _lawful_rows(logits: jax.Array, verdict: Verdict, sampling: Sampling) -> jax.Array:
+    """Return int32 [B], how many leading rows of logits [B, W, V] can be chosen from: no NaN, no +inf, not -inf throughout.
+
+    NaN and +inf come before every number in an argmax, so greedy tokens tell of them without another pass over V.
+    """
+
+    def of_chosen(logits):
+        return jnp.take_along_axis(logits, verdict.tokens[..., None], axis=-1)[..., 0]
+
+    def of_all(logits):
+        return jnp.max(logits, axis=-1)
+
+    if sampling.synthetic_acceptance is not None:
+        largest = of_all(logits)
+    else:
+        largest = jax.lax.cond(jnp.any(sampling.temperature > 0), of_all, of_chosen, logits)
+    return jnp.sum(jnp.cumprod(jnp.isfinite(largest).astype(jnp.int32), axis=1), axis=1)
 
 
 def _cut(verdict: Verdict, length, limit, open_, stop_token_ids):

@@ -13,27 +13,33 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from mlspecqd_jax import checkpoint, huggingface, layouts
-from mlspecqd_jax.mxfp4 import MXArray, MXFP4Array, check_format
+from mlspecqd_jax import arguments, chat, checkpoint, config_file, huggingface, layouts, settings, tokenizer_files, weight_files
+from mlspecqd_jax.json_files import read_json, read_json_if_there, shown
+from mlspecqd_jax.mxfp4 import FORMATS, MXArray, MXFP4Array, check_format
 from mlspecqd_jax.partition import usable_mesh
 from mlspecqd_jax.quantization import Policy, Recipe, quantize_params
 from mlspecqd_jax.transformer import LanguageModel
 
 DEMOS = ("demo", "demo-small")
+WANTED = f"an existing folder, an owner/name id of the Hugging Face hub, or one of {', '.join(DEMOS)}"
 DTYPES = ("bfloat16", "float32", "float16")
 SAMPLING_KEYS = ("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 @dataclasses.dataclass(frozen=True)
 class Card:
-    """What belongs to a model beside its weights; hashable (a tokenizer by identity), so that it can be static under jit."""
+    """What belongs to a model beside its weights; hashable, so that it can be static under jit.
 
-    name: str
+    Cards are compared without names and tokenizers, which no compiled program reads: a model that is loaded again, under whatever
+    name, runs the programs that its first load compiled.
+    """
+
+    name: str = dataclasses.field(compare=False)
     vocab_size: int
     max_positions: int
-    tokenizer: Any  # a transformers tokenizer, or None
+    tokenizer: Any = dataclasses.field(compare=False)  # a transformers tokenizer, or None
     eos_token_ids: tuple[int, ...]
+    chat_end_token_ids: tuple[int, ...] = ()  # what ends an assistant's turn in a chat, beside the above
     exact: bool | None = None  # set by `stack`
 
 
@@ -60,6 +66,7 @@ class Model:
     def nbytes(self) -> int:
         return sum(leaf.nbytes for leaf in self.params.values())
 
+    @settings.held
     def quantized(self, format: str = "mxfp4", policy: Policy | None = None, scale_rule: str = "floor") -> "Model":
         """Return the twin: this model with its linear layers and lm_head in `format`, sharing every other array.
 
@@ -73,6 +80,7 @@ class Model:
         Raises:
           ValueError: an unknown format, rule or glob, or a model that is quantized in another way.
         """
+        arguments.recipe(format, policy, scale_rule)
         recipe = Recipe(format, tuple((policy or {}).items()), scale_rule)
         if recipe == self.recipe:
             return self
@@ -91,6 +99,7 @@ class Model:
         return dataclasses.replace(self, params=params, card=card, recipe=recipe)
 
 
+@settings.held
 def load(model: str | os.PathLike, *, dtype: str = "bfloat16", mesh: Mesh | None = None) -> Model:
     """Load a model from the demo family, a folder, or the Hugging Face hub.
 
@@ -102,63 +111,68 @@ def load(model: str | os.PathLike, *, dtype: str = "bfloat16", mesh: Mesh | None
     Raises:
       ValueError: one sentence on what is wrong with the name, the config or the weights.
     """
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype is {dtype!r}, but must be one of {', '.join(DTYPES)}")
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise ValueError(f"dtype is {shown(dtype)}, but must be one of {', '.join(DTYPES)}")
+    if mesh is not None and not isinstance(mesh, Mesh):
+        raise ValueError(f"mesh is {shown(mesh)}, but must be a Mesh, such as jax.make_mesh((4,), ('model',)), or None")
     mesh = usable_mesh(mesh)
     folder = find(model)
     enable_compilation_cache()
-    config = huggingface.read_config(folder)
-    network = LanguageModel(config, mesh)
+    config = config_file.read_config(folder)
+    tokenizer = tokenizer_files.read_tokenizer(folder)
     card = Card(
         name=str(model),
         vocab_size=config.vocab_size,
         max_positions=config.max_position_embeddings,
-        tokenizer=read_tokenizer(folder),
-        eos_token_ids=huggingface.eos_token_ids(folder),
+        tokenizer=tokenizer,
+        eos_token_ids=config_file.eos_token_ids(folder, config.vocab_size),
+        chat_end_token_ids=tuple(i for i in chat.end_token_ids(tokenizer) if i < config.vocab_size),
     )
     converted = checkpoint.is_converted(folder)
     read = checkpoint.restore if converted else huggingface.read_params
-    params = read(folder, network, jnp.dtype(dtype), mesh)
+    params = read(folder, LanguageModel(config, mesh), jnp.dtype(dtype), mesh)
+    # What the files hold decides whether the embedding is the head too.
+    network = LanguageModel(dataclasses.replace(config, tie_word_embeddings=weight_files.HEAD not in params), mesh)
     return Model(network, params, card, folder, drafts=checkpoint.drafts(folder, dtype) if converted else ())
 
 
 def find(model: str | os.PathLike) -> pathlib.Path:
-    """Return the local folder of a model, downloading it if it is a hub id; other names are refused without network use."""
-    folder = pathlib.Path(model)
-    if str(model) and folder.is_dir():
-        return folder
-    if str(model) in DEMOS:
+    """Return the local folder of a model, downloading it if it is a hub id; other names are refused without network use.
+
+    A name of the demo family is that, whatever the working directory holds; `./demo`, `demo/` and a Path are folders.
+    """
+    if not _is_path(model):
+        raise ValueError(f"model is {shown(model)}, but must be {WANTED}")
+    if _is_demo(model):
         here = pathlib.Path(__file__).parent
-        places = (here / "_demo" / str(model), here.parent / "checkpoints" / str(model))  # a wheel, a clone
+        places = (here / "_demo" / model, here.parent / "checkpoints" / model)  # a wheel, a clone
         return next(place for place in places if place.is_dir())
+    if _is_folder(model):
+        return pathlib.Path(model)
     if _is_hub_id(model):
         return huggingface.download(str(model))
-    raise ValueError(
-        f"'{model}' is not a model: give an existing folder, an owner/name id of the Hugging Face hub, or one of {', '.join(DEMOS)}"
-    )
+    raise ValueError(f"{shown(str(model), 300)} is not a model: give {WANTED}")
 
 
 def is_known(model: str | os.PathLike) -> bool:
     """Return whether `find` would look for a model of this name, without looking on the hub."""
-    return bool(str(model)) and (pathlib.Path(model).is_dir() or str(model) in DEMOS or _is_hub_id(model))
+    return _is_demo(model) or _is_folder(model) or _is_hub_id(model)
+
+
+def _is_path(value) -> bool:
+    return isinstance(value, str | os.PathLike) and isinstance(os.fspath(value), str)
+
+
+def _is_demo(model) -> bool:
+    return isinstance(model, str) and model in DEMOS
+
+
+def _is_folder(model) -> bool:
+    return str(model).splitlines() == [str(model)] and os.path.isdir(model)  # messages hold it, and are one line
 
 
 def _is_hub_id(model) -> bool:
     return re.fullmatch(r"[\w\-.]+/[\w\-.]+", str(model)) is not None and not str(model).startswith(".")
-
-
-def read_tokenizer(folder: pathlib.Path):
-    """Return the folder's tokenizer by transformers' AutoTokenizer, or None where it holds none."""
-    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
-        return None
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # its note that torch is missing
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    except Exception as error:  # whatever transformers or tokenizers raise becomes one sentence
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"the tokenizer in {folder} cannot be read ({reason}); download its tokenizer files again") from error
 
 
 def describe(model: str | os.PathLike) -> dict[str, Any]:
@@ -167,25 +181,26 @@ def describe(model: str | os.PathLike) -> dict[str, Any]:
     The sampling defaults of generation_config.json are shown, not applied: `generate` does what its arguments say.
     """
     folder = find(model)
-    config = huggingface.read_config(folder)
+    config = config_file.read_config(folder)
     parameters = sum(math.prod(shape) for shape in LanguageModel(config).shapes().values())
-    recorded = huggingface.read_json(folder / "generation_config.json") if (folder / "generation_config.json").is_file() else {}
+    recorded = read_json_if_there(folder / "generation_config.json")
     defaults = {key: recorded[key] for key in SAMPLING_KEYS if key in recorded}
     return {
         "model": f"{model} ({'converted' if checkpoint.is_converted(folder) else 'Hugging Face'} checkpoint in {folder})",
-        "family": huggingface.read_json(folder / "config.json")["model_type"],
+        "family": read_json(folder / "config.json")["model_type"],
         "parameters": f"{parameters:,}",
         "bytes in bfloat16": f"{2 * parameters:,}",
         "positions": config.max_position_embeddings,
         "vocabulary": config.vocab_size,
         "layers": f"{config.num_hidden_layers} x hidden {config.hidden_size}, {config.num_attention_heads} heads, "
         f"{config.num_key_value_heads} key/value heads",
-        "tokenizer": "yes" if any((folder / name).is_file() for name in TOKENIZER_FILES) else "none",
-        "end of text ids": ", ".join(map(str, huggingface.eos_token_ids(folder))) or "none",
+        "tokenizer": tokenizer_files.describe(folder),
+        "end of text ids": ", ".join(map(str, config_file.eos_token_ids(folder, config.vocab_size))) or "none",
         "recorded sampling": f"{json.dumps(defaults)} (not applied)" if defaults else "none",
     }
 
 
+@settings.held
 def convert(
     model: str | os.PathLike, folder: str | os.PathLike, *, dtype: str = "bfloat16", draft: str | None = None
 ) -> pathlib.Path:
@@ -200,8 +215,12 @@ def convert(
     Raises:
       ValueError: as for `load`, the format is unknown, or the folder exists already or cannot be written.
     """
+    if not isinstance(draft, str | None):
+        raise ValueError(f"draft is {shown(draft)}, but must be one of {', '.join(FORMATS)}, or None")
     if draft is not None:
         check_format(draft)
+    if not _is_path(folder) or not os.fspath(folder):
+        raise ValueError(f"folder is {shown(folder)}, but must be the name of a new folder")
     folder = pathlib.Path(folder)
     checkpoint.check_new(folder)
     loaded = load(model, dtype=dtype)

@@ -10,6 +10,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from mlspecqd_jax.arguments import number
 from mlspecqd_jax.levels import Sequences
 from mlspecqd_jax.verification import Draft
 
@@ -30,10 +31,9 @@ class PromptLookup:
     min_ngram: int = dataclasses.field(metadata={"static": True}, default=1)
 
     def __post_init__(self):
-        for value in (self.max_ngram, self.min_ngram):
-            if not isinstance(value, int) or isinstance(value, bool):
-                raise ValueError(f"an n-gram length is {value!r}, but must be a whole number")
-        if not 1 <= self.min_ngram <= self.max_ngram:
+        number("max_ngram", self.max_ngram)
+        number("min_ngram", self.min_ngram)
+        if self.min_ngram > self.max_ngram:
             raise ValueError(
                 f"min_ngram is {self.min_ngram} and max_ngram {self.max_ngram}, but 1 <= min_ngram <= max_ngram is needed"
             )

@@ -57,7 +57,6 @@ def build(stack: Level, state: State, sampling: Sampling, new_tokens: list[int],
     if innermost is not None:  # drafts without a model, so that there is nothing to count
         nothing = jax.device_get(Counts.zeros(len(new_tokens), 0))
         levels.append({"name": name_of(innermost), "draft_len": 0} | summarize(nothing) | {"passes": 0})
-    leaf = next(leaf for leaf in jax.tree.leaves(stack.params) if jnp.issubdtype(leaf.dtype, jnp.floating))
     total = sum(new_tokens)
     rates = sampling.synthetic_acceptance
     return {
@@ -71,8 +70,8 @@ def build(stack: Level, state: State, sampling: Sampling, new_tokens: list[int],
         "synthetic_acceptance": None
         if rates is None
         else [round(rate, 6) for rate in rates.tolist()],  # then the text is meaningless
-        "dtype": leaf.dtype.name,
-        "device": next(iter(leaf.devices())).device_kind,
+        "dtype": dtype_of(stack),
+        "device": next(iter(_leaf(stack).devices())).device_kind,
         "new_tokens": total,
         "seconds": timing.seconds,
         "compile_seconds": timing.compile_seconds,
@@ -89,6 +88,15 @@ def warnings_of(report: dict[str, Any]) -> list[str]:
         for level, below in itertools.pairwise(report["levels"])
         if report["synthetic_acceptance"] is None and level["judged"] >= JUDGED and level["token_acceptance"] < COLLAPSED
     ]
+
+
+def dtype_of(stack: Level) -> str:
+    """Return the name of the dtype of the target's weights that are not quantized."""
+    return _leaf(stack).dtype.name
+
+
+def _leaf(stack: Level) -> jax.Array:
+    return next(leaf for leaf in jax.tree.leaves(stack.params) if jnp.issubdtype(leaf.dtype, jnp.floating))
 
 
 def _counts(state: State) -> list[Counts]:

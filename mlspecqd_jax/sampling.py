@@ -9,19 +9,18 @@ costs one argmax. Filters find their thresholds by bisection over the ordered bi
 """
 
 import dataclasses
-import math
-import numbers
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mlspecqd_jax import settings
+from mlspecqd_jax.arguments import LARGEST_INT, ROWS, brief, choice, each_row, flag, number, sequence
 from mlspecqd_jax.folds import ordered_logsumexp, ordered_softmax
 
 RULES = ("coupled", "rejection")
-LARGEST = float(np.finfo(np.float32).max)
-LARGEST_INT = np.iinfo(np.int32).max
+LEVELS = 64  # that judge, at most
 
 # Purposes of a draw; each has noise of its own under the rejection rule.
 DRAW, COIN, RESIDUAL = 0, 1, 2
@@ -50,6 +49,7 @@ class Sampling:
     logprobs: bool = dataclasses.field(metadata={"static": True}, default=False)
 
     @staticmethod
+    @settings.held
     def create(
         batch: int,
         vocab_size: int,
@@ -65,7 +65,7 @@ class Sampling:
         presence_penalty=0.0,
         frequency_penalty=0.0,
         logit_bias: Mapping[int, float] | Sequence[Mapping[int, float]] | None = None,
-        stop_token_ids: Sequence[int] = (),
+        stop_token_ids: Collection[int] = (),
         logprobs: bool = False,
         synthetic_acceptance: Sequence[float] | None = None,
     ) -> "Sampling":
@@ -86,104 +86,83 @@ class Sampling:
         Raises:
           ValueError: a value out of range, or a sequence whose length is not the batch size.
         """
-        if rule not in RULES:
-            raise ValueError(f"rule is {rule!r}, but must be one of {', '.join(RULES)}")
+        batch, vocab_size = number("batch", batch), number("vocab_size", vocab_size)
 
-        def row(name, value, check, needed, dtype=np.float32):
-            given = np.asarray(value)
-            if given.dtype.kind not in "biuf":
-                raise ValueError(f"{name} is {value!r}, but must be {needed}")
-            if given.ndim > 1 or (given.ndim == 1 and given.shape[0] != batch):
-                raise ValueError(f"{name} has shape {list(given.shape)}, but must be a number or one for each of {batch} rows")
-            whole = np.issubdtype(dtype, np.integer)
-            for x in given.reshape(-1).tolist():
-                if not (abs(x) <= LARGEST and check(x)) or (whole and x != round(x)):
-                    raise ValueError(f"{name} is {x}, but must be {needed}")
-            if whole:
-                given = np.minimum(given.astype(np.float64), np.iinfo(dtype).max)
-            return jnp.asarray(np.broadcast_to(given.astype(dtype), (batch,)))
+        def row(name, value, dtype=np.float32):
+            given = each_row(name, value, batch)
+            if np.issubdtype(dtype, np.integer):  # more than there are tokens, not what is left of the bits
+                given = [min(x, np.iinfo(dtype).max) for x in given]
+            return jnp.asarray(np.asarray(given, dtype))
 
         return Sampling(
-            temperature=row("temperature", temperature, lambda x: x >= 0, "0 (greedy) or more"),
-            top_k=row("top_k", top_k, lambda x: x >= 0, "0 (off) or a positive whole number", np.int32),
-            top_p=row("top_p", top_p, lambda x: 0 < x <= 1, "more than 0 and at most 1 (off)"),
-            min_p=row("min_p", min_p, lambda x: 0 <= x <= 1, "between 0 (off) and 1"),
-            repetition_penalty=row("repetition_penalty", repetition_penalty, lambda x: x > 0, "positive (1 is off)"),
-            presence_penalty=row("presence_penalty", presence_penalty, lambda x: True, "a finite number (0 is off)"),
-            frequency_penalty=row("frequency_penalty", frequency_penalty, lambda x: True, "a finite number (0 is off)"),
+            temperature=row("temperature", temperature),
+            top_k=row("top_k", top_k, np.int32),
+            top_p=row("top_p", top_p),
+            min_p=row("min_p", min_p),
+            repetition_penalty=row("repetition_penalty", repetition_penalty),
+            presence_penalty=row("presence_penalty", presence_penalty),
+            frequency_penalty=row("frequency_penalty", frequency_penalty),
             seed=_seeds(seed, batch),
-            draft_limit=row("draft_limit", draft_limit, lambda x: x >= 0, "0 (no drafts) or a positive whole number", np.int32),
+            draft_limit=row("draft_limit", draft_limit, np.int32),
             prompt_length=jnp.zeros((batch,), jnp.int32),
             stop_token_ids=_stop_ids(stop_token_ids, vocab_size),
             logit_bias=_bias(logit_bias, batch, vocab_size),
             synthetic_acceptance=_rates(synthetic_acceptance),
             vocab_size=vocab_size,
-            rule=rule,
-            logprobs=bool(logprobs),
+            rule=choice("rule", rule, RULES),
+            logprobs=flag("logprobs", logprobs),
         )
 
 
 def _seeds(seed, batch: int) -> jax.Array:
-    needed = f"must be an int or one int for each of {batch} rows"
-    if isinstance(seed, (int, np.integer)):
-        seed = [int(seed) + r for r in range(batch)]
-    if not isinstance(seed, Iterable):
-        raise ValueError(f"seed is {seed!r}, but {needed}")
-    seeds = list(seed)
-    if len(seeds) != batch:
-        raise ValueError(f"seed has {len(seeds)} entries, but {needed}")
-    for s in seeds:
-        if not isinstance(s, (int, np.integer)) or not 0 <= s < 2**32:
-            raise ValueError(f"seed is {s!r} for a row, but must be a whole number from 0 to 2**32 - 1")
-    return jnp.asarray(np.asarray(seeds, np.uint32))
+    given = sequence("seed", seed, ROWS)
+    if given is None:
+        first = number("seed", seed)
+        number("seed", first + batch - 1)
+        return jnp.asarray(np.arange(first, first + batch, dtype=np.uint32))
+    if len(given) != batch:
+        raise ValueError(f"seed has {len(given)} entries, but must be a whole number or one for each of {batch} rows")
+    return jnp.asarray(np.asarray([number("seed", s) for s in given], np.uint32))
 
 
-def _stop_ids(ids: Sequence[int], vocab_size: int) -> jax.Array:
-    if not isinstance(ids, Iterable):
-        raise ValueError(f"stop_token_ids is {ids!r}, but must hold token ids from 0 to {vocab_size - 1}")
-    ids = list(ids)
-    for i in ids:
-        if not isinstance(i, (int, np.integer)) or not 0 <= i < 2**31:  # beyond the vocabulary some models record one, in vain
-            raise ValueError(f"stop_token_ids has {i!r}, but must hold token ids from 0 to {vocab_size - 1}")
+def _stop_ids(ids: Collection[int], vocab_size: int) -> jax.Array:
+    given = sequence("stop_token_ids", list(ids) if isinstance(ids, (set, frozenset)) else ids, vocab_size)
+    if given is None:
+        raise ValueError(f"stop_token_ids is {brief(ids)}, but must be a list of token ids from 0 to {vocab_size - 1}")
+    given = [number("stop_token_ids", i) for i in given]  # beyond the vocabulary some models record one, in vain
     # Padded to a multiple of 8, so that another number of ids is not another trace.
-    padded = [int(i) for i in ids] + [-1] * (-len(ids) % 8 or (0 if ids else 8))
+    padded = given + [-1] * (-len(given) % 8 or (0 if given else 8))
     return jnp.asarray(np.asarray(padded, np.int32))
 
 
 def _bias(bias, batch: int, vocab_size: int) -> jax.Array | None:
-    if not bias:
+    needed = f"must be a mapping from token ids to numbers, or a list of one for each of {batch} rows"
+    if bias is None:
         return None
-    needed = f"must be a mapping or one mapping for each of {batch} rows"
-    if isinstance(bias, Mapping):
-        bias = [bias] * batch
-    if not isinstance(bias, Iterable):
-        raise ValueError(f"logit_bias is {bias!r}, but {needed}")
-    rows = list(bias)
+    rows = [bias] * batch if isinstance(bias, Mapping) else bias
+    if not isinstance(rows, (list, tuple)) or not all(isinstance(mapping, Mapping) for mapping in rows):
+        raise ValueError(f"logit_bias is {brief(bias)}, but {needed}")
     if len(rows) != batch:
         raise ValueError(f"logit_bias has {len(rows)} entries, but {needed}")
+    if not any(rows):
+        return None
     dense = np.zeros((batch, vocab_size), np.float32)
     for r, mapping in enumerate(rows):
-        if not isinstance(mapping, Mapping):
-            raise ValueError(f"logit_bias has {mapping!r} for row {r}, but {needed}")
         for token, value in mapping.items():
-            if not isinstance(token, (int, np.integer)) or not 0 <= token < vocab_size:
-                raise ValueError(f"logit_bias names token {token!r}, but must name ids from 0 to {vocab_size - 1}")
-            if not isinstance(value, numbers.Real) or not (abs(value) <= LARGEST or value == -math.inf):
-                raise ValueError(f"logit_bias of token {token} is {value!r}, but must be a finite number or -inf")
-            dense[r, token] = value
+            if isinstance(token, bool) or not isinstance(token, (int, np.integer)) or not 0 <= token < vocab_size:
+                raise ValueError(f"logit_bias names token {brief(token)}, but must name ids from 0 to {vocab_size - 1}")
+            dense[r, token] = number("logit_bias", value)
+        if np.all(dense[r] == -np.inf):
+            raise ValueError(f"logit_bias bans every token of row {r}; leave at least one that may be chosen")
     return jnp.asarray(dense)
 
 
 def _rates(rates: Sequence[float] | None) -> jax.Array | None:
     if rates is None:
         return None
-    rates = list(rates) if isinstance(rates, Iterable) and not isinstance(rates, str) else [rates]
-    for rate in rates:
-        if not isinstance(rate, numbers.Real) or not 0 <= rate <= 1:
-            raise ValueError(
-                f"synthetic_acceptance has {rate!r}, but must hold a probability from 0 to 1 for each level that judges"
-            )
-    return jnp.asarray(np.asarray(rates, np.float32)) if rates else None
+    given = sequence("synthetic_acceptance", rates, LEVELS)
+    given = [number("synthetic_acceptance", rate) for rate in ([rates] if given is None else given)]
+    return jnp.asarray(np.asarray(given, np.float32)) if given else None
 
 
 def noise(seed: jax.Array, t: jax.Array, level: int, purpose: int) -> jax.Array:

@@ -10,8 +10,11 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from mlspecqd_jax.levels import SLACK, Level, Progress, Sequences, is_open, run_round
+from mlspecqd_jax import settings
+from mlspecqd_jax.arguments import LARGEST_INT, instance, integers, is_array, number
+from mlspecqd_jax.levels import SLACK, Level, LevelState, Progress, Sequences, is_open, run_round
 from mlspecqd_jax.sampling import Sampling
 
 PREFILL_WIDTH = 256
@@ -20,9 +23,11 @@ State = Progress  # of the outermost level; `begin` is the prompts' length
 
 def buffer_length(longest: int, multiple: int = 256) -> int:
     """Return S for sequences of up to `longest` tokens: the next multiple of 256 that leaves room for one window of any stack."""
+    longest, multiple = number("longest", longest), number("multiple", multiple)
     return math.ceil((longest + SLACK) / multiple) * multiple
 
 
+@settings.held
 def init(stack: Level, tokens: jax.Array, length: jax.Array, sampling: Sampling, *, prefill_width: int = PREFILL_WIDTH) -> State:
     """Feed all prompt tokens but the last, which becomes the pending one.
 
@@ -33,18 +38,28 @@ def init(stack: Level, tokens: jax.Array, length: jax.Array, sampling: Sampling,
       sampling: the rows' settings.
       prefill_width: static; prompts are fed in pieces of (at most) this many tokens.
     """
-    batch, size = tokens.shape
-    widest = max(level.window(number) for number, level in enumerate(stack.levels))
+    return feed(stack, begin(stack, tokens, length, sampling, prefill_width=prefill_width), prefill_width=prefill_width)
+
+
+@settings.held
+def begin(stack: Level, tokens: jax.Array, length: jax.Array, sampling: Sampling, *, prefill_width: int = PREFILL_WIDTH) -> State:
+    """Return the state before the prompts are fed, for `feed`; the arguments are those of `init`."""
+    check(stack, sampling)
+    number("prefill_width", prefill_width)
+    batch, size = integers("tokens", tokens, "BS").shape
+    _check_rows("length", integers("length", length, "B").shape[0], batch)
+    _check_rows("sampling", sampling.seed.shape[0], batch)
+    widest = max(level.window(i) for i, level in enumerate(stack.levels))
     if size < widest + 1:
         raise ValueError(f"tokens has {size} positions, but a window of {widest} needs more; see buffer_length")
-    check(stack, sampling)
-    prompts = Sequences(tokens.astype(jnp.int32), length.astype(jnp.int32))
-    below = stack.init(prompts, prefill_width)
+    prompts = Sequences(jnp.asarray(tokens).astype(jnp.int32), jnp.asarray(length).astype(jnp.int32))
+    below = stack.begin(prompts, prefill_width)
     return State(
         tokens=prompts.tokens,
         length=prompts.length,
         begin=prompts.length,
         ended=jnp.zeros((batch,), bool),
+        broken=jnp.zeros((batch,), bool),
         cache=below.cache,
         below=below.below,
         counts=below.counts,
@@ -53,10 +68,26 @@ def init(stack: Level, tokens: jax.Array, length: jax.Array, sampling: Sampling,
     )
 
 
+@settings.held
+def feed(
+    stack: Level,
+    state: State,
+    *,
+    prefill_width: int = PREFILL_WIDTH,
+    first: jax.Array | int = 0,
+    pieces: jax.Array | int | None = None,
+) -> State:
+    """Feed the prompts' pieces `first` to `first + pieces - 1` (None: all from `first` on), each of (at most) prefill_width."""
+    fed = stack.feed(
+        LevelState(state.cache, state.below, state.counts), Sequences(state.tokens, state.begin), prefill_width, first, pieces
+    )
+    return state._replace(cache=fed.cache, below=fed.below, counts=fed.counts)
+
+
 def check(stack: Level, sampling: Sampling) -> None:
     """Raise a ValueError unless the stack can be run as the outermost level, with these settings."""
-    if stack.share_cache:
-        raise ValueError("the outermost level has no verifier whose cache it could share; build it with share_cache=False")
+    check_stack(stack)
+    instance("sampling", sampling, Sampling, "settings that Sampling.create made")
     if sampling.vocab_size != stack.model.vocab_size:
         raise ValueError(
             f"sampling is for a vocabulary of {sampling.vocab_size}, but the target's has {stack.model.vocab_size}; "
@@ -69,11 +100,20 @@ def check(stack: Level, sampling: Sampling) -> None:
         )
 
 
+def check_stack(stack: Level) -> None:
+    """Raise a ValueError unless this is a stack: a level, and the outermost one."""
+    instance("stack", stack, Level, "a stack: build it with mlsd.stack(model, *drafters)")
+    if stack.share_cache:
+        raise ValueError("the outermost level has no verifier whose cache it could share; build it with share_cache=False")
+
+
+@settings.held
 def finished(state: State, limit: jax.Array) -> jax.Array:
-    """Return bool [B]: which rows have ended or reached their limit (or the end of the buffer)."""
+    """Return bool [B]: which rows have ended, broken or reached their limit (or the end of the buffer)."""
     return ~is_open(state, _clipped(limit, state))
 
 
+@settings.held
 def step(stack: Level, state: State, limit: jax.Array, sampling: Sampling) -> State:
     """Run one round: append 1 to draft_len + 1 tokens to every unfinished row.
 
@@ -83,13 +123,19 @@ def step(stack: Level, state: State, limit: jax.Array, sampling: Sampling) -> St
       limit: int32 [B], the length at which a row is finished, prompt counted.
       sampling: the rows' settings; may differ from call to call.
     """
-    sampling = dataclasses.replace(sampling, prompt_length=state.begin)
+    check(stack, sampling)
+    sampling = dataclasses.replace(sampling, prompt_length=_checked(state).begin)
     return run_round(stack, state, _clipped(limit, state), sampling)
 
 
+@settings.held
 def advance(stack: Level, state: State, limit: jax.Array, sampling: Sampling, rounds: jax.Array | int | None = None) -> State:
     """Run rounds until every row is finished, or at most `rounds` of them (None: no bound), in one `lax.while_loop`."""
-    bound = jnp.int32(2**31 - 1) if rounds is None else jnp.asarray(rounds, jnp.int32)
+    check(stack, sampling)
+    limit = _clipped(limit, _checked(state))
+    rounds = LARGEST_INT if rounds is None else rounds
+    bound = integers("rounds", rounds, "") if isinstance(rounds, jax.Array) else number("rounds", rounds)
+    bound = jnp.asarray(bound, jnp.int32)
 
     def more(carry):
         done, state = carry
@@ -102,6 +148,7 @@ def advance(stack: Level, state: State, limit: jax.Array, sampling: Sampling, ro
     return jax.lax.while_loop(more, body, (jnp.int32(0), state))[1]
 
 
+@settings.held
 def generate_tokens(
     stack: Level,
     tokens: jax.Array,
@@ -124,10 +171,27 @@ def generate_tokens(
     Returns:
       (tokens [B, S], length [B], state): row r's text is tokens[r, :length[r]]. `advance` continues from the state.
     """
+    limit = _limit(limit, *integers("tokens", tokens, "BS").shape)
     state = advance(stack, init(stack, tokens, length, sampling, prefill_width=prefill_width), limit, sampling)
     return state.tokens, state.length, state
 
 
-def _clipped(limit: jax.Array, state: State) -> jax.Array:
-    """Return the limit, or the length that leaves room for one window at the end of the buffer, if that is less."""
-    return jnp.minimum(limit, state.tokens.shape[1] - SLACK)
+def _checked(state: State) -> State:
+    return instance("state", state, State, "a state that init, step or advance returned")
+
+
+def _check_rows(name: str, rows: int, batch: int) -> None:
+    if rows != batch:
+        raise ValueError(f"{name} is for {rows} rows, but tokens has {batch}; give one for each")
+
+
+def _clipped(limit: jax.Array | int, state: State) -> jax.Array:
+    return _limit(limit, *_checked(state).tokens.shape)
+
+
+def _limit(limit: jax.Array | int, batch: int, size: int) -> jax.Array:
+    """Return the limit [B], or the length that leaves room for one window at the end of the buffer, if that is less."""
+    if not isinstance(limit, (np.ndarray, jax.Array)) or (limit.ndim == 0 and is_array(limit)):
+        limit = jnp.full((batch,), number("limit", limit), jnp.int32)
+    _check_rows("limit", integers("limit", limit, "B").shape[0], batch)
+    return jnp.minimum(jnp.asarray(limit).astype(jnp.int32), size - SLACK)

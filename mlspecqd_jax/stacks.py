@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 
 import cpu_kernels
+from mlspecqd_jax import settings
+from mlspecqd_jax.arguments import brief, flag, instance
 from mlspecqd_jax.levels import Level
 from mlspecqd_jax.models import Card, Model
 from mlspecqd_jax.mxfp4 import MXFP4Array
@@ -18,6 +20,7 @@ EMBEDDING = "model.embed_tokens.weight"
 CPU_ROWS, ROWS = 2, 16
 
 
+@settings.held
 def stack(target: Model, *drafters: Any, exact: bool = True, share_cache: bool = True) -> Level:
     """Build what generates: a target, what drafts for it, what drafts for that, and so on; the target alone decodes plainly.
 
@@ -34,6 +37,8 @@ def stack(target: Model, *drafters: Any, exact: bool = True, share_cache: bool =
     Raises:
       ValueError: a drafter does not fit the level above it; one sentence on how.
     """
+    instance("target", target, Model, "a Model, as mlsd.load returns it")
+    exact, share_cache = flag("exact", exact), flag("share_cache", share_cache)
     pairs = [_pair(drafter, nested=i > 0) for i, drafter in enumerate(drafters)]
     embedding, draft_len = target.params[EMBEDDING], pairs[0][1] if pairs else 0
     platform = next(iter(embedding.devices())).platform
@@ -121,16 +126,17 @@ def check_draft_len(draft_len: Any) -> int:
     """Return a draft_len that is a whole number of at least 1, or raise a ValueError."""
     if not isinstance(draft_len, int) or isinstance(draft_len, bool) or draft_len < 1:
         raise ValueError(
-            f"draft_len is {draft_len!r}, but must be a whole number of at least 1; leave the drafter out to decode plainly"
+            f"draft_len is {brief(draft_len)}, but must be a whole number of at least 1; leave the drafter out to decode plainly"
         )
     return draft_len
 
 
 def _pair(given: Any, nested: bool) -> tuple[Any, int]:
     drafter, *rest = given if isinstance(given, (tuple, list)) and given else (given,)
-    if not isinstance(drafter, Model) and not (hasattr(drafter, "init") and hasattr(drafter, "propose")):
+    drafts = hasattr(drafter, "init") and hasattr(drafter, "propose") and not isinstance(drafter, type)
+    if not isinstance(drafter, Model) and not drafts:
         raise ValueError(
-            f"a drafter is {drafter!r}, but must be a Model, prompt_lookup(), or a pair of one of them and its draft_len"
+            f"a drafter is {brief(drafter)}, but must be a Model, prompt_lookup(), or a pair of one of them and its draft_len"
         )
     if len(rest) > 1:
         raise ValueError(f"{name_of(drafter)} comes with {len(rest)} values, but needs one, its draft_len")

@@ -1,139 +1,234 @@
 """Text to token ids and back, piece by piece: multi-byte characters are never cut, stop strings end the text."""
 
+import codecs
 import operator
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
-REPLACEMENT = "\ufffd"  # what an incomplete UTF-8 sequence decodes to
-CONTEXT = 16  # prompt tokens decoded with the first new ones, since tokenizers drop a leading space
+import numpy as np
+
+from mlspecqd_jax.arguments import brief, is_array
+from mlspecqd_jax.chat import encode_texts
+
+REPLACEMENT = "\ufffd"  # what bytes that are no character decode to
+BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")  # of tokenizers with byte fallback
+PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+# The character by which byte-level tokenizers (GPT-2's and those after it) write a byte, to that byte.
+BYTE_OF = {chr(b): b for b in PRINTABLE} | {chr(256 + i): b for i, b in enumerate(b for b in range(256) if b not in PRINTABLE)}
+CHARACTER_BYTES = 4  # at most
+CHARACTERS_A_TOKEN = 8  # more than texts have on average; see `_check_length`
+
+
+class Token(NamedTuple):
+    """What a token is, by itself."""
+
+    text: str  # as it shows at the beginning of a text; a special token's own name
+    data: bytes | None = None  # where it stands for bytes rather than for whole characters
+    is_special: bool = False
 
 
 class Decoder:
-    """Turns one row's new tokens into text as they come.
+    """Turns one row's new tokens into text as they come, one after the other, so that it is the same however often one looks.
 
-    `push` takes all new ids so far and returns the text that is final since the last call; `finish` returns the rest. Text that may
-    still change is held back: an incomplete character, and an ending that could begin a stop string. After a stop string was
-    found, `stopped` is True and nothing more comes.
+    `push` takes new tokens and returns the text that became final with them; `finish` returns the rest. Text that may still change
+    is held back: the bytes of an incomplete character, and an ending that could begin a stop string. Bytes that can no longer
+    become a character are U+FFFD at once. Special tokens are left out of the text, but stop strings are looked for with them in
+    their places. After a stop string was found, `stopped` is True and nothing more comes; `tokens` counts what it took.
     """
 
     def __init__(self, tokenizer, prompt: Sequence[int], stop: Sequence[str] = ()):
         self._tokenizer, self._stop = tokenizer, tuple(stop)
-        begin, shown = self._known(prompt)
-        self._context = list(prompt[begin:])
-        self._before = len(shown)
-        self._text = ""  # final text so far
-        self._unstopped = 0  # so many of the new tokens are known to hold no stop string
+        self._known: dict[int, Token] = {}  # by id
+        # The token before, special ones passed over: tokenizers drop the space with which a text begins.
+        self._last = next((t for t in reversed(prompt) if not self._token(t).is_special), None)
+        self._bytes = self._incomplete(prompt)  # of a character whose other bytes have not come
+        self._all_of_prompt = True  # whether these are the prompt's, which shows them itself if nothing completes them
+        self._held: list[tuple[str, bool]] = []  # characters held back, and whether they are text (or of a special token)
+        self._final: list[str] = []
+        self._returned = 0  # so many entries of _final
         self.stopped = False
+        self.tokens = 0  # taken so far
 
-    def push(self, ids: Sequence[int]) -> str:
-        """Return the text that became final with these new ids (all of them since the prompt)."""
-        text = self._new_text(ids)
-        if not self.stopped:
-            text = text[: len(text) - self._held_back(text)]
-        return self._emit(text)
+    def push(self, ids: Iterable[int]) -> str:
+        """Return the text that became final with these ids, the next after those pushed before."""
+        for id_ in ids:
+            if self.stopped:
+                break
+            self.tokens += 1
+            self._take(id_)
+        return self._piece()
 
-    def finish(self, ids: Sequence[int]) -> str:
+    def finish(self) -> str:
         """Return what is left of the text, held-back endings included."""
-        return self._emit(self._new_text(ids))
+        self._flush()
+        self._release(len(self._held))
+        return self._piece()
 
     @property
     def text(self) -> str:
-        """The text returned so far."""
-        return self._text
+        """The text that is final."""
+        return "".join(self._final)
 
-    def tokens_to_stop(self, ids: Sequence[int]) -> int:
-        """Return how many of the ids it took to complete the first stop string (all of them where there is none)."""
-        counts = range(self._unstopped, len(ids))
-        return next((n for n in counts if self._first_stop(self._decode(ids[:n])) is not None), len(ids))
+    def _take(self, id_):
+        token = self._token(id_)
+        if token.is_special:
+            self._flush()
+            self._add(token.text, is_text=False)
+            return
+        if token.data is None:
+            self._flush()
+            self._add(self._text_of(id_), is_text=True)
+        else:
+            before = self._bytes
+            if self._all_of_prompt and not _continues(before, token.data[:1]):
+                before = b""
+            text, self._bytes = _characters(before + token.data)
+            self._all_of_prompt = False
+            self._add(text, is_text=True)
+        self._last = id_
 
-    def _new_text(self, ids):
-        text = self._decode(ids)
-        stop = self._first_stop(text)
-        self.stopped = stop is not None
-        if stop is None and not text.endswith(REPLACEMENT):  # an incomplete character may hide what came before it
-            self._unstopped = len(ids)
-        return text if stop is None else text[:stop]
+    def _flush(self):
+        """Give an incomplete character up."""
+        if not self._all_of_prompt:
+            self._add(self._bytes.decode(errors="replace"), is_text=True)
+        self._bytes, self._all_of_prompt = b"", False
 
-    def _first_stop(self, text):
-        """Return where the stop string completed first begins, so that looking more or less often changes nothing."""
-        found = min(((text.find(s) + len(s), text.find(s)) for s in self._stop if s in text), default=None)
-        return None if found is None else found[1]
+    def _add(self, text, is_text):
+        """Hold text back, then release what no stop string can begin in any more."""
+        if self.stopped or not text:
+            return
+        self._held += [(character, is_text) for character in text]
+        held = "".join(character for character, _ in self._held)
+        # The one completed first, so that looking more or less often changes nothing.
+        found = min(((held.find(s) + len(s), held.find(s)) for s in self._stop if s in held), default=None)
+        if found is not None:
+            self.stopped = True
+            self._release(found[1])
+            self._held.clear()
+            return
+        begun = max((n for s in self._stop for n in range(1, len(s)) if held.endswith(s[:n])), default=0)
+        self._release(len(held) - begun)
 
-    def _emit(self, text):
-        piece = text[len(self._text) :]
-        self._text += piece
+    def _release(self, n):
+        self._final.append("".join(character for character, is_text in self._held[:n] if is_text))
+        del self._held[:n]
+
+    def _piece(self):
+        piece = "".join(self._final[self._returned :])
+        self._returned = len(self._final)
         return piece
 
-    def _known(self, prompt):
-        """Return where the context begins and what it shows, in whole characters: one that the prompt only begins is new text."""
-        ends = [max(len(prompt) - n, 0) for n in range(4)]  # a character has up to four byte tokens
-        spans = [(max(len(prompt) - CONTEXT - n, 0), end) for end in ends for n in range(4)]
-        shown = [(begin, self._show(prompt[begin:end])) for begin, end in spans]
-        whole = (known for known in shown if REPLACEMENT not in (known[1][:1], known[1][-1:]))
-        return next(whole, shown[0])
+    def _text_of(self, id_):
+        """Return what a token of whole characters adds to the text before it."""
+        alone = self._token(id_).text
+        if self._last is None:
+            return alone
+        before, both = self._token(self._last).text, self._show([self._last, id_])
+        return both[len(before) :] if both.startswith(before) else alone
 
-    def _decode(self, ids):
-        return self._show(self._context + list(ids))[self._before :]
+    def _token(self, id_) -> "Token":
+        if id_ not in self._known:
+            self._known[id_] = self._read(id_)
+        return self._known[id_]
 
-    def _show(self, ids):
-        return self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    def _read(self, id_):
+        text, name = self._show([id_]), self._tokenizer.convert_ids_to_tokens(id_)
+        if not text:
+            special = self._show([id_], special=True)
+            if special:
+                return Token(special, is_special=True)
+        if name is None:  # a place of a padded vocabulary
+            return Token(text)
+        byte = BYTE_TOKEN.fullmatch(name)
+        if byte and text != name:
+            return Token(text, bytes.fromhex(byte[1]))
+        if REPLACEMENT in text and all(c in BYTE_OF for c in name):
+            return Token(text, bytes(BYTE_OF[c] for c in name))
+        return Token(text)
 
-    def _held_back(self, text):
-        whole = text.rstrip(REPLACEMENT)
-        begun = [n for s in self._stop for n in range(1, len(s)) if whole.endswith(s[:n])]
-        return len(text) - len(whole) + max(begun, default=0)
+    def _incomplete(self, prompt) -> bytes:
+        """Return the bytes of the character within which a prompt ends."""
+        data = b""
+        for id_ in reversed(prompt[1 - CHARACTER_BYTES :]):
+            of_token = self._token(id_).data
+            if of_token is None:
+                break
+            data = of_token + data
+        return _characters(data)[1]
+
+    def _show(self, ids, special=False):
+        return self._tokenizer.decode(ids, skip_special_tokens=not special, clean_up_tokenization_spaces=False)
+
+
+def _characters(data: bytes) -> tuple[str, bytes]:
+    """Return the characters of UTF-8 bytes, U+FFFD for what can become none, and the bytes that may still begin one."""
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    return decoder.decode(data), decoder.getstate()[0]
+
+
+def _continues(begun: bytes, byte: bytes) -> bool:
+    """Return whether a byte goes on with, or completes, a character that was begun."""
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="ignore")
+    return begun + byte in (decoder.decode(begun + byte).encode(), decoder.getstate()[0])
 
 
 def encode(card, prompts, *, chat: bool = False) -> list[list[int]]:
     """Return the token ids of each prompt.
 
     Args:
-      card: the target's name, tokenizer and vocabulary size.
-      prompts: a text, a list of texts, or a list of lists of token ids.
+      card: the target's name, tokenizer, positions and vocabulary size.
+      prompts: a text; a list or tuple of texts and of token ids (lists, tuples or integer arrays); or an integer array, a
+        prompt a row. Anything else is refused, a generator too, since it need not end.
       chat: wrap each text as a user's message by the tokenizer's chat template.
 
     Raises:
-      ValueError: an empty prompt, ids outside the vocabulary, a text without a tokenizer, chat without a template.
+      ValueError: an empty prompt, one of another kind or far longer than the positions, ids outside the vocabulary, a text without
+        a tokenizer, chat without a template.
     """
     if isinstance(prompts, str):
         prompts = [prompts]
-    prompts = list(prompts)
-    if not prompts:
+    if not isinstance(prompts, (list, tuple)) and not (is_array(prompts) and prompts.ndim == 2):
+        raise ValueError(f"prompts is {brief(prompts)}, but must be a text, a list of texts, or a list of lists of token ids")
+    if len(prompts) == 0:
         raise ValueError("no prompt was given; give a text, a list of texts or a list of token id lists")
-    rows = []
     for i, prompt in enumerate(prompts):
-        ids = _encode_text(card, prompt, chat) if isinstance(prompt, str) else _integers(prompt, i)
+        if isinstance(prompt, str):
+            _check_length(card, prompt, i)
+    rows, encoded = [], iter(encode_texts(card, [prompt for prompt in prompts if isinstance(prompt, str)], chat=chat))
+    for i, prompt in enumerate(prompts):
+        ids = next(encoded) if isinstance(prompt, str) else _integers(prompt, i)
         if not ids:
             raise ValueError(f"prompt {i} is empty (no tokens); give at least one token")
         bad = next((t for t in ids if not 0 <= t < card.vocab_size), None)
         if bad is not None:
-            raise ValueError(f"prompt {i} has token id {bad}, but ids go from 0 to {card.vocab_size - 1}")
+            raise ValueError(f"prompt {i} has token id {brief(bad)}, but ids go from 0 to {card.vocab_size - 1}")
         rows.append(ids)
     return rows
 
 
-def _encode_text(card, text, chat):
+def _check_length(card, text, i):
+    """Refuse a text far beyond the positions by its beginning, since to encode megabytes takes minutes."""
     if card.tokenizer is None:
-        raise ValueError(f"{card.name} has no tokenizer; put its tokenizer.json beside config.json, or give token ids")
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ValueError(f"the prompt {text[:40]!r} is not valid Unicode; give UTF-8 text") from None
-    if not chat:
-        return list(card.tokenizer(text, verbose=False)["input_ids"])  # a long text is judged by `prepare`
-    if not card.tokenizer.chat_template:
-        raise ValueError(f"{card.name} has no chat template; leave out --chat, or use an instruction-tuned model")
-    ids = card.tokenizer.apply_chat_template(
-        [{"role": "user", "content": text}],
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        tokenizer_kwargs={"verbose": False},
-    )
-    return list(ids["input_ids"])
+        return
+    size = CHARACTERS_A_TOKEN * card.max_positions
+    while size < len(text):
+        # What follows can merge with the last few tokens of a beginning alone, so twice the positions are beyond doubt.
+        if len(encode_texts(card, [text[:size]], chat=False)[0]) > 2 * card.max_positions:
+            raise ValueError(
+                f"prompt {i} has {len(text)} characters, more than twice the tokens that {card.name} has positions for "
+                f"({card.max_positions}); shorten the prompt"
+            )
+        size *= 4
 
 
 def _integers(ids, i):
+    needed = f"prompt {i} is {brief(ids)}, but must be a text or a list of token ids"
+    if not isinstance(ids, (list, tuple)) and not (is_array(ids) and ids.ndim == 1):
+        raise ValueError(needed)
+    if any(isinstance(t, (bool, np.bool_)) for t in ids):
+        raise ValueError(needed)
     try:
-        return [operator.index(t) for t in ids]
+        return [operator.index(t) for t in (ids.tolist() if is_array(ids) else ids)]
     except TypeError:
-        raise ValueError(f"prompt {i} is {ids!r}, but must be a text or a list of token ids") from None
+        raise ValueError(needed) from None

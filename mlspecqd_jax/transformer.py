@@ -12,6 +12,7 @@ computed from absolute positions, so entries of the cache beyond a row's length 
 import contextlib
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -214,7 +215,13 @@ class LanguageModel:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shape of every parameter by name, in the order of the layers."""
         tied = {"lm_head.weight"} if self.config.tie_word_embeddings else set()
-        return {name: leaf.shape for name, leaf in _skeleton(self.config)[1].items() if name not in tied}
+        one = dataclasses.replace(self.config, num_hidden_layers=1, sliding_windows=())  # layers are alike, and each takes its time
+        shapes = {}
+        for repeated, group in itertools.groupby(_skeleton(one)[1].items(), lambda leaf: ".layers.0." in leaf[0]):
+            layers = range(self.config.num_hidden_layers if repeated else 1)
+            for i, (name, leaf) in itertools.product(layers, list(group)):
+                shapes[name.replace(".layers.0.", f".layers.{i}.")] = leaf.shape
+        return {name: shape for name, shape in shapes.items() if name not in tied}
 
     def init(self, seed: int, dtype: jnp.dtype = jnp.float32, stddev: float = 0.02) -> dict[str, jax.Array]:
         """Return random parameters: weights normal(0, stddev), norms one, biases zero."""

@@ -2,9 +2,11 @@
 
 import dataclasses
 import json
+import signal
 
 import numpy as np
 import pytest
+from tiny import FAMILIES, weights, write_checkpoint, write_family
 
 import mlspecqd_jax as mlsd
 from mlspecqd_jax import api
@@ -16,6 +18,15 @@ NEW = 24
 @pytest.fixture(scope="module")
 def stack(demo):
     return mlsd.stack(demo)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A model without a tokenizer that compiles fast."""
+    return mlsd.load(write_family(tmp_path_factory.mktemp("qwen3"), "qwen3"), dtype="float32")
+
+
+IDS = [[1, 2, 3], [4, 5], [6]]
 
 
 def greedy_by_hand(demo, ids, n):
@@ -52,9 +63,9 @@ def test_row_r_of_a_batch_at_seed_s_is_that_prompt_alone_at_seed_s_plus_r(stack,
 
 def test_a_stack_built_again_is_not_traced_again(demo, stack):
     mlsd.generate(stack, PROMPTS[0], max_new_tokens=4)
-    before = api._init._cache_size(), api._advance._cache_size()
+    before = [f._cache_size() for f in (api._begin, api._feed, api._advance)]
     mlsd.generate(mlsd.stack(demo), PROMPTS[1], max_new_tokens=5, temperature=0.5, seed=9)
-    assert (api._init._cache_size(), api._advance._cache_size()) == before
+    assert [f._cache_size() for f in (api._begin, api._feed, api._advance)] == before
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
@@ -173,7 +184,7 @@ def test_positions_limit_the_text(demo, stack):
         ({"num_beams": 2}, r"'num_beams' is not supported; supported: .*temperature"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0, but must be a positive whole number"),
         ({"max_new_tokens": 2.5}, "max_new_tokens is 2.5"),
-        ({"max_new_tokens": [1, 2]}, "max_new_tokens has 2 entries for 1 prompts"),
+        ({"max_new_tokens": [1, 2]}, "max_new_tokens has 2 entries, but must be a number or one for each of 1 rows"),
         ({"temperature": "hot"}, "temperature is 'hot'"),
         ({"rule": "greedy"}, "rule is 'greedy', but must be one of coupled, rejection"),
         ({"stop": ""}, "stop is"),
@@ -189,7 +200,12 @@ def test_bad_arguments_are_one_sentence(stack, arguments, message):
 
 
 def test_arguments_are_those_of_the_batch_and_of_sampling():
-    assert set(mlsd.Arguments.__annotations__) == {"max_new_tokens", "chat", "stop", *mlsd.Sampling.create.__kwdefaults__}
+    assert set(mlsd.Arguments.__annotations__) == {
+        "max_new_tokens",
+        "chat",
+        "stop",
+        *mlsd.Sampling.create.__wrapped__.__kwdefaults__,
+    }
 
 
 def test_bad_prompts(stack):
@@ -200,6 +216,7 @@ def test_bad_prompts(stack):
         ([[]], "prompt 0 is empty"),
         ([[10**6]], "prompt 0 has token id 1000000"),
         ([3], "prompt 0 is 3, but must be a text or a list of token ids"),
+        ({"prompt": "x"}, "prompts is {'prompt': 'x'}, but must be a text, a list of texts"),
     ]:
         with pytest.raises(ValueError, match=message):
             mlsd.generate(stack, prompts)
@@ -207,6 +224,147 @@ def test_bad_prompts(stack):
         mlsd.stream(stack, ["a", "b"])
     with pytest.raises(ValueError, match="dtype is 'int8', but must be one of bfloat16"):
         mlsd.load("demo", dtype="int8")
+
+
+def overflowing(folder):
+    """A model as good as any in bfloat16, whose residual stream leaves float16: all that norms divide is large."""
+    config = FAMILIES["llama2"]
+    grown = ("embed_tokens.weight", "o_proj.weight", "down_proj.weight")
+    tensors = {name: x * (20_000 if name.endswith(grown) else 1) for name, x in weights(config, "llama2").items()}
+    return write_checkpoint(folder, config, tensors)
+
+
+def test_a_model_that_leaves_float16_is_refused_in_one_sentence_and_runs_in_bfloat16(tmp_path):
+    folder = overflowing(tmp_path / "m")
+    prompts = [[1, 2, 3], [4, 5]]
+    model = mlsd.load(folder, dtype="float16")
+    drafted = mlsd.stack(model, (mlsd.prompt_lookup(), 2))
+    sentence = r'row 0: after \d new tokens .*m gives logits .*float16; load it with dtype "bfloat16"$'
+    with pytest.raises(ValueError, match=sentence):
+        mlsd.generate(mlsd.stack(model), prompts, max_new_tokens=20)
+    with pytest.raises(ValueError, match=sentence):
+        list(mlsd.stream(drafted, [[1, 2, 3]], max_new_tokens=20, temperature=0.8, top_k=5))
+    out = mlsd.generate(mlsd.stack(mlsd.load(folder)), prompts, max_new_tokens=20)
+    assert [len(set(row)) > 1 for row in out.tokens] == [True, True]
+
+
+def test_broken_weights_are_told_from_a_narrow_dtype(small):
+    params = small.params | {"model.norm.weight": small.params["model.norm.weight"] * np.nan}
+    with pytest.raises(ValueError, match=r"row 0: after 0 new tokens .* gives logits .* its weights are broken.*float32"):
+        mlsd.generate(mlsd.stack(dataclasses.replace(small, params=params)), IDS, max_new_tokens=[NEW, 5, 1], logprobs=True)
+
+
+def test_a_chat_ends_at_the_templates_end_of_turn_too(demo, monkeypatch):
+    monkeypatch.setattr(demo.tokenizer, "chat_template", "{% for m in messages %}{{ m.content }}{% endfor %}")
+    eos = demo.card.eos_token_ids
+    stack = mlsd.stack(dataclasses.replace(demo, card=dataclasses.replace(demo.card, chat_end_token_ids=(7, *eos))))
+
+    def stops(**arguments):
+        return [i for i in api._request(stack, "x", arguments)[1].stop_token_ids.tolist() if i >= 0]
+
+    assert stops() == list(eos)
+    assert stops(chat=True) == [*eos, 7]
+    assert stops(chat=True, stop_token_ids=[9]) == [9]
+    assert stops(chat=True, stop_token_ids=()) == []
+
+
+@dataclasses.dataclass(frozen=True)
+class Letters:
+    """A tokenizer of single letters and one special token."""
+
+    special: int
+
+    def decode(self, ids, skip_special_tokens, **_):
+        return "".join(chr(0x4E00 + i) if i != self.special else "" if skip_special_tokens else "<|end|>" for i in ids)
+
+    def convert_ids_to_tokens(self, id_):
+        return "<|end|>" if id_ == self.special else chr(0x4E00 + id_)
+
+
+def test_a_stop_string_may_be_a_special_token(small):
+    stack = mlsd.stack(small)
+    free = mlsd.generate(stack, IDS[:1], max_new_tokens=NEW, stop_token_ids=[]).tokens[0]
+    end = next(i for i in range(3, NEW) if free[i] not in free[:i])
+    card = dataclasses.replace(small.card, tokenizer=Letters(free[end]))
+    told = mlsd.stack(dataclasses.replace(small, card=card))
+    letters = "".join(chr(0x4E00 + i) for i in free[:end])
+    arguments = {"max_new_tokens": NEW, "stop_token_ids": []}
+    for stop, text in (("<|end|>", letters), (letters[-1] + "<|end|>", letters[:-1])):
+        out = mlsd.generate(told, IDS[:1], stop=[stop, "never"], **arguments)
+        assert (out.text, out.tokens, out.finish_reason) == ([text], [free[: end + 1]], ["stop"])
+        assert "".join(mlsd.stream(told, IDS[:1], stop=stop, **arguments)) == text
+
+
+def test_slices_of_any_size_give_one_text_and_one_trace(small, monkeypatch):
+    stack, calls, sliced = mlsd.stack(small), [], api._slice
+
+    def counted(*arguments):
+        calls.append(arguments[-1])
+        return sliced(*arguments)
+
+    monkeypatch.setattr(api, "_slice", counted)
+    arguments = {"max_new_tokens": [NEW, 5, 1], "temperature": 0.7, "stop_token_ids": [], "logprobs": True}
+    found, traces = [], []
+    for seconds in (0.0, 1e9):
+        monkeypatch.setattr(api, "SLICE_SECONDS", seconds)
+        calls.clear()
+        found.append(mlsd.generate(stack, IDS, **arguments))
+        traces.append(api._advance._cache_size())
+        assert calls == ([1] * NEW if seconds == 0 else [1, 2, 4, 8, 16])
+    assert traces[0] == traces[1]
+    assert (found[0].tokens, found[0].logprobs) == (found[1].tokens, found[1].logprobs)
+
+
+def test_a_slice_takes_about_its_time():
+    assert api._next(1, 0.001, 10**9) == 2  # growing by no more than twice
+    assert api._next(64, 0.05, 10**9) == 128
+    assert api._next(64, 0.2, 10**9) == 64
+    assert api._next(64, 0.8, 10**9) == 16
+    assert api._next(1, 30, 10**9) == 1
+    assert api._next(64, 0.001, 16) == 16
+
+
+def test_a_long_prompt_is_fed_in_slices(small, monkeypatch):
+    monkeypatch.setattr(api, "PREFILL_WIDTHS", (16,))
+    monkeypatch.setattr(api, "SLICE_SECONDS", 1e9)
+    stack, fed, feed = mlsd.stack(small), [], api._feed
+
+    def counted(*arguments, **pieces):
+        fed.append((int(pieces["first"]), int(pieces["pieces"])))
+        return feed(*arguments, **pieces)
+
+    monkeypatch.setattr(api, "_feed", counted)
+    prompts = [np.arange(5, 75).tolist(), [9]]
+    out = mlsd.generate(stack, prompts, max_new_tokens=4, stop_token_ids=[])
+    assert fed == [(0, 0), (0, 1), (1, 2), (3, 4)]
+    monkeypatch.setattr(api, "SLICE_SECONDS", 0.0)
+    assert mlsd.generate(stack, prompts, max_new_tokens=4, stop_token_ids=[]).tokens == out.tokens
+    assert fed[4:] == [(0, 0), *((i, 1) for i in range(5))]
+    monkeypatch.setattr(api, "PREFILL_WIDTHS", (128,))
+    assert mlsd.generate(stack, prompts, max_new_tokens=4, stop_token_ids=[]).tokens == out.tokens
+    assert len(fed) == 4 + 6 + 2  # in one piece
+
+
+def test_an_interrupt_is_heeded_after_a_slice(small, monkeypatch):
+    stack, calls, sliced = mlsd.stack(small), [], api._slice
+
+    def interrupted(*arguments):
+        calls.append(1)
+        if len(calls) == 3:
+            signal.raise_signal(signal.SIGINT)
+        return sliced(*arguments)
+
+    monkeypatch.setattr(api, "_slice", interrupted)
+    monkeypatch.setattr(api, "SLICE_SECONDS", 0.0)
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        for run in (mlsd.generate, mlsd.compare):
+            calls.clear()
+            with pytest.raises(KeyboardInterrupt):
+                run(stack, IDS, max_new_tokens=[NEW, 5, 1], stop_token_ids=[], logprobs=True)
+            assert len(calls) == 3
+    finally:
+        signal.signal(signal.SIGINT, handler)
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ import pytest
 import tiny
 
 import mlspecqd_jax as mlsd
-from mlspecqd_jax import checkpoint, cli, huggingface, models, quantization
+from mlspecqd_jax import checkpoint, cli, config_file, huggingface, models, quantization
 from mlspecqd_jax.mxfp4 import MXArray, MXFP4Array
 from mlspecqd_jax.transformer import LanguageModel
 
@@ -19,7 +19,7 @@ NAME = "model.layers.0.mlp.up_proj.weight"
 
 @pytest.fixture
 def network(tmp_path):
-    return LanguageModel(huggingface.read_config(tiny.write_checkpoint(tmp_path / "source", CONFIG, tiny.weights(CONFIG))))
+    return LanguageModel(config_file.read_config(tiny.write_checkpoint(tmp_path / "source", CONFIG, tiny.weights(CONFIG))))
 
 
 def convert(tmp_path, network, dtype="bfloat16"):

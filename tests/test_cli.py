@@ -1,6 +1,8 @@
 """The shell command: text, JSON, conversion, and one line with exit code 2 for whatever is wrong."""
 
 import json
+import math
+import os
 import pathlib
 import shutil
 import signal
@@ -10,7 +12,7 @@ import time
 
 import pytest
 
-from mlspecqd_jax import checkpoint, cli, report
+from mlspecqd_jax import api, checkpoint, cli, prompt_files, report
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 DEMO = ROOT / "checkpoints" / "demo"
@@ -101,9 +103,9 @@ def test_several_prompts_files_and_stdin_are_the_same_batch(capsys, tmp_path, mo
     lines.write_text("\n".join([json.dumps(prompts[0]), "", json.dumps({"prompt": prompts[1], "id": 7})]) + "\n")
     assert tokens("--prompt-file", lines) == batch
     whole = tmp_path / "prompt.txt"
-    whole.write_text(prompts[0])
+    whole.write_text(prompts[0] + "\n")
     assert tokens("--prompt-file", whole) == batch[:1]
-    with whole.open() as file:
+    with whole.open(encoding="ascii") as file:
         monkeypatch.setattr(sys, "stdin", file)
         assert tokens("--prompt-file", "-") == batch[:1]
 
@@ -186,6 +188,17 @@ def test_an_unfinished_or_damaged_conversion_does_not_load(capsys, tmp_path):
         (["generate", *SHORT, "--top-p", "0"], ["top_p is 0.0", "more than 0"]),
         (["generate", *SHORT, "--top-k", "-3"], ["top_k is -3"]),
         (["generate", *SHORT, "--top-k", "x"], ["--top-k", "'x'"]),
+        (["generate", *SHORT, "--max-new-tokens", "1e3"], ["--max-new-tokens", "'1e3'"]),
+        (["generate", *SHORT, "--max-new-tokens", "9" * 30], ["exceed", "lower max_new_tokens"]),
+        (["generate", *SHORT, "--temperature", "warm\nhot"], ["--temperature", "warm"]),
+        (["generate", *SHORT, "--stop", ""], ["stop is", "non-empty"]),
+        (["generate", *SHORT, "--stop-token-id", "-1"], ["stop_token_ids is -1", "token id"]),
+        (["generate", *SHORT, "--stop-token-id", "eos"], ["--stop-token-id", "'eos'"]),
+        (["generate", *SHORT, "--logit-bias", "7"], ["--logit-bias", "'7' is not ID=VALUE, such as"]),
+        (["generate", *SHORT, "--logit-bias", "7=nan"], ["logit_bias is nan", "finite number"]),
+        (["generate", *SHORT, "--logit-bias", "99999=1"], ["logit_bias names token 99999"]),
+        (["generate", *SHORT, "--logit-bias", "7=1", "--logit-bias", "7=2"], ["--logit-bias names token 7 more than once"]),
+        (["generate", *SHORT, "--draft-limit", "-1"], ["draft_limit is -1", "0 (no drafts)"]),
         (["generate", *SHORT, "--seed", "-1"], ["seed is -1"]),
         (["generate", *SHORT, "--rule", "r"], ["rule is 'r'", "coupled, rejection"]),
         (["generate", *SHORT, "--dtype", "int4"], ["dtype is 'int4'", "bfloat16"]),
@@ -195,8 +208,8 @@ def test_an_unfinished_or_damaged_conversion_does_not_load(capsys, tmp_path):
         (["generate", *SHORT, "--draft", "mxfp4:90"], ["draft_len 90 needs a window", "at most 64"]),
         (["generate", *SHORT, "--draft", "ngram", "--draft", "mxfp4"], ["--draft mxfp4 cannot draft for ngram"]),
         (["generate", *SHORT, "--draft", "mxfp4", "--draft", "none"], ["--draft none is plain decoding"]),
-        (["generate", *SHORT, "--synthetic-acceptance", "0.9,x"], ["--synthetic-acceptance", "0.9,x"]),
-        (["generate", *SHORT, "--synthetic-acceptance", "1.5"], ["synthetic_acceptance has 1.5"]),
+        (["generate", *SHORT, "--synthetic-acceptance", "0.9,x"], ["--synthetic-acceptance", "0.9,x' is no number"]),
+        (["generate", *SHORT, "--synthetic-acceptance", "1.5"], ["synthetic_acceptance is 1.5"]),
         (["generate", *SHORT, "--synthetic-acceptance", "0.5,0.5,0.5"], ["3 rates", "2 levels"]),
         (["convert", "demo", "out", "--draft", "int4"], ["'int4' is not a format", "mxfp4"]),
         (["generate", *SHORT, "--logprobs"], ["--logprobs needs --json"]),
@@ -270,3 +283,125 @@ def test_a_closed_pipe_is_no_error():
     err = process.stderr.read()
     assert process.wait(timeout=60) == 0, err
     assert b"Traceback" not in err
+
+
+def test_prompt_files_of_any_editor(tmp_path):
+    def read(name, data):
+        (tmp_path / name).write_bytes(data)
+        return prompt_files.read(str(tmp_path / name))
+
+    assert read("a.txt", b"\xef\xbb\xbfone\r\ntwo\r\n") == ["one\ntwo"]
+    assert read("a.txt", b"one\n\n") == ["one\n"]  # one newline is dropped, the editor's
+    assert read("a.txt", "page\f\u2028\u0085\n".encode()) == ["page\f\u2028\u0085"]
+    assert read("a.jsonl", b'\xef\xbb\xbf{"prompt": "a"}\r\n"b"\r\n') == ["a", "b"]
+    assert read("a.jsonl", '{"prompt": "a\u2028b\u0085c"}\n"d\x7f\u2029"'.encode()) == ["a\u2028b\u0085c", "d\x7f\u2029"]
+    assert read("a.jsonl", b'"\\u0041\\n"\n\n  \n') == ["A\n"]
+    with pytest.raises(ValueError, match="line 3: needs a JSON string"):
+        read("a.jsonl", b'"x"\n\n' + b"[" * 10**5 + b"\n")
+
+
+def test_prompt_files_that_users_of_other_systems_met(shared):
+    assert prompt_files.read(str(shared / "reports" / "bom-crlf.jsonl")) == ["Once upon a time", "The dog"]
+    lines = prompt_files.read(str(shared / "reports" / "lines-u2028.jsonl"))
+    assert [" ".join(line.split()) for line in lines] == ["Once upon a time there was", "The dog"]
+
+
+def test_stop_ids_biases_and_the_draft_limit(capsys):
+    def generated(*options):
+        code, out, err = run(capsys, "generate", "demo", *SHORT, "--draft", "ngram:3", "--json", *options)
+        assert code == 0, err
+        return json.loads(out)
+
+    free = generated("--stop-token-id", "1")
+    tokens = free["tokens"][0]
+    assert free["finish_reason"] == ["length"]
+    stopped = generated("--stop-token-id", str(tokens[6]), "--stop-token-id", str(tokens[3]))
+    assert stopped["tokens"][0] == tokens[: 1 + min(tokens.index(tokens[3]), tokens.index(tokens[6]))]
+    assert stopped["finish_reason"] == ["stop"]
+    assert generated("--logit-bias", f"{tokens[0]}=-inf", "--logit-bias", "7=2.5")["tokens"][0][0] != tokens[0]
+    assert generated("--logit-bias", "9=1e6")["tokens"][0] == [9] * 12
+    plain = generated("--draft-limit", "0", "--stop-token-id", "1")
+    assert (plain["tokens"][0], plain["report"]["levels"][0]["drafted"]) == (tokens, 0)
+
+
+def test_what_is_no_number_is_null_in_json(capsys, monkeypatch):
+    nothing = api.Generation(["x"], [[1]], [[2]], ["stop"], [[-math.inf]], {"a": [math.nan, {"b": math.inf}], "c": 1.5})
+    monkeypatch.setattr(api, "generate", lambda *_, **__: nothing)
+    code, out, _ = run(capsys, "generate", *SHORT, "--draft", "none", "--json", "--logprobs")
+    assert code == 0
+    value = json.loads(out, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert (value["logprobs"], value["report"]) == ([[None]], {"a": [None, {"b": None}], "c": 1.5})
+
+
+def shell(command, **environment):
+    """Run a command of a POSIX shell in which `put` stands for a script that writes to stdout, stderr and stdout again."""
+    script = (
+        "from mlspecqd_jax import cli, console\n"
+        "def run(arguments):\n"
+        "    console.put('caf\\u00e9 \\U0001f600'); console.say('said'); console.put(' end\\n')\n"
+        "cli._info = run\n"
+        "raise SystemExit(cli.main(['info']))\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "SCRIPT": script, **environment}
+    command = command.replace("put", f'"{sys.executable}" -c "$SCRIPT"')
+    return subprocess.run(["sh", "-c", command], env=environment, capture_output=True)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs a POSIX shell")
+def test_stdout_and_stderr_as_shells_leave_them():
+    whole = "café 😀 end\n".encode()
+    for command, environment, code, out, err in [
+        ("put", {"PYTHONIOENCODING": "ascii"}, 0, rb"caf\xe9 \U0001f600 end" + b"\n", b"said\n"),
+        ("put 2>&-", {"PYTHONIOENCODING": "utf-8"}, 0, whole, b""),
+        ("put >&-", {"PYTHONIOENCODING": "utf-8"}, 0, b"", b"said\n"),
+        (
+            "put >/dev/full",
+            {"PYTHONIOENCODING": "utf-8"},
+            2,
+            b"",
+            b"mlspecqd: the output cannot be written (No space left on device)",
+        ),
+        ("put 2>/dev/full", {"PYTHONIOENCODING": "utf-8"}, 0, whole, b""),
+        ("put", {"LC_ALL": "C", "LANG": "C"}, 0, None, b"said\n"),
+    ]:
+        done = shell(command, **environment)
+        assert done.returncode == code, (command, done)
+        assert out is None or done.stdout == out, (command, done)
+        assert done.stderr.startswith(err), (command, done)
+        assert b"Traceback" not in done.stderr + done.stdout
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--json"],
+        pytest.param(["--prompt", "import os"], marks=pytest.mark.slow),
+        pytest.param(["--compare"], marks=pytest.mark.slow),
+    ],
+    ids=lambda options: options[0],
+)
+def test_ctrl_c_ends_a_generation_of_any_form(options):
+    """With slices of one round that rest a little, so that the whole would take minutes."""
+    child = (
+        "import signal, sys, time\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background job ignores it
+        "from mlspecqd_jax import api, cli\n"
+        "api.SLICE_SECONDS, whole = 0.0, api._slice\n"
+        "def rested(*arguments):\n"
+        "    print('slice', file=sys.stderr, flush=True)\n"
+        "    time.sleep(0.5)\n"
+        "    return whole(*arguments)\n"
+        "api._slice = rested\n"
+        f"options = ['--prompt', 'def f():', '--draft', 'none', '--max-new-tokens', '900', *{options!r}]\n"
+        "sys.argv = ['mlspecqd', 'generate', 'demo', *options]\n"
+        "cli.run()\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", child], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    while process.stderr.readline() not in ("slice\n", ""):
+        pass
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=120)
+    assert (process.returncode, out) == (130, "")
+    assert err.splitlines()[-1] == "mlspecqd: interrupted"
+    assert err.count("slice") < 100
+    assert "Traceback" not in err

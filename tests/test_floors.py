@@ -11,7 +11,12 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 # From the ground up; a module may import modules of the lines before its own, and of its own line those to its left.
 FLOORS = (
     ("pallas_kernels", "cpu_kernels"),
+    ("json_files", "render_templates", "chat", "tokenizer_files"),
     (
+        "arguments",
+        "settings",
+        "console",
+        "prompt_files",
         "buffers",
         "folds",
         "predictions",
@@ -27,12 +32,22 @@ FLOORS = (
         "text",
     ),
     ("attention", "transformer", "sampling", "verification"),
-    ("huggingface", "checkpoint", "levels", "prompt_lookup", "speculation"),
+    ("config_file", "weight_files", "huggingface", "checkpoint", "levels", "prompt_lookup", "speculation"),
     ("models", "stacks", "specs", "report", "api"),
     ("cli", "examples", "benchmarks"),
 )
 ORDER = [name for floor in FLOORS for name in floor]
-ALGORITHM = {"buffers", "folds", "sampling", "verification", "levels", "prompt_lookup", "speculation"}
+ALGORITHM = {
+    "arguments",
+    "settings",
+    "buffers",
+    "folds",
+    "sampling",
+    "verification",
+    "levels",
+    "prompt_lookup",
+    "speculation",
+}
 NETWORK = {
     "mxfp4",
     "layouts",
@@ -45,6 +60,8 @@ NETWORK = {
     "moves",
     "attention",
     "transformer",
+    "config_file",
+    "weight_files",
     "huggingface",
     "checkpoint",
 }

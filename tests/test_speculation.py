@@ -11,9 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toys import (
     EMPTY,
+    Markov,
     Script,
     Toy,
     ToyDrafter,
+    chain,
     count_sequences,
     decode_oracle,
     filtered_oracle,
@@ -453,3 +455,33 @@ def test_a_buffer_without_room_for_a_window_is_refused():
 
 def test_buffers_leave_room_for_a_window():
     assert [buffer_length(n) for n in (1, 192, 193, 448)] == [256, 256, 512, 512]
+
+
+@pytest.mark.parametrize("broken", [np.nan, -np.nan, np.inf, -np.inf], ids=["NaN", "-NaN", "inf", "all -inf"])
+@pytest.mark.parametrize("draft", ["", "own"], ids=["plain", "drafted"])
+def test_a_row_ends_where_the_targets_logits_are_no_numbers(draft, broken):
+    """Where it is known: after token 1 then 2. Nothing is appended from there on, whatever is drafted, and other rows go on."""
+    model = Markov()
+    sound = model.table(3)
+    place = (1 + 1) * (model.vocab_size + 1) + 2 + 1
+    row = jnp.full((model.vocab_size,), broken)
+    table = sound.at[place].set(row if broken == -np.inf else row.at[1:].set(0.0))
+    prompts = [[0], [3, 1], [1, 2], [2, 0]]
+    tokens, length = ragged(prompts, 256)
+    limit = jnp.full((4,), 40)
+    ended = []
+    for choice in ({}, {"temperature": [0, 0.9, 0.9, 1.2], "top_k": 3}, {"temperature": 0.9, "min_p": 0.01, "rule": "rejection"}):
+        sampling = Sampling.create(4, model.vocab_size, seed=5, **choice)
+        stack = chain(draft, [table, sound], [3] * bool(draft), model)
+        _, end, state = run(stack, tokens, length, limit, sampling)
+        found = rows(state.tokens, end)
+        for r, row in enumerate(found):
+            met = next((i for i in range(len(prompts[r]), len(row) + 1) if row[max(i - 2, 0) : i] == [1, 2]), None)
+            assert bool(state.broken[r]) == (met is not None)
+            assert len(row) == (40 if met is None else met)
+        if choice.get("rule") != "rejection":
+            whole = rows(*run(chain("", [sound], [], model), tokens, length, limit, sampling)[:2])
+            assert all(mine == theirs[: len(mine)] for mine, theirs in zip(found, whole, strict=True))
+        ended += np.asarray(state.broken).tolist()
+        assert state.broken[2]
+    assert not all(ended)

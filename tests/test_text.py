@@ -2,10 +2,12 @@
 
 import types
 
+import hypothesis
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tokenizers
+from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -35,12 +37,17 @@ def sentencepiece(decoder):
     return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token=EOS, unk_token="<unk>")
 
 
-@pytest.fixture(scope="module", params=["llama", "metaspace"])
+DECODERS = {
+    "llama": lambda: decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    ),
+    "metaspace": lambda: decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()]),
+}
+
+
+@pytest.fixture(scope="module", params=list(DECODERS))
 def spaced(request):
-    if request.param == "metaspace":
-        return sentencepiece(decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()]))
-    parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    return sentencepiece(decoders.Sequence(parts))
+    return sentencepiece(DECODERS[request.param]())
 
 
 def ids_of(tokenizer, *tokens):
@@ -67,12 +74,12 @@ def _byte_id(tokenizer, byte):
 
 def stream(decoder, ids, every=1):
     """Push token by token (or `every` so many), as generation does; return the pieces, the last from `finish`."""
-    pieces = []
-    for n in range(every, len(ids) + 1, every):
-        pieces.append(decoder.push(ids[:n]))
+    pieces, whole = [], len(ids) - len(ids) % every
+    for n in range(0, whole, every):
+        pieces.append(decoder.push(ids[n : n + every]))
         if decoder.stopped:
             break
-    return [*pieces, decoder.finish(ids if not decoder.stopped else ids[:n])]
+    return [*pieces, decoder.push(ids[whole:]) + decoder.finish()]
 
 
 TEXT = 'naïve 😀 "quoted"\n\t你好,世界 👩‍👩‍👧 é\u0301 ﷽  end '
@@ -145,10 +152,10 @@ def stopped_stream(tokenizer, text, stop, every=1):
 @pytest.mark.parametrize("every", [1, 2, 5, 100])
 def test_a_stop_string_ends_the_text_across_tokens(byte_level, every):
     text = "one two END three"
-    pieces, decoder, ids = stopped_stream(byte_level, text.ljust(100), "END", every)
+    pieces, decoder, _ = stopped_stream(byte_level, text.ljust(100), "END", every)
     assert decoder.stopped
     assert "".join(pieces) == decoder.text == "one two "
-    assert decoder.tokens_to_stop(ids) == len("one two END")
+    assert decoder.tokens == len("one two END")
 
 
 def test_what_may_begin_a_stop_string_is_held_back_then_released(byte_level):
@@ -167,16 +174,16 @@ def test_what_may_begin_a_stop_string_is_held_back_then_released(byte_level):
 def test_the_stop_string_completed_first_wins_however_often_one_looks(byte_level, every):
     text = "so abcdef".ljust(100)
     for stops, kept in ((["cd", "f"], "so ab"), (["f", "cd"], "so ab"), (["abcde", "cd"], "so ab"), (["bcd", "d"], "so a")):
-        pieces, decoder, ids = stopped_stream(byte_level, text, stops, every)
+        pieces, decoder, _ = stopped_stream(byte_level, text, stops, every)
         assert "".join(pieces) == kept
-        assert decoder.tokens_to_stop(ids) == text.index("d") + 1
+        assert decoder.tokens == text.index("d") + 1
 
 
 def test_a_stop_string_with_a_character_of_several_tokens(byte_level):
-    pieces, decoder, ids = stopped_stream(byte_level, "tea 中文 is good", "a 中文")
+    pieces, decoder, _ = stopped_stream(byte_level, "tea 中文 is good", "a 中文")
     assert "".join(pieces) == "te"
     assert decoder.stopped
-    assert decoder.tokens_to_stop(ids) == len("tea 中文".encode())
+    assert decoder.tokens == len("tea 中文".encode())
     pieces, decoder, _ = stopped_stream(byte_level, "tea 中国", "a 中文")
     assert "".join(pieces) == "tea 中国"
     assert not decoder.stopped
@@ -190,19 +197,19 @@ def test_tokens_to_a_stop_string_among_byte_tokens(spaced, every):
     for n, stop in enumerate(text, start=1):
         decoder = Decoder(spaced, ids_of(spaced, "a"), [stop])
         assert "".join(stream(decoder, ids, every)) == text[: n - 1]
-        assert decoder.tokens_to_stop(ids) == 3 * n
+        assert decoder.tokens == 3 * n
 
 
 def test_a_stop_string_within_a_token(byte_level):
     ids = ids_of(byte_level, "he", "ll", "Ġwo")
     decoder = Decoder(byte_level, byte_level("x")["input_ids"], ["l w"])
     assert "".join(stream(decoder, ids)) == "hel"
-    assert decoder.tokens_to_stop(ids) == 3
+    assert decoder.tokens == 3
 
 
 def test_without_a_stop_string_all_tokens_count(byte_level):
     _, decoder, ids = stopped_stream(byte_level, "hello", "xyz")
-    assert decoder.tokens_to_stop(ids) == len(ids) == 5
+    assert decoder.tokens == len(ids) == 5
 
 
 def test_a_stop_string_in_the_prompt_does_not_count(byte_level):
@@ -211,7 +218,7 @@ def test_a_stop_string_in_the_prompt_does_not_count(byte_level):
 
 
 def card(tokenizer=None, vocab_size=300):
-    return types.SimpleNamespace(name="tiny", tokenizer=tokenizer, vocab_size=vocab_size)
+    return types.SimpleNamespace(name="tiny", tokenizer=tokenizer, vocab_size=vocab_size, max_positions=1000)
 
 
 def test_prompts_become_ids(byte_level):
@@ -268,3 +275,151 @@ def test_chat_wraps_each_text_by_the_template(byte_level):
         byte_level.chat_template = None
     assert [byte_level.decode(row) for row in rows] == ["user:hello\nbot:", "user:😀\nbot:"]
     assert byte_level.decode(plain[0]) == "hello"
+
+
+@pytest.fixture(scope="module", params=["byte level", "llama", "metaspace"])
+def any_tokenizer(request, byte_level):
+    """Each kind of tokenizer, with two special tokens."""
+    tokenizer = byte_level if request.param == "byte level" else sentencepiece(DECODERS[request.param]())
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+    return tokenizer
+
+
+def ids_strategy(tokenizer):
+    """Tokens as a broken model would put them out: stray bytes above all."""
+    data = [0xE4, 0xB8, 0x96, 0xF0, 0x9F, 0x98, 0x80, 0xC3, 0xA9, 0xED, 0xA0, 0xFF, 0x20, 0x41]
+    others = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>"), *range(3, 11)]
+    return st.lists(st.one_of(st.sampled_from(byte_ids(tokenizer, data)), st.sampled_from(others)), max_size=12)
+
+
+@hypothesis.settings(max_examples=60, deadline=None, derandomize=True)
+@hypothesis.given(data=st.data())
+def test_whatever_bytes_come_and_however_often_one_looks_the_text_is_one(any_tokenizer, data):
+    prompt, ids = data.draw(ids_strategy(any_tokenizer)), data.draw(ids_strategy(any_tokenizer))
+    stop = data.draw(st.sampled_from([(), ("\ufffd\ufffd",), ("<|im_end|>A", "é"), ("A ",)]))
+    whole = Decoder(any_tokenizer, prompt, stop)
+    text = whole.push(ids) + whole.finish()
+    assert text == whole.text
+    for every in (1, 2, 5):
+        decoder = Decoder(any_tokenizer, prompt, stop)
+        assert "".join(stream(decoder, ids, every)) == text
+        assert (decoder.stopped, decoder.tokens) == (whole.stopped, whole.tokens)
+
+
+@hypothesis.settings(max_examples=60, deadline=None, derandomize=True)
+@hypothesis.given(data=st.binary(max_size=12))
+def test_bytes_become_the_characters_that_utf_8_makes_of_them(any_tokenizer, data):
+    """After a prompt that ends in a whole character; of bytes that are none, U+FFFD as Unicode recommends."""
+    decoder = Decoder(any_tokenizer, byte_ids(any_tokenizer, b"x"))
+    assert "".join(stream(decoder, byte_ids(any_tokenizer, data))) == data.decode(errors="replace")
+
+
+def test_stray_bytes_are_not_held_back(any_tokenizer):
+    decoder = Decoder(any_tokenizer, byte_ids(any_tokenizer, b"x"))
+    ids = byte_ids(any_tokenizer, b"\x96\xe4\xe4\xb8\xff\xf0\x9f\x98\xf0")
+    pieces = [decoder.push([id_]) for id_ in ids]
+    assert pieces == ["\ufffd", "", "\ufffd", "", "\ufffd\ufffd", "", "", "", "\ufffd"]
+    assert decoder.finish() == "\ufffd"
+
+
+def test_what_a_prompt_leaves_of_a_character_is_not_repeated(any_tokenizer):
+    """The prompt's own text shows it."""
+    world = "世".encode()
+    for begun in (1, 2):
+        prompt = byte_ids(any_tokenizer, b"x" + world[:begun])
+        assert stream(Decoder(any_tokenizer, prompt), byte_ids(any_tokenizer, b"A")) == ["A", ""]
+        assert stream(Decoder(any_tokenizer, prompt), byte_ids(any_tokenizer, b"\xffA")) == ["\ufffd", "A", ""]
+        assert stream(Decoder(any_tokenizer, prompt), []) == [""]
+        assert stream(Decoder(any_tokenizer, prompt), [any_tokenizer.eos_token_id]) == ["", ""]
+        assert "".join(stream(Decoder(any_tokenizer, prompt), byte_ids(any_tokenizer, world[begun:]))) == "世"
+    prompt = byte_ids(any_tokenizer, b"x" + world[:1])
+    assert "".join(stream(Decoder(any_tokenizer, prompt), byte_ids(any_tokenizer, world[1:2] + b"A"))) == "\ufffdA"
+
+
+def test_a_stop_string_may_be_or_hold_a_special_token(any_tokenizer):
+    a, b, end = [*byte_ids(any_tokenizer, b"AB"), any_tokenizer.convert_tokens_to_ids("<|im_end|>")]
+    for stop, ids, text, taken in [
+        ("<|im_end|>", [a, end, b], "A", 2),
+        ("A<|im_end|>", [b, a, end, b], "B", 3),
+        ("<|im_end|>B", [a, end, a, end, b, b], "AA", 5),
+        ("<|im_end|><|im_end|>", [a, end, b, end, end, b], "AB", 5),
+        ("im_", [a, end, b], "A", 2),
+        ("BB", [a, end, b, end, b], "ABB", 5),  # what stands between is no text, and keeps them apart
+    ]:
+        decoder = Decoder(any_tokenizer, [a], [stop])
+        assert "".join(stream(decoder, ids)) == text, stop
+        assert (decoder.tokens, decoder.stopped) == (taken, stop != "BB")
+
+
+def test_what_a_push_decodes_does_not_grow_with_the_text(any_tokenizer, monkeypatch):
+    decode, decoded = any_tokenizer.decode, []
+
+    def counted(ids, **options):
+        decoded.append(len(ids))
+        return decode(ids, **options)
+
+    monkeypatch.setattr(any_tokenizer, "decode", counted)
+    decoder = Decoder(any_tokenizer, byte_ids(any_tokenizer, b"x" * 500), ["never there"])
+    decoded.clear()
+    for id_ in byte_ids(any_tokenizer, TEXT.encode()) * 20:
+        decoder.push([id_])
+        assert sum(decoded) < 8
+        decoded.clear()
+    decoder.finish()
+    assert sum(decoded) < 8
+    assert decoder.text == TEXT * 20
+
+
+def test_a_prompt_far_beyond_the_positions_is_refused_by_its_beginning(byte_level):
+    encoded = []
+
+    class Counting:
+        def __call__(self, text, **options):
+            encoded.append(len(text))
+            return byte_level(text, **options)
+
+    short = types.SimpleNamespace(name="tiny", tokenizer=Counting(), vocab_size=300, max_positions=10)
+    with pytest.raises(ValueError, match=r"prompt 1 has 10000000 characters, more than twice the tokens that tiny has positions"):
+        encode(short, ["a", "a" * 10**7])
+    assert sum(encoded) < 1000
+    spaces = [len(ids) for ids in encode(short, ["a" * 25])]  # which of these are too long is said with the new tokens
+    assert spaces == [25]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        ({"prompt": "a"}, r"prompts is \{'prompt': 'a'\}, but must be a text, a list of texts"),
+        (b"bytes", r"prompts is b'bytes'"),
+        ({"a", "b"}, "prompts is {"),
+        (7, "prompts is 7"),
+        (None, "prompts is None"),
+        ((text for text in ["a"]), "prompts is of type generator"),
+        (np.zeros((2, 3, 4), int), r"prompts is an array of int64 of shape \[2, 3, 4\]"),
+        (np.zeros((1, 2)), r"prompt 0 is an array of float64 of shape \[2\], but must be a text or a list of token ids"),
+        ([b"bytes"], r"prompt 0 is b'bytes'"),
+        ([{"a": 1}], r"prompt 0 is \{'a': 1\}"),
+        ([{1, 2}], r"prompt 0 is \{1, 2\}"),
+        ([["a", "b"]], r"prompt 0 is \['a', 'b'\]"),
+        ([[True]], r"prompt 0 is \[True\]"),
+        ([[10**5000]], r"prompt 0 has token id of type int, but ids go from 0"),
+    ],
+)
+def test_prompts_of_another_kind_are_refused_by_name_and_not_iterated(byte_level, prompts, message):
+    with pytest.raises(ValueError, match=message):
+        encode(card(byte_level), prompts)
+
+
+def test_ids_may_be_lists_tuples_and_arrays(byte_level):
+    for prompts in ([[1, 2]], ([1, 2],), ((1, 2),), [np.array([1, 2], np.uint8)], np.array([[1, 2]]), jnp.array([[1, 2]])):
+        assert encode(card(), prompts) == [[1, 2]]
+    assert encode(card(byte_level), ("hello",)) == encode(card(byte_level), "hello")
+
+
+@hypothesis.settings(max_examples=60, deadline=None, derandomize=True)
+@hypothesis.given(data=st.data())
+def test_whole_tokens_give_the_text_that_the_tokenizer_gives_at_once(any_tokenizer, data):
+    tokens = st.lists(st.sampled_from([any_tokenizer.eos_token_id, *range(3, 11)]), min_size=1, max_size=8)
+    prompt, ids = data.draw(tokens), data.draw(tokens)
+    shown, whole = (any_tokenizer.decode(row, skip_special_tokens=True) for row in (prompt, prompt + ids))
+    assert shown + "".join(stream(Decoder(any_tokenizer, prompt), ids)) == whole

@@ -58,7 +58,7 @@ def stack(request):
     return stacks.stack(target, *[(target.quantized(), 6), (small, 3)] * (request.param != "plain"))
 
 
-PROGRAMS = pytest.mark.parametrize("name", ["init", "advance", pytest.param("generate_tokens", marks=pytest.mark.slow)])
+PROGRAMS = pytest.mark.parametrize("name", ["feed", "advance", pytest.param("generate_tokens", marks=pytest.mark.slow)])
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def program(stack):
     state = jax.eval_shape(lambda *arguments: speculation.init(*arguments, prefill_width=16), stack, tokens, length, sampling)
     whole = jax.jit(speculation.generate_tokens, static_argnames="prefill_width")
     lowered = {
-        "init": lambda: api._init.lower(stack, tokens, length, sampling, prefill_width=16),
+        "feed": lambda: api._feed.lower(stack, state, prefill_width=16, first=np.int32(0), pieces=np.int32(1)),
         "advance": lambda: api._advance.lower(stack, state, limit, sampling, np.int32(1)),
         "generate_tokens": lambda: whole.lower(stack, tokens, length, limit, sampling, prefill_width=16),
     }
@@ -106,9 +106,10 @@ def test_a_copy_of_a_cache_would_be_seen():
     assert cache_copies(swap.lower(*caches).compile().as_text(), cache_shape(CONFIG)[1:])
 
 
-def test_the_donated_caches_are_updated_where_they_are(program, stack):
+@pytest.mark.parametrize("name", ["feed", "advance"])
+def test_the_donated_caches_are_updated_where_they_are(program, stack, name):
     for config in (CONFIG, SMALL) if len(stack.levels) > 1 else (CONFIG,):
-        caches, in_place = aliased(program("advance"), "bf16", cache_shape(config))
+        caches, in_place = aliased(program(name), "bf16", cache_shape(config))
         assert len(caches) == 2 * config.num_hidden_layers  # a shared cache counts once
         assert in_place == caches
 
@@ -164,9 +165,9 @@ def test_generate_tokens_traces_once_for_many_requests(stack):
 
 
 def test_generate_traces_once_for_many_requests(stack):
-    before = api._init._cache_size(), api._advance._cache_size()
+    before = [f._cache_size() for f in (api._begin, api._feed, api._advance)]
     for settings in REQUESTS:
         arguments = {"max_new_tokens": 20} | settings
         out = api.generate(stack, [arguments.pop("prompt", PROMPT)], **arguments)
         assert 1 <= len(out.tokens[0]) <= 25
-    assert (api._init._cache_size(), api._advance._cache_size()) == (before[0] + 1, before[1] + 1)
+    assert [f._cache_size() for f in (api._begin, api._feed, api._advance)] == [n + 1 for n in before]

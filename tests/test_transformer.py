@@ -15,7 +15,7 @@ import pytest
 import tiny
 from flax import nnx
 
-from mlspecqd_jax import huggingface
+from mlspecqd_jax import config_file
 from mlspecqd_jax.attention import KVCache, attend, write
 from mlspecqd_jax.rope import RopeScaling, inverse_frequencies, rotary
 from mlspecqd_jax.transformer import ACTIVATIONS, Block, LanguageModel, RMSNorm
@@ -40,7 +40,7 @@ def models(tmp_path_factory):
     @functools.cache
     def read(family):
         config = tiny.FAMILIES[family]
-        network = LanguageModel(huggingface.read_config(tiny.write_family(tmp_path_factory.mktemp(family), family)))
+        network = LanguageModel(config_file.read_config(tiny.write_family(tmp_path_factory.mktemp(family), family)))
         assert network.shapes() == tiny.shapes(config)
         return network, {name: jnp.asarray(value) for name, value in tiny.weights(config, family).items()}
 

@@ -1,0 +1,181 @@
+"""What every argument may be, in one table, and the sentences that refuse anything else before it is traced or iterated.
+
+A sentence says what was given and what is needed. Nothing is converted on the way: a bool is no number and a number no text. Arrays
+of numpy and jax are taken where a list of numbers is, traced ones only where a function can be called inside `jax.jit`.
+"""
+
+import dataclasses
+import math
+import numbers
+import operator
+import reprlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+LARGEST, LEAST = (float(x) for x in (np.finfo(np.float32).max, np.finfo(np.float32).tiny))
+LARGEST_INT = int(np.iinfo(np.int32).max)
+ROWS = 2**24  # more than this of anything is a mistake
+
+
+@dataclasses.dataclass(frozen=True)
+class Number:
+    """What a number may be; `needed` says in words what `lawful` tests."""
+
+    needed: str
+    lawful: Callable[[Any], bool]
+    whole: bool = False
+
+
+def _whole(needed: str, least: int, most: float = math.inf) -> Number:
+    return Number(needed, lambda x: least <= x <= most, whole=True)
+
+
+# By name of the argument; of a sequence, what each entry may be.
+NUMBERS = {
+    "max_new_tokens": _whole("a positive whole number", 1),
+    "temperature": Number("0 (greedy) or more", lambda x: 0 <= x <= LARGEST),
+    "top_k": _whole("0 (off) or a positive whole number", 0),
+    "top_p": Number("more than 0 and at most 1 (off)", lambda x: 0 < x <= 1),
+    "min_p": Number("between 0 (off) and 1", lambda x: 0 <= x <= 1),
+    "repetition_penalty": Number("positive (1 is off)", lambda x: LEAST <= x <= LARGEST),
+    "presence_penalty": Number("a finite number (0 is off)", lambda x: abs(x) <= LARGEST),
+    "frequency_penalty": Number("a finite number (0 is off)", lambda x: abs(x) <= LARGEST),
+    "draft_limit": _whole("0 (no drafts) or a positive whole number", 0),
+    "seed": _whole("a whole number from 0 to 2**32 - 1", 0, 2**32 - 1),
+    "stop_token_ids": _whole("a token id (a whole number of at least 0)", 0, LARGEST_INT),
+    "logit_bias": Number("a finite number, or -inf to ban the token", lambda x: abs(x) <= LARGEST or x == -math.inf),
+    "synthetic_acceptance": Number("a probability from 0 to 1 for each level that judges", lambda x: 0 <= x <= 1),
+    "batch": _whole(f"a whole number from 1 to {ROWS}", 1, ROWS),
+    "vocab_size": _whole(f"a whole number from 1 to {ROWS}", 1, ROWS),
+    "longest": _whole("a whole number from 0 to 2**30", 0, 2**30),
+    "multiple": _whole("a whole number from 1 to 2**30", 1, 2**30),
+    "prefill_width": _whole("a positive whole number", 1, LARGEST_INT),
+    "max_ngram": _whole("a whole number from 1 to 64", 1, 64),
+    "min_ngram": _whole("a whole number from 1 to 64", 1, 64),
+    "rounds": _whole("a whole number from 0 to 2**31 - 1", 0, LARGEST_INT),
+    "limit": _whole("a whole number from 0 to 2**31 - 1", 0, LARGEST_INT),
+}
+
+
+def number(name: str, value: Any) -> int | float:
+    """Return a number if it is one that the table allows, or raise a ValueError."""
+    kind = NUMBERS[name]
+    refusal = ValueError(f"{name} is {brief(value)}, but must be {kind.needed}")
+    if is_array(value) and value.ndim == 0:
+        value = _listed(value)
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, numbers.Integral if kind.whole else numbers.Real):
+        raise refusal
+    try:
+        value = operator.index(value) if kind.whole else float(value)
+    except OverflowError:
+        raise refusal from None
+    if not kind.lawful(value):
+        raise refusal
+    return value
+
+
+def sequence(name: str, value: Any, most: int | None = None) -> list | None:
+    """Return the numbers of a list, tuple, range or array [n], not yet checked, or None for anything else.
+
+    Raises:
+      ValueError: there are more than `most`.
+    """
+    if not isinstance(value, (list, tuple, range)) and not (is_array(value) and value.ndim == 1):
+        return None
+    if most is not None and len(value) > most:
+        raise ValueError(f"{name} has {len(value)} entries, but can have at most {most}")
+    return _listed(value) if is_array(value) else list(value)
+
+
+def each_row(name: str, value: Any, rows: int) -> list[int | float]:
+    """Return one checked number a row, from one for all rows or from a sequence of one for each."""
+    given = sequence(name, value, ROWS)
+    if given is None and is_array(value) and value.ndim > 1:
+        raise ValueError(f"{name} has shape {list(value.shape)}, but must be a number or one for each of {rows} rows")
+    if given is None:
+        return [number(name, value)] * rows
+    if len(given) != rows:
+        raise ValueError(f"{name} has {len(given)} entries, but must be a number or one for each of {rows} rows")
+    return [number(name, entry) for entry in given]
+
+
+def flag(name: str, value: Any) -> bool:
+    """Return a bool that is one, or raise a ValueError."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise ValueError(f"{name} is {brief(value)}, but must be True or False")
+    return bool(value)
+
+
+def choice(name: str, value: Any, allowed: Sequence[str]) -> str:
+    """Return a text that is one of those allowed, or raise a ValueError."""
+    if not isinstance(value, str) or value not in allowed:
+        raise ValueError(f"{name} is {brief(value)}, but must be one of {', '.join(allowed)}")
+    return value
+
+
+def texts(name: str, value: Any) -> tuple[str, ...]:
+    """Return texts from one, several or None, or raise a ValueError where one is empty or none."""
+    given = () if value is None else (value,) if isinstance(value, str) else value
+    if not isinstance(given, (list, tuple)) or not all(isinstance(text, str) and text for text in given):
+        raise ValueError(f"{name} is {brief(value)}, but must be a non-empty text or a list of them")
+    return tuple(given)
+
+
+def instance(name: str, value: Any, kind: type, needed: str) -> Any:
+    """Return a value of a type, or raise a ValueError that says how to come by one."""
+    if not isinstance(value, kind):
+        raise ValueError(f"{name} is {brief(value)}, but must be {needed}")
+    return value
+
+
+def recipe(format: Any, policy: Any, scale_rule: Any) -> None:
+    """Raise a ValueError unless these are of the types that quantizing takes; what formats and rules there are is checked there."""
+    instance("format", format, str, "the name of a format, such as mxfp4")
+    instance("scale_rule", scale_rule, str, "the name of a scale rule, such as floor")
+    entries = policy.items() if isinstance(policy, Mapping) else None if policy is not None else ()
+    if entries is None or not all(isinstance(glob, str) and isinstance(to, (str, type(None))) for glob, to in entries):
+        raise ValueError(f"policy is {brief(policy)}, but must be a mapping from globs over tensor names to a format or None")
+
+
+def integers(name: str, value: Any, axes: str) -> jax.Array:
+    """Return an integer array, perhaps traced, that has the axes named by single letters, such as "BS"; or raise a ValueError."""
+    rank = len(axes)
+    whole = isinstance(value, (np.ndarray, jax.Array)) and jnp.issubdtype(value.dtype, jnp.integer)
+    if not whole or value.ndim != rank or 0 in value.shape:
+        raise ValueError(f"{name} is {brief(value)}, but must be an int32 array [{', '.join(axes)}]")
+    return value
+
+
+def brief(value: Any) -> str:
+    """Return what a message shows of a value: one short line, whatever it is."""
+    if isinstance(value, jax.core.Tracer):
+        return "a traced value"
+    if isinstance(value, (np.ndarray, jax.Array)):
+        return f"an array of {value.dtype.name} of shape {list(value.shape)}"
+    if isinstance(value, np.generic):
+        value = value.item()
+    if not isinstance(value, (type(None), numbers.Number, str, bytes, list, tuple, range, set, frozenset, Mapping)):
+        return f"of type {type(value).__name__}"
+    try:
+        return " ".join(_REPR.repr(value).split())
+    except Exception:  # an int of more digits than Python writes out, or a repr of a user's class
+        return f"of type {type(value).__name__}"
+
+
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = _REPR.maxlong = 60
+
+
+def is_array(value: Any) -> bool:
+    """Return whether a value is a numpy or jax array whose numbers are known."""
+    return isinstance(value, (np.ndarray, jax.Array)) and not isinstance(value, jax.core.Tracer)
+
+
+def _listed(array):
+    array = np.asarray(array)
+    # What numpy does not know, such as bfloat16, has no Python number of its own.
+    return (array.astype(np.float64) if jnp.issubdtype(array.dtype, jnp.floating) else array).tolist()

@@ -1,0 +1,139 @@
+"""Safetensors files of a checkpoint folder: which tensor of which file is which parameter, by the headers alone.
+
+One file, model.safetensors, or else the shards that model.safetensors.index.json names; nothing outside the folder, and no other
+kind of file, is ever opened. Names may lack `model.`, as those of a model that was saved without its head do. What no pass of the
+model would read is left out and named; whatever else the headers hold beyond the model, or lack of it, is refused.
+"""
+
+import os
+import pathlib
+import re
+import warnings
+from typing import NamedTuple
+
+from safetensors import SafetensorError, safe_open
+
+from mlspecqd_jax.json_files import printable, read_json, reason, shown
+
+FILE, INDEX, SUFFIX = "model.safetensors", "model.safetensors.index.json", ".safetensors"
+FLOATS = ("F64", "F32", "F16", "BF16")
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+# Tensors that cannot change what a decoder puts out: buffers that are computed anew, scales of a quantized cache, and heads for
+# other tasks.
+BALLAST = (
+    r"(.*\.)?rotary_emb\.\w+",
+    r"(.*\.)?(position_ids|masked_bias|causal_mask)",
+    r".*\.self_attn\.((attn\.)?[kvq]|kv|k_proj\.[kv]|v_proj\.[kv]|kv_cache|prob|prob_output)_(scale|zero_point|scaling_factor)",
+    r".*\.self_attn\.(k|v)_proj\.output_scale",
+    r"(score|classifier|qa_outputs|v_head|value_head|reward_head|regression_head)\..+",
+)
+
+
+class Header(NamedTuple):
+    """What a file says of a tensor."""
+
+    shape: tuple[int, ...]
+    dtype: str  # safetensors' name
+
+
+class Source(NamedTuple):
+    """Where a parameter lies."""
+
+    file: pathlib.Path
+    name: str  # in the file
+
+
+def locate(folder: pathlib.Path, expected: dict[str, tuple[int, ...]], *, tied: bool) -> dict[str, Source]:
+    """Check every header of a folder against the expected names and shapes, and return where each parameter lies.
+
+    Args:
+      folder: of the checkpoint.
+      expected: the shape of every parameter by name, the head included.
+      tied: whether head and embedding may be one; then either may be absent, and what the file holds is returned.
+
+    Raises:
+      ValueError: files or tensors missing, unknown, of another shape or kind, truncated, or a name that stands for two tensors.
+    """
+    headers, index = _headers(folder)
+    located, ignored, problems = {}, [], []
+    for source, header in headers.items():
+        name = source.name if source.name in expected else f"model.{source.name}"
+        if index is not None and index.get(source.name) != source.file:
+            ignored.append(source.name)  # the index decides: another file's tensor is meant, or none
+        elif name not in expected:
+            known = any(re.fullmatch(pattern, source.name) for pattern in BALLAST)
+            (ignored if known else problems).append(source.name if known else f"unknown tensor {source.name}")
+        elif name in located:
+            problems.append(f"both {located[name].name} and {source.name} are there")
+        else:
+            located[name] = source
+            problems += _misfit(source.name, header, expected[name])
+    optional = {HEAD, EMBEDDING} if tied and {HEAD, EMBEDDING} & located.keys() else {HEAD} if tied else set()
+    problems += [_missing(name, headers, index) for name in expected if name not in located.keys() | optional]
+    if problems:
+        raise ValueError(
+            f"{folder} does not hold the model that its config.json describes: {_some(problems, '; ')}; "
+            "download the weights and config.json again from one source"
+        )
+    if ignored:
+        warnings.warn(f"{folder}: left out what this model does not use: {_some(ignored, ', ')}", stacklevel=2)
+    return {name: located[name] for name in expected if name in located}
+
+
+def _misfit(name: str, header: Header, shape: tuple[int, ...]) -> list[str]:
+    if header.shape != shape:
+        return [f"tensor {name} has shape {list(header.shape)}, but config.json asks for {list(shape)}"]
+    if header.dtype not in FLOATS:
+        return [f"tensor {name} is stored as {header.dtype}, but must be one of {', '.join(FLOATS)}"]
+    return []
+
+
+def _missing(name: str, headers: dict[Source, Header], index: dict[str, pathlib.Path] | None) -> str:
+    spellings = (name, name.removeprefix("model."))
+    elsewhere = next((source for source in headers if source.name in spellings), None)
+    if elsewhere is None or index is None:
+        return f"missing tensor {name}"
+    meant = index.get(elsewhere.name)
+    said = "leaves it out" if meant is None else f"looks for it in {meant.name}"
+    return f"missing tensor {name} (it is in {elsewhere.file.name}, but {INDEX} {said})"
+
+
+def _some(words: list[str], separator: str) -> str:
+    more = f" (and {len(words) - 3} more)" if len(words) > 3 else ""
+    return printable(separator.join(word[:200] for word in words[:3])) + more
+
+
+def _headers(folder: pathlib.Path) -> tuple[dict[Source, Header], dict[str, pathlib.Path] | None]:
+    """Return the headers of all files, and the file of each name where an index says it."""
+    if os.path.isfile(folder / FILE):  # an index beside it is stale; transformers reads the file too
+        return _read_header(folder / FILE), None
+    if os.path.isfile(folder / INDEX):
+        index = _read_index(folder / INDEX)
+        headers = {}
+        for file in dict.fromkeys(index.values()):
+            headers |= _read_header(file)
+        return headers, index
+    raise ValueError(f"{folder} holds neither {FILE} nor {INDEX}; save the model with save_pretrained(folder)")
+
+
+def _read_header(file: pathlib.Path) -> dict[Source, Header]:
+    try:
+        with safe_open(file, framework="np") as tensors:
+            slices = {name: tensors.get_slice(name) for name in tensors.keys()}
+            return {Source(file, name): Header(tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ValueError(f"{file} is truncated or not a safetensors file ({reason(error)}); download it again") from error
+
+
+def _read_index(path: pathlib.Path) -> dict[str, pathlib.Path]:
+    """Return the file of each tensor by name."""
+    shards = read_json(path).get("weight_map")
+    if not isinstance(shards, dict) or not shards or not all(isinstance(name, str) for name in shards.values()):
+        raise ValueError(f"{path} has no key 'weight_map' that maps tensors to files; download it again")
+    for name in dict.fromkeys(shards.values()):
+        parts = pathlib.PurePosixPath(name).parts
+        if name.startswith("/") or ".." in parts or "\\" in name or ":" in name or not name.endswith(SUFFIX):
+            raise ValueError(f"{path} names {shown(name)}, which is not a {SUFFIX} file in the folder; download it again")
+        if not os.path.isfile(path.parent / name):
+            raise ValueError(f"{path} names the shard {shown(name)}, which is not in the folder; download it")
+    return {name: path.parent / shard for name, shard in shards.items()}
