@@ -14,7 +14,7 @@ MESSAGE = [{"role": "user", "content": "Hi"}]
 
 def card(tmp_path, template=folders.TEMPLATE, **settings):
     tokenizer = tokenizer_files.read_tokenizer(folders.write_tokenizer(tmp_path, template, **settings))
-    return types.SimpleNamespace(name="tiny", tokenizer=tokenizer, vocab_size=97)
+    return types.SimpleNamespace(name="tiny", tokenizer=tokenizer, vocab_size=97, max_positions=640)
 
 
 def ids(tokens):
