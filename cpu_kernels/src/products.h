@@ -1,4 +1,4 @@
-// The two products over plain pointers: which instruction sets this processor has, the scratch memory, the split over threads.
+// The products over plain pointers: which instruction sets this processor has, the scratch memory, the split over threads.
 
 #pragma once
 
@@ -9,6 +9,7 @@
 
 #include "attention.h"
 #include "bf16.h"
+#include "mx8.h"
 #include "mxfp4.h"
 #include "parallel.h"
 #include "scratch.h"
@@ -60,6 +61,19 @@ inline const auto& mxfp4_choices() {
   }};
 #else
   static constexpr std::array<Choice<mxfp4::Kernel>, 1> choices = {{{"portable", &mxfp4::portable::kernel, true}}};
+#endif
+  return choices;
+}
+
+inline const auto& mx8_choices() {
+#if defined(MLSPECQD_X86)
+  static const std::array<Choice<mx8::Kernel>, 3> choices = {{
+      {"avx512", &mx8::avx512::kernel, has_avx512()},
+      {"avx2", &mx8::avx2::kernel, has_avx2()},
+      {"portable", &mx8::portable::kernel, true},
+  }};
+#else
+  static constexpr std::array<Choice<mx8::Kernel>, 1> choices = {{{"portable", &mx8::portable::kernel, true}}};
 #endif
   return choices;
 }
@@ -137,6 +151,18 @@ void mxfp4_matmul(const mxfp4::Kernel& kernel, Pool& pool, const uint16_t* x, co
       [&](int64_t at, int rows, char* block) { kernel.prepare(x + at * k, rows, k, block); },
       [&](int64_t at, int rows, const char* block, int64_t begin, int64_t end) {
         kernel.product(block, rows, packed, scales, k, begin, end, out + at * n, n);
+      });
+}
+
+template <class Pool>
+void mx8_matmul(const mx8::Kernel& kernel, Pool& pool, mx8::Format format, const uint16_t* x, const uint8_t* codes,
+                const uint8_t* scales, float* out, int64_t m, int64_t n, int64_t k) {
+  const int64_t prepared = k * static_cast<int64_t>(sizeof(float));
+  blocked(
+      pool, m, n, k, k, kernel.rows, prepared,
+      [&](int64_t at, int rows, char* block) { kernel.prepare(x + at * k, rows, k, reinterpret_cast<float*>(block)); },
+      [&](int64_t at, int rows, const char* block, int64_t begin, int64_t end) {
+        kernel.product(reinterpret_cast<const float*>(block), rows, format, codes, scales, k, begin, end, out + at * n, n);
       });
 }
 
