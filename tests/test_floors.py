@@ -14,7 +14,7 @@ FLOORS = (
     ("buffers", "predictions", "moves", "mxfp4", "partition", "placement", "layouts", "matmul", "quantization", "rope", "text"),
     ("attention", "transformer", "sampling", "verification"),
     ("huggingface", "checkpoint", "levels", "prompt_lookup", "speculation"),
-    ("models", "stacks", "specs", "report", "api"),
+    ("models", "defaults", "stacks", "specs", "report", "api"),
     ("cli", "examples", "benchmarks"),
 )
 ORDER = [name for floor in FLOORS for name in floor]
