@@ -101,11 +101,10 @@ def mx8_matmul(
       f32 [M, N].
     """
     dtypes, elements = tuple(str(array.dtype) for array in (x, codes, scales)), f"e{exponent_bits}m{mantissa_bits}"
-    if dtypes != ("bfloat16", "uint8", "uint8") or elements not in ELEMENTS:
-        raise ValueError(
-            f"x, codes and scales are {', '.join(dtypes)}, elements {elements}, but should be bfloat16, uint8, uint8, elements one of "
-            f"{', '.join(ELEMENTS)}"
-        )
+    if dtypes != ("bfloat16", "uint8", "uint8"):
+        raise ValueError(f"x, codes and scales are {', '.join(dtypes)}, but should be bfloat16, uint8, uint8")
+    if elements not in ELEMENTS:
+        raise ValueError(f"elements are {elements}, but should be one of {', '.join(ELEMENTS)}")
     n, k = codes.shape
     if k % 32 or x.shape[1:] != (k,) or scales.shape != (n, k // 32):
         raise ValueError(

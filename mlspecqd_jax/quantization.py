@@ -1,7 +1,7 @@
 """Which weights of a model are quantized, and to what: the twin of a model is its own weights cast, and nothing else changed.
 
-The paper casts the decoder's linear layers (ML-SpecQD, arXiv 2503.13565); here the lm_head is cast as well, a tied one less coarsely.
-Embeddings, norms and biases are the model's own arrays.
+The paper casts the decoder's linear layers (ML-SpecQD, arXiv 2503.13565); here the lm_head is cast as well, a tied one less
+coarsely. Embeddings, norms and biases are the model's own arrays.
 """
 
 import dataclasses

@@ -105,7 +105,7 @@ def test_what_does_not_belong_together_is_refused():
         cpu_kernels.mx8_matmul(x[:, :32], codes, scales, 4, 3)
     with pytest.raises(ValueError, match="should be bfloat16, uint8, uint8"):
         cpu_kernels.mx8_matmul(x.astype(jnp.float32), codes, scales, 4, 3)
-    with pytest.raises(ValueError, match="elements e2m1, but should be .* one of e4m3, e5m2, e2m3, e3m2"):
+    with pytest.raises(ValueError, match="elements are e2m1, but should be one of e4m3, e5m2, e2m3, e3m2"):
         cpu_kernels.mx8_matmul(x, codes, scales, 2, 1)
-    with pytest.raises(NotImplementedError, match="mx8_matmul for amx: this machine has .*portable"):
+    with pytest.raises(NotImplementedError, match=r"mx8_matmul for amx: this machine has .*portable"):
         cpu_kernels.mx8_matmul(x, codes, scales, 4, 3, "amx")

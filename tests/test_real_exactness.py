@@ -1,7 +1,7 @@
 """Laws 5 and 6 on a real model: whatever drafts and whoever shares the batch, the tokens of plain decoding of the prompt alone.
 
-Rows of even number are greedy, those of odd number sampled with shared noise at T = 0.8. A partition is the sizes of the batches that
-a case's prompts are decoded in, one after another.
+Rows of even number are greedy, those of odd number sampled with shared noise at T = 0.8. A partition is the sizes of the
+batches that a case's prompts are decoded in, one after another.
 """
 
 import itertools
