@@ -59,9 +59,9 @@ def test_a_stop_string_ends_the_text_before_it(stack, answer):
 
 
 def test_acceptance_is_that_of_trained_weights(model, shared):
-    """In one batch of prompts of three kinds the twin is right most of the time, and look-up often."""
-    prompts = real.prompts(model.tokenizer, shared, 3)
-    for drafter, least in (((model.quantized(), 5), 0.7), ((mlsd.prompt_lookup(), 4), 0.2)):
+    """In a batch of prompts of three kinds the twin is right most of the time, look-up often; on random weights neither is."""
+    prompts = real.prompts(model.tokenizer, shared, 6)
+    for drafter, least in (((model.quantized(), 5), 0.65), ((mlsd.prompt_lookup(), 4), 0.2)):
         report = mlsd.generate(mlsd.stack(model, drafter), prompts, max_new_tokens=NEW).report
         assert report["levels"][0]["token_acceptance"] > least
 
