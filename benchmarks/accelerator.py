@@ -1,14 +1,17 @@
-"""Measures one GPU or TPU: memory's roof, the MXFP4 product against BF16's, and generation with random weights.
+"""Measures one GPU or TPU: memory's roof, the MXFP4 product against BF16's, generation with random weights, and exactness.
 
     python benchmarks/accelerator.py --out benchmarks/results/accelerator-h200.json
 
-Prints JSON and saves it. Takes under 8 minutes: parts that do not fit into `--budget` seconds are named and left out. Weights are
-random and drafts are accepted by coins, so the text means nothing; times do not depend on it. Each part is a process of its own,
-since memory and XLA's flags belong to one.
+Prints JSON and saves it. Takes some 8 minutes: what does not fit into a part's `--budget` seconds is named and left out. Where
+weights are random, drafts are accepted by coins, so the text means nothing; times do not depend on it. Exactness is judged on a
+real model (`--checkpoint`, by default the demo): rows whose tokens are not those of plain decoding are counted. Each part is a
+process of its own, since memory and XLA's flags belong to one.
 """
 
 import argparse
+import concurrent.futures
 import functools
+import itertools
 import json
 import os
 import statistics
@@ -19,7 +22,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-ROWS = (1, 2, 4, 8, 16, 32)
+ROWS = (1, 8, 16, 64)
 LAYERS = {  # N x K of the weights of a layer: queries, keys, up, down
     "1B": ((2048, 2048), (512, 2048), (8192, 2048), (2048, 8192)),
     "8B": ((4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336)),
@@ -32,10 +35,29 @@ MODELS = {
     "1B": (128256, 2048, 8192, 16, 32, 8, 64, 131072),
     "tiny": (256, 64, 96, 1, 4, 2, 16, 1024),
 }
-COPIES = 32  # of a weight, at most
+COPIES = 16  # of a weight, at most: each is one more product to compile
+CACHES = 2**27  # bytes: copies of a weight are more than what caches hold
 ACCEPTANCE = (0.8, 0.9, 0.95)  # of the twin's tokens; 0.6 of the look-up's that draft for it
 WHILE = "--xla_gpu_enable_command_buffer=+WHILE,+CONDITIONAL"
-PARTS = {"kernels": "", "programs": "", "programs, loops in command buffers": WHILE}
+PARTS = {"kernels": "", "programs": "", "exactness": "", "programs, loops in command buffers": WHILE}
+PROMPTS = (  # of at most 16 tokens, so that one width of prefill serves all
+    "The capital of France is",
+    "def fibonacci(n):",
+    "Once upon a time there was a small robot",
+    "Water boils at",
+    "import json\n\ndef load(path):",
+    "A train leaves at nine and after three hours",
+    "The three primary colours are",
+    "class Stack:\n    def push(self, item):",
+    "Dear Sir or Madam,",
+    "Photosynthesis is the process by which",
+    "1, 1, 2, 3,",
+    "To make bread you need",
+    "for i in range(10):\n    print(i)",
+    "She opened the letter and",
+    "SELECT name FROM people WHERE",
+    "A list differs from a tuple in",
+)
 
 
 def seconds(call, trials: int) -> dict:
@@ -69,8 +91,7 @@ def chained(run, weight, size: int):
     """Return (function that multiplies x by copies of a weight, one product after the other; how many products these are)."""
     import jax
 
-    # The copies are more bytes than caches hold, but for the smallest weights: each copy is one more product to compile.
-    copies = [jax.tree.map(lambda part: part + 0, weight) for _ in range(min(max(2, size // 8 // weight.nbytes), COPIES))]
+    copies = [jax.tree.map(lambda part: part + 0, weight) for _ in range(min(max(2, CACHES // weight.nbytes), COPIES))]
     repeats = max(1, size // (weight.nbytes * len(copies)))
 
     @jax.jit
@@ -89,7 +110,6 @@ def kernels(options) -> dict:
     """Return the roof, and the time, share of the roof and error of both products at every shape and number of rows."""
     import jax
     import jax.numpy as jnp
-    import numpy as np
 
     from mlspecqd_jax import layouts
     from mlspecqd_jax.mxfp4 import dequantize, quantize
@@ -107,13 +127,13 @@ def kernels(options) -> dict:
             product = choose(chip, "bfloat16", n, k)
             leaf = layouts.laid_out(stored, product, chip, dtype=jnp.bfloat16)
             for name, weight, run in ((f"mxfp4 ({product})", leaf, layouts.laid_out_product), ("bf16", w, bf16_matmul)):
-                decoded = np.asarray(dequantize(stored) if weight is leaf else w, np.float64)
+                decoded = dequantize(stored) if weight is leaf else w
                 chain, passes = chained(run, weight, options.bytes)
                 run = jax.jit(run)
                 for m in options.rows:
                     x = jax.random.normal(jax.random.key(m), (m, k)).astype(jnp.bfloat16)
-                    exact = np.asarray(x, np.float64) @ decoded.T
-                    result = np.asarray(run(x, weight), np.float64)
+                    exact = in_float32(x, decoded)
+                    result = run(x, weight)
                     took = seconds(functools.partial(chain, x), options.trials)["median"] / passes
                     found.append(
                         {
@@ -124,11 +144,21 @@ def kernels(options) -> dict:
                             "product": name,
                             "seconds": took,
                             "share_of_roof": weight.nbytes / took / 1e9 / rate,
-                            "error": float(np.max(np.abs(result - exact)) / np.max(np.abs(exact))),
-                            "first_row_as_alone": bool(np.array_equal(result[:1], run(x[:1], weight))),
+                            "error": float(jnp.max(jnp.abs(result - exact)) / jnp.max(jnp.abs(exact))),
+                            "first_row_as_alone": bool(jnp.array_equal(result[:1], run(x[:1], weight))),
                         }
                     )
     return {"read_gb_per_second": rate, "products": found, "left_out": left_out}
+
+
+def in_float32(x, w):
+    """Return x @ w.T by float32 products."""
+    import jax
+    import jax.numpy as jnp
+
+    contracted = (((1,), (1,)), ((), ()))
+    highest = jax.lax.Precision.HIGHEST
+    return jax.lax.dot_general(x.astype(jnp.float32), w.astype(jnp.float32), contracted, precision=highest)
 
 
 def random_model(name: str):
@@ -149,54 +179,115 @@ def random_model(name: str):
 
 def programs(options) -> dict:
     """Return compile time and tokens per second of plain decoding, of the twin alone, and of two and three levels."""
-    import jax
-    import jax.numpy as jnp
-
     import mlspecqd_jax as mlsd
 
     model = random_model(options.model or default_model())
     twin = model.quantized()
-    stacks = {
+    levels = {
         "plain": (model,),
         "twin": (model, (twin, options.draft_len)),
         "nested": (model, (twin, options.draft_len), (mlsd.prompt_lookup(), 3)),
         "the twin alone": (twin,),
     }
-    run = jax.jit(mlsd.generate_tokens, static_argnames="prefill_width")
+    # The first ones matter most, should the budget not be enough for all.
+    order = [("plain", True), ("twin", True), ("plain", False), ("nested", True), ("the twin alone", False)]
+    order += [("twin", False), ("nested", False)]
     found, left_out, began = [], [], time.perf_counter()
-    for exact in (True, False):
-        for name, levels in stacks.items():
-            if name == "the twin alone" and exact:
-                continue
-            if time.perf_counter() - began > options.budget:
-                left_out.append(f"{name}, exact={exact}")
-                continue
-            stack = mlsd.stack(*levels, exact=exact)
-            tokens = jnp.ones((1, 256 * -(-(16 + options.new_tokens + 128) // 256)), jnp.int32)
-            length, limit = jnp.array([16]), jnp.array([16 + options.new_tokens])
-            for rate in ACCEPTANCE if len(levels) > 1 else (None,):
-                coins = None if rate is None else [rate, 0.6][: len(levels) - 1]
-                sampling = mlsd.Sampling.create(1, model.card.vocab_size, synthetic_acceptance=coins)
-                start = time.perf_counter()
-                state = jax.block_until_ready(run(stack, tokens, length, limit, sampling, prefill_width=16))[2]
-                first = time.perf_counter() - start
-                took = seconds(lambda a=(stack, tokens, length, limit, sampling): run(*a, prefill_width=16), options.trials)[
-                    "median"
-                ]
-                found.append(
-                    {
-                        "model": model.card.name,
-                        "stack": name,
-                        "exact": exact,
-                        "acceptance": coins,
-                        "rounds": int(state.counts.rounds[0]),
-                        "tokens_per_second": int(state.length[0] - 16) / took,
-                        "seconds_with_compiling": first,
-                    }
-                )
+    for name, exact in order:
+        if time.perf_counter() - began > options.budget:
+            left_out.append(f"{name}, exact={exact}")
+            continue
+        found += generated(mlsd.stack(*levels[name], exact=exact), {"model": model.card.name, "stack": name}, options)
     moved = {"target": moved_by_a_pass(model), "twin": moved_by_a_pass(twin)}
     settings = {"new_tokens": options.new_tokens, "draft_len": options.draft_len}
     return {"runs": found, "left_out": left_out, "weight_bytes_of_a_pass": moved} | settings
+
+
+def generated(stack, about: dict, options) -> list[dict]:
+    """Return the times of one stack at every acceptance of `ACCEPTANCE`."""
+    import jax
+    import jax.numpy as jnp
+
+    import mlspecqd_jax as mlsd
+
+    run = jax.jit(mlsd.generate_tokens, static_argnames="prefill_width")
+    tokens = jnp.ones((1, mlsd.buffer_length(16 + options.new_tokens)), jnp.int32)
+    length, limit = jnp.array([16]), jnp.array([16 + options.new_tokens])
+    judges = sum(level.draft_len > 0 for level in stack.levels)
+    found = []
+    for rate in ACCEPTANCE if judges else (None,):
+        coins = None if rate is None else [rate, 0.6][:judges]
+        sampling = mlsd.Sampling.create(1, stack.model.vocab_size, synthetic_acceptance=coins)
+        call = functools.partial(run, stack, tokens, length, limit, sampling, prefill_width=16)
+        start = time.perf_counter()
+        state = jax.block_until_ready(call())[2]
+        first = time.perf_counter() - start
+        took, rounds = seconds(call, options.trials), int(state.counts.rounds[0])
+        found.append(
+            about
+            | {
+                "exact": stack.card.exact,
+                "acceptance": coins,
+                "rounds": rounds,
+                "tokens_per_second": int(state.length[0] - 16) / took["median"],
+                "seconds_a_round": took["median"] / rounds,
+                "seconds": took,
+                "seconds_with_compiling": first,
+            }
+        )
+    return found
+
+
+def exactness(options) -> dict:
+    """Return how many rows of a real model differ from plain decoding, alone and in batches, greedy and with noise."""
+    import mlspecqd_jax as mlsd
+
+    model = mlsd.load(options.checkpoint)
+    twin, lookup = model.quantized(), mlsd.prompt_lookup()
+    stacks = {
+        "plain": mlsd.stack(model),
+        "mxfp4:5": mlsd.stack(model, (twin, 5)),
+        "mxfp4:8 ngram:3": mlsd.stack(model, (twin, 8), (lookup, 3)),
+        "ngram:4": mlsd.stack(model, (lookup, 4)),
+    }
+    prompts, found, left_out, plain, began = list(PROMPTS)[: options.prompts], [], [], {}, time.perf_counter()
+    with concurrent.futures.ThreadPoolExecutor() as pool:  # compile all at once: no time that matters is measured here
+        programs = itertools.product(stacks.values(), options.batches)
+        list(pool.map(lambda program: mlsd.generate(program[0], prompts[: program[1]], max_new_tokens=1), programs))
+    for batch in options.batches:
+        for name, stack in stacks.items():
+            if time.perf_counter() - began > options.budget:
+                left_out.append(f"{name}, batch {batch}")
+                continue
+            for temperature in (0.0, 0.8):
+                rows, reports = in_batches(stack, prompts, batch, temperature, options.new_tokens)
+                plain.setdefault((batch, temperature), rows)  # the first stack is the plain one
+                alone = plain.get((1, temperature))
+                found.append(
+                    {
+                        "stack": name,
+                        "batch": batch,
+                        "temperature": temperature,
+                        "rows": len(rows),
+                        "unlike_plain": sum(a != b for a, b in zip(rows, plain[batch, temperature], strict=True)),
+                        "unlike_plain_alone": None if alone is None else sum(a != b for a, b in zip(rows, alone, strict=True)),
+                        "token_acceptance": statistics.mean(r["levels"][0]["token_acceptance"] or 0 for r in reports),
+                        "tokens_per_second": sum(map(len, rows)) / sum(r["seconds"] for r in reports),
+                    }
+                )
+    return {"model": str(options.checkpoint), "runs": found, "left_out": left_out}
+
+
+def in_batches(stack, prompts: list[str], batch: int, temperature: float, new_tokens: int):
+    """Return (the new tokens of every prompt, the reports), `batch` prompts at a time; prompt i has seed i wherever it lies."""
+    import mlspecqd_jax as mlsd
+
+    rows, reports = [], []
+    for at in range(0, len(prompts), batch):
+        out = mlsd.generate(stack, prompts[at : at + batch], temperature=temperature, seed=at, max_new_tokens=new_tokens)
+        rows += out.tokens
+        reports.append(out.report)
+    return rows, reports
 
 
 def moved_by_a_pass(model) -> int:
@@ -225,31 +316,40 @@ def device() -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="write the result as JSON")
-    parser.add_argument("--part", choices=("kernels", "programs"), help="measure this alone, in this process")
-    parser.add_argument("--budget", type=float, default=150, help="seconds for each part")
+    parser.add_argument("--part", choices=("kernels", "programs", "exactness"), help="measure this alone, in this process")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="measure these, in this order")
+    parser.add_argument("--budget", type=float, default=120, help="seconds for each part")
     parser.add_argument("--trials", type=int, default=5)
     parser.add_argument("--bytes", type=int, default=2**31, help="of weights that a measurement goes through")
-    parser.add_argument("--layers", nargs="+", default=["1B", "8B", "70B"], choices=LAYERS)
+    parser.add_argument("--layers", nargs="+", default=["8B", "1B", "70B"], choices=LAYERS)
     parser.add_argument("--rows", nargs="+", type=int, default=ROWS)
-    parser.add_argument("--model", choices=MODELS, help="for generation; by default what fits")
+    parser.add_argument("--model", choices=MODELS, help="for generation with random weights; by default what fits")
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--draft-len", type=int, default=8)
+    parser.add_argument("--checkpoint", default="demo", help="a real model for exactness: a folder, demo or demo-small")
+    parser.add_argument("--batches", nargs="+", type=int, default=(1, 8), help="for exactness")
+    parser.add_argument("--prompts", type=int, default=len(PROMPTS), help="for exactness, at most")
     options = parser.parse_args()
     if options.part:
         sys.path.insert(0, str(ROOT))
-        print(json.dumps(device() | {"kernels": kernels, "programs": programs}[options.part](options)))
+        measure = {"kernels": kernels, "programs": programs, "exactness": exactness}[options.part]
+        print(json.dumps(device() | measure(options)))
         return
     result = {"command": "python benchmarks/accelerator.py"}
-    for name, flags in PARTS.items():
-        if flags == WHILE and result["kernels"].get("platform") != "gpu":
+    for name in options.parts:
+        if PARTS[name] == WHILE and any(part.get("platform", "gpu") != "gpu" for part in measured(result)):
             continue
-        result[name] = in_a_process(name.partition(",")[0], flags)
+        result[name] = in_a_process(name.partition(",")[0], PARTS[name])
         print(json.dumps({name: result[name]}, indent=1), flush=True)
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
-    if any("error" in result[name] for name in ("kernels", "programs")):
+        if options.out:  # after every part, so that a lease that ends early loses one part at most
+            options.out.parent.mkdir(parents=True, exist_ok=True)
+            options.out.write_text(json.dumps(result, indent=1) + "\n")
+    if any("error" in part for part in measured(result)):
         sys.exit("a part failed; its error is in the result")
+
+
+def measured(result: dict) -> list[dict]:
+    return [part for part in result.values() if isinstance(part, dict)]
 
 
 def in_a_process(part: str, flags: str) -> dict:

@@ -10,6 +10,7 @@ import re
 import sys
 from pathlib import Path
 
+import accelerator_tables
 import aot_tables
 import cpu_tables
 
@@ -140,6 +141,7 @@ TABLES = {
     "decode-SmolLM2-135M-cpu": with_source(cpu_tables.trained),
     "peers-cpu": with_source(cpu_tables.peers),
     "aot": with_source(aot_tables.programs),
+    "accelerator-h200": with_source(accelerator_tables.measured),
 }
 
 

@@ -1,0 +1,53 @@
+"""The README's tables of one accelerator: products, generation with random weights, and exactness of a real model."""
+
+
+def measured(result: dict) -> str:
+    """Return the three tables and what they were measured on."""
+    return "\n\n".join([products(result["kernels"]), generation(result), exactness(result["exactness"])])
+
+
+def products(part: dict) -> str:
+    """Return the table of weight products: time, and share of the rate at which the device reads memory."""
+    found = {(run["n"], run["k"], run["rows"], run["product"].split()[0]): run for run in part["products"]}
+    rows = sorted({rows for _, _, rows, _ in found})
+    lines = [f"| weight [N, K] | product | {' | '.join(f'M = {m}' for m in rows)} |", "|---" * (len(rows) + 2) + "|"]
+    for n, k, product in dict.fromkeys((n, k, product) for n, k, _, product in found):
+        each = [found[n, k, m, product] for m in rows]
+        cells = " | ".join(f"{1e6 * run['seconds']:.0f} µs, {run['share_of_roof']:.0%}" for run in each)
+        lines.append(f"| {n} x {k} | {product} | {cells} |")
+    note = f"Time of a product, and its share of the rate at which the device reads memory, {part['read_gb_per_second']:,.0f} GB/s."
+    return "\n".join([*lines, "", note])
+
+
+def generation(result: dict) -> str:
+    """Return the table of whole programs on random weights, whose drafts coins accept."""
+    runs = [run for run in result["programs"]["runs"] if run["exact"]]
+    plain = next(run for run in runs if run["stack"] == "plain")
+    lines = ["| stack | coins accept | tokens/s | over plain | a round | first call, compiling |", "|---" * 6 + "|"]
+    for run in runs:
+        coins = ", ".join(map(str, run["acceptance"] or []))
+        ratio = run["tokens_per_second"] / plain["tokens_per_second"]
+        lines.append(
+            f"| {run['stack']} | {coins} | {run['tokens_per_second']:.0f} | {ratio:.2f} x | "
+            f"{1e3 * run['seconds_a_round']:.1f} ms | {run['seconds_with_compiling']:.0f} s |"
+        )
+    moved, rate = result["programs"]["weight_bytes_of_a_pass"], result["kernels"]["read_gb_per_second"]
+    share = moved["target"] / plain["seconds_a_round"] / 1e9 / rate
+    note = (
+        f"Llama-3.1-8B's shape, one row, draft_len {result['programs']['draft_len']}, the twin drafted for by look-up in `nested`. "
+        f"Plain decoding reads its {moved['target'] / 1e9:.1f} GB at {share:.0%} of the memory's rate."
+    )
+    return "\n".join([*lines, "", note])
+
+
+def exactness(part: dict) -> str:
+    """Return the table of rows that differ from plain decoding of the same batch, and of each row alone."""
+    head = "| stack | batch | T | rows | unlike plain, same batch | unlike plain, alone | token acceptance | tokens/s |"
+    lines = [head, "|---" * 8 + "|"]
+    for run in part["runs"]:
+        accepted = f"{run['token_acceptance']:.3f}" if run["token_acceptance"] else ""
+        lines.append(
+            f"| {run['stack']} | {run['batch']} | {run['temperature']:g} | {run['rows']} | {run['unlike_plain']} | "
+            f"{run['unlike_plain_alone']} | {accepted} | {run['tokens_per_second']:.0f} |"
+        )
+    return "\n".join([*lines, "", f"{part['model']}, bfloat16, 100 new tokens a row."])
