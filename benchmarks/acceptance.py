@@ -1,17 +1,20 @@
 """Measures what drafts are accepted on a real checkpoint, and that no stack changes a token of what plain decoding gives.
 
-    python benchmarks/acceptance.py MODEL PROMPTS --out benchmarks/results/acceptance-stories260K.json
+    python benchmarks/acceptance.py stories260K tinystories_200.json --out benchmarks/results/acceptance-stories260K.json
+    python benchmarks/acceptance.py SmolLM2-135M mbpp.jsonl HumanEval.jsonl.gz gsm8k_test.jsonl --number 24 --new-tokens 64 \\
+        --choices greedy coupled --out benchmarks/results/acceptance-SmolLM2-135M.json
 
-PROMPTS is a JSON list of texts, of which the first words are the prompts. All prompts of a run go through in one batch. Counts, not
-times: the result does not depend on how busy the machine is.
+Prompts come from the files in turn, see prompts.py. All of a run go through in one batch. Counts, not times: the result does not
+depend on how busy the machine is.
 """
 
 import argparse
 import dataclasses
-import json
+import sys
 from pathlib import Path
 
 import jax
+import prompts as prompt_files
 from machine import describe, publish
 
 import mlspecqd_jax as mlsd
@@ -29,6 +32,7 @@ def variants(model) -> dict[str, tuple[list, dict]]:
     found |= {f"mxfp4:6, {rule}": ([(model.quantized(scale_rule=rule), 6)], {}) for rule in ("ceil", "rceil", "even")}
     found |= {
         "mxfp4:6, lm_head kept": ([(model.quantized(policy=HEAD_KEPT), 6)], {}),
+        "mxfp4:6, lm_head too": ([(model.quantized(policy={}), 6)], {}),
         "ngram:6": ([(lookup, 6)], {}),
         "mxfp4:6 ngram:3": ([(twin, 6), (lookup, 3)], {}),
         "mxfp8_e4m3:6 mxfp4:3": ([(fine, 6), (twin, 3)], {}),
@@ -85,24 +89,31 @@ def memory(model) -> dict:
     return result
 
 
+def written(argv: list[str]) -> str:
+    """Return the arguments without where the result goes and where files are."""
+    kept = [argument for argument, before in zip(argv, [None, *argv], strict=False) if "--out" not in (argument, before)]
+    return " ".join(Path(argument).name if Path(argument).exists() else argument for argument in kept)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", help="a folder or an owner/name id")
-    parser.add_argument("prompts", type=Path)
-    parser.add_argument("--words", type=int, default=16, help="of each text that make its prompt")
+    parser.add_argument("prompts", type=Path, nargs="+", help="files of prompts, see prompts.py")
+    parser.add_argument("--words", type=int, default=16, help="of each text of a .json file that make its prompt")
     parser.add_argument("--number", type=int, default=100, help="of prompts")
     parser.add_argument("--new-tokens", type=int, default=128)
-    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--dtypes", nargs="+", default=["bfloat16"])
+    parser.add_argument("--choices", nargs="+", default=list(CHOICES), choices=CHOICES)
     parser.add_argument("--only", nargs="+", help="names of variants")
     parser.add_argument("--out", type=Path, help="write the result as JSON")
     options = parser.parse_args()
-    prompts = [" ".join(text.split()[: options.words]) for text in json.loads(options.prompts.read_text())[: options.number]]
     runs = []
     for dtype in options.dtypes:
         model = named(mlsd.load(options.model, dtype=dtype))
+        prompts = prompt_files.read(options.prompts, options.number, options.words, model.tokenizer)
         chosen = {name: v for name, v in variants(model).items() if not options.only or name in options.only}
-        for choice, settings in CHOICES.items():
-            arguments = {"max_new_tokens": options.new_tokens} | settings
+        for choice in options.choices:
+            arguments = {"max_new_tokens": options.new_tokens} | CHOICES[choice]
             plain = mlsd.generate(mlsd.stack(model), prompts, **arguments) if choice != "rejection" else None
             for name, (drafters, how) in chosen.items():
                 run = measure(mlsd.stack(model, *drafters, **how), prompts, plain, arguments)
@@ -115,7 +126,7 @@ def main() -> None:
                     flush=True,
                 )
     result = {
-        "command": f"python benchmarks/acceptance.py {Path(options.model).name} {options.prompts.name}",
+        "command": f"python benchmarks/acceptance.py {written(sys.argv[1:])}",
         "prompts": len(prompts),
         "new_tokens": options.new_tokens,
         "memory": memory(mlsd.load(options.model)),

@@ -26,16 +26,35 @@ def products(result: dict) -> str:
     return "\n".join([*lines, "", note])
 
 
+def passes(median: dict, digits: int = 0) -> list[str]:
+    """Return the table of passes of target and twin by positions."""
+    windows = [name.split(", ")[1] for name in median if name.startswith("target") and "products" not in name]
+    lines = ["| positions a pass | " + " | ".join(windows) + " |", "|---" * (len(windows) + 1) + "|"]
+    for model in ("target", "twin"):
+        lines.append(f"| {model} | " + " | ".join(f"{1e3 * median[f'{model}, {w}']:.{digits}f} ms" for w in windows) + " |")
+    ratios = " | ".join(f"{median[f'twin, {w}'] / median[f'target, {w}']:.2f}" for w in windows)
+    return [*lines, f"| twin / target | {ratios} |"]
+
+
+def trained(result: dict) -> str:
+    """Return the tables of a trained model's passes and of its stacks, with the acceptance that its weights have."""
+    how = f"{result['prompts']} prompts one by one, {result['new']} new tokens each, greedy"
+    median = {name: s["median"] for name, s in result["seconds"].items()}
+    return "\n".join(
+        [
+            *passes(median, 1),
+            "",
+            *family(result["stacks"], result["model"]),
+            "",
+            f"{how}; medians of {result['trials']}, all in turn.",
+        ]
+    )
+
+
 def decoding(result: dict) -> str:
     """Return the tables of passes and of stacks, and what memory it all takes."""
-    seconds, size = result["seconds"], result["read_bytes"]
-    median = {name: s["median"] for name, s in seconds.items()}
-    windows = [name.split(", ")[1] for name in seconds if name.startswith("target") and "products" not in name]
-    passes = ["| positions a pass | " + " | ".join(windows) + " |", "|---" * (len(windows) + 1) + "|"]
-    for model in ("target", "twin"):
-        passes.append(f"| {model} | " + " | ".join(f"{1e3 * median[f'{model}, {w}']:.0f} ms" for w in windows) + " |")
-    ratios = " | ".join(f"{median[f'twin, {w}'] / median[f'target, {w}']:.2f}" for w in windows)
-    passes.append(f"| twin / target | {ratios} |")
+    size = result["read_bytes"]
+    median = {name: s["median"] for name, s in result["seconds"].items()}
     stacks = ["| stack | tokens/s | over plain | tokens a round (formula) | over plain at the formula's |", "|---" * 5 + "|"]
     plain = result["generation_seconds"]["plain"]["median"]
     for name, s in result["generation_seconds"].items():
@@ -52,13 +71,13 @@ def decoding(result: dict) -> str:
         f"of 512 tokens takes {median['prefill']:.2f} s.",
         memory(result["memory"]),
     ]
-    return "\n".join([*passes, "", *stacks, "", " ".join(notes), "", *family(result["demo"])])
+    return "\n".join([*passes(median), "", *stacks, "", " ".join(notes), "", *family(result["demo"], "demo, 9.4M parameters")])
 
 
-def family(demo: dict) -> list[str]:
-    """Return the table of the demo family, whose acceptance is real."""
+def family(demo: dict, name: str) -> list[str]:
+    """Return the table of stacks of trained weights, whose acceptance is real."""
     plain = demo["tokens_per_second"]["plain"]["median"]
-    lines = ["| demo, 9.4M parameters | token acceptance | tokens/s | over plain |", "|---" * 4 + "|"]
+    lines = [f"| {name} | token acceptance | tokens/s | over plain |", "|---" * 4 + "|"]
     for name, rate in demo["tokens_per_second"].items():
         accepted = demo["token_acceptance"][name]
         shown = "" if accepted is None else f"{accepted:.3f}"

@@ -1,21 +1,26 @@
 """Measures decoding of a 1.1B-parameter Llama shape on CPU: passes of target and twin, where their time goes, and stacks.
 
     python benchmarks/decode.py --out benchmarks/results/decode-cpu.json
+    python benchmarks/decode.py --trained SmolLM2-135M --prompts mbpp.jsonl HumanEval.jsonl.gz gsm8k_test.jsonl \\
+        --out benchmarks/results/decode-SmolLM2-135M-cpu.json
 
 Without --model it writes a checkpoint of random weights first (2.2 GB, in a temporary folder). Random weights say nothing of
 acceptance, so coins accept the drafts and the text means nothing; what drafts below a twin is prompt look-up, which costs next to
 nothing. The demo family runs too, with the acceptance that its trained weights have. All passes take turns with the plain read of
-memory in every trial, and so do all stacks. Compiling is not timed.
+memory in every trial, and so do all stacks. Compiling is not timed. With --trained it measures a trained model instead, with the
+acceptance that its weights have.
 """
 
 import argparse
 import functools
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import prompts as prompt_files
 from large_checkpoint import model_folder
 from machine import describe, publish, spread, watch
 from matmul import reader
@@ -31,6 +36,8 @@ PROMPT, NEW = 128, 64  # tokens
 LONG_PROMPT = 512
 PROMPTS = Path(__file__).resolve().parent.parent / "examples" / "prompts.jsonl"
 DEMO_PROMPTS = 6
+TRAINED_PROMPTS = 9
+TRAINED_STACKS = ([], ["mxfp4:3"], ["mxfp4:5"], ["mxfp4:5", "ngram:3"], ["mxfp8_e4m3:5"], ["ngram:3"], ["ngram:4"], ["ngram:6"])
 DEMO_STACKS = ([], ["mxfp4:5"], ["mxfp4:5", "demo-small@mxfp4:3"], ["demo-small@mxfp4:4"], ["ngram:4"])
 # Name: draft_len of the twin, of look-up below it, and the rates at which coins accept.
 STACKS = {
@@ -148,9 +155,27 @@ def measure(folder: Path, trials: int) -> dict:
 
 
 def family(trials: int) -> dict:
-    """Return tokens a second of the demo family, prompts one by one, and the acceptance that its weights have."""
+    """Return what stacks of the demo family give, prompts one by one."""
     prompts = [json.loads(line)["prompt"] for line in PROMPTS.read_text(encoding="utf-8").splitlines()[:DEMO_PROMPTS]]
-    target = mlsd.load("demo")
+    return by_stack(mlsd.load("demo"), DEMO_STACKS, prompts, trials)
+
+
+def trained(folder: Path, files: list[Path], trials: int) -> dict:
+    """Return the times of a trained model's passes, and what its stacks give for prompts one by one."""
+    target = mlsd.load(folder)
+    models = {"target": target, "twin": target.quantized()}
+    calls = {f"{name}, {w}": timed(passes(model, w), REPEATED) for name, model in models.items() for w in WINDOWS}
+    prompts = prompt_files.read(files, TRAINED_PROMPTS, 16, target.tokenizer)
+    return {
+        "model": f"{folder.name}, {target.num_parameters / 1e6:.0f}M parameters",
+        "prompts": len(prompts),
+        "seconds": in_turn(calls, trials),
+        "stacks": by_stack(target, TRAINED_STACKS, [[ids] for ids in prompts], trials),
+    }
+
+
+def by_stack(target: mlsd.Model, given: Sequence[list[str]], prompts: list, trials: int) -> dict:
+    """Return tokens a second of stacks over prompts one by one, and the acceptance that trained weights have."""
     acceptance = {}
 
     def run(name, stack):
@@ -164,7 +189,7 @@ def family(trials: int) -> dict:
 
     stacks = {
         " ".join(written) or "plain": mlsd.stack(target, *specs.drafters(specs.parse(written), target, mlsd.load))
-        for written in DEMO_STACKS
+        for written in given
     }
     rates = in_turn({name: run(name, stack) for name, stack in stacks.items()}, trials)
     return {"tokens_per_second": rates, "token_acceptance": acceptance}
@@ -193,9 +218,17 @@ def memory(folder: Path) -> dict[str, int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, help="a folder in Hugging Face's layout")
+    parser.add_argument("--trained", type=Path, help="a folder of trained weights, which are measured instead")
+    parser.add_argument("--prompts", type=Path, nargs="+", help="of --trained: files, see prompts.py")
     parser.add_argument("--trials", type=int, default=5)
     parser.add_argument("--out", type=Path, help="write the result as JSON")
     o = parser.parse_args()
+    if o.trained:
+        files = " ".join(file.name for file in o.prompts)
+        settings = {"command": f"python benchmarks/decode.py --trained {o.trained.name} --prompts {files}", "trials": o.trials}
+        settings |= {"new": NEW, "products": weights.implementation("cpu")}
+        publish(settings | trained(o.trained, o.prompts, o.trials) | describe(), o.out)
+        return
     with model_folder(o.model) as source:
         found = {"memory": memory(source)} | measure(source, o.trials) | {"demo": family(o.trials)}
     settings = {"command": "python benchmarks/decode.py", "trials": o.trials, "slots": SLOTS, "prompt": PROMPT, "new": NEW}

@@ -43,21 +43,22 @@ def loading(result: dict) -> str:
 def acceptance(result: dict) -> str:
     """Return the tables of acceptance by draft, by position and by level, and what was equal to plain decoding."""
     runs = {(run["stack"], run["choice"]): run for run in result["runs"]}
-    stacks = list(dict.fromkeys(run["stack"] for run in result["runs"]))
-    rates = ["| drafts | token acceptance: greedy | coupled, T = 0.8 | rejection, T = 0.8 | tokens a round, greedy (formula) |"]
+    stacks, choices = (list(dict.fromkeys(run[key] for run in result["runs"])) for key in ("stack", "choice"))
+    head = " | ".join("greedy" if choice == "greedy" else f"{choice}, T = 0.8" for choice in choices)
+    rates = [f"| drafts | token acceptance: {head} | tokens a round, greedy (formula) |"]
     positions = ["| mxfp4:6, P(accepted if judged) at position | 1 | 2 | 3 | 4 | 5 | 6 |"]
     nested = ["| nested, greedy | token acceptance of the inner draft | inner rounds a round (formula) |"]
     for table in (rates, positions, nested):
         table.append("|---" * (table[0].count("|") - 1) + "|")
     for name in stacks:
-        greedy, *_ = chosen = [runs[name, choice] for choice in ("greedy", "coupled", "rejection")]
+        greedy, *_ = chosen = [runs[name, choice] for choice in choices]
         each = " | ".join(f"{run['levels'][0]['token_acceptance']:.3f}" for run in chosen)
         tokens = f"{greedy['levels'][0]['mean_acceptance_length']:.2f} ({greedy['predicted_tokens_per_round']:.2f})"
         rates.append(f"| {name} | {each} | {tokens} |")
         if "inner_rounds_per_round" in greedy:
             inner = f"{greedy['inner_rounds_per_round']:.2f} ({greedy['predicted_inner_rounds_per_round']:.2f})"
             nested.append(f"| {name} | {greedy['levels'][1]['token_acceptance']:.3f} | {inner} |")
-    for choice in ("greedy", "coupled", "rejection"):
+    for choice in choices:
         each = runs["mxfp4:6", choice]["levels"][0]["acceptance_by_position"]
         positions.append(f"| {choice} | {' | '.join(f'{rate:.3f}' for rate in each)} |")
     note = "The formula supposes a full draft in every round; look-up without a match drafts nothing."
@@ -133,9 +134,11 @@ TABLES = {
     "startup-cpu": startup,
     "loading-cpu": loading,
     "acceptance-stories260K": acceptance,
+    "acceptance-SmolLM2-135M": acceptance,
     "acceptance-demo": demo_acceptance,
     "matmul-cpu": with_source(cpu_tables.products),
     "decode-cpu": with_source(cpu_tables.decoding),
+    "decode-SmolLM2-135M-cpu": with_source(cpu_tables.trained),
     "peers-cpu": with_source(cpu_tables.peers),
     "aot": with_source(aot_tables.programs),
     "accelerator-h200": with_source(accelerator_tables.measured),

@@ -13,7 +13,8 @@ from cpu_kernels.build import library_path
 
 DTYPES = ("bfloat16", "float16", "float32")
 OF_ANY_DTYPE = ("matmul", "rms_norm", "attention")  # each in several instruction sets, for each of DTYPES
-OF_BFLOAT16 = ("mxfp4_matmul",)  # likewise
+OF_BFLOAT16 = ("mxfp4_matmul", "mx8_matmul")  # likewise
+ELEMENTS = ("e4m3", "e5m2", "e2m3", "e3m2")  # of mx8_matmul: exponent and mantissa bits
 
 
 @functools.cache
@@ -102,6 +103,37 @@ def mxfp4_matmul(x: jax.Array, packed: jax.Array, scales: jax.Array, isa: str | 
             "give x [M, K], packed [N, K/2] and scales [N, K/32], with K padded to whole blocks"
         )
     return _call("mxfp4_matmul", isa, jax.ShapeDtypeStruct((len(x), n), jnp.float32), x, packed, scales)
+
+
+def mx8_matmul(
+    x: jax.Array, codes: jax.Array, scales: jax.Array, exponent_bits: int, mantissa_bits: int, isa: str | None = None
+) -> jax.Array:
+    """x @ decoded.T with f32 accumulation, decoded in registers; rows do not depend on M, N and the number of threads.
+
+    Products and sums below about 2^-112 count as zero. Codes that FP8 sets aside for infinity and NaN never stand for a weight.
+
+    Args:
+      x: bfloat16 [M, K], K a multiple of 32.
+      codes: uint8 [N, K], an element a byte, in the low bits.
+      scales: uint8 [N, K/32]; byte s is 2^(s - 127), and 0 is read as scale 0.
+      exponent_bits, mantissa_bits: of an element: 4 and 3, 5 and 2, 2 and 3, or 3 and 2.
+      isa: one of `isas("mx8_matmul")`; None is the first.
+
+    Returns:
+      f32 [M, N].
+    """
+    dtypes, elements = tuple(str(array.dtype) for array in (x, codes, scales)), f"e{exponent_bits}m{mantissa_bits}"
+    if dtypes != ("bfloat16", "uint8", "uint8"):
+        raise ValueError(f"x, codes and scales are {', '.join(dtypes)}, but should be bfloat16, uint8, uint8")
+    if elements not in ELEMENTS:
+        raise ValueError(f"elements are {elements}, but should be one of {', '.join(ELEMENTS)}")
+    n, k = codes.shape
+    if k % 32 or x.shape[1:] != (k,) or scales.shape != (n, k // 32):
+        raise ValueError(
+            f"x {list(x.shape)}, codes {list(codes.shape)} and scales {list(scales.shape)} do not belong together; "
+            "give x [M, K], codes [N, K] and scales [N, K/32], with K padded to whole blocks"
+        )
+    return _call("mx8_matmul", isa, jax.ShapeDtypeStruct((len(x), n), jnp.float32), x, codes, scales, elements=elements)
 
 
 def attention(q: jax.Array, k: jax.Array, v: jax.Array, first: jax.Array, last: jax.Array, isa: str | None = None) -> jax.Array:

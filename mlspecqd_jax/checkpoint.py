@@ -29,7 +29,7 @@ from mlspecqd_jax.huggingface import HUB_FILES
 from mlspecqd_jax.json_files import read_json, reason, shown
 from mlspecqd_jax.mxfp4 import FORMATS, MXArray, MXFP4Array
 from mlspecqd_jax.partition import weight_sharding
-from mlspecqd_jax.quantization import place_quantized, quantize_params
+from mlspecqd_jax.quantization import Recipe, place_quantized, quantize_params
 from mlspecqd_jax.transformer import LanguageModel
 from mlspecqd_jax.weight_files import HEAD
 
@@ -45,14 +45,16 @@ def is_converted(folder: pathlib.Path) -> bool:
     return (folder / MARKER).is_file()
 
 
-def save(folder: pathlib.Path, source: pathlib.Path, params: dict[str, jax.Array], twins: Mapping[str, dict] | None = None) -> None:
+def save(
+    folder: pathlib.Path, source: pathlib.Path, params: dict[str, jax.Array], twins: Mapping[Recipe, dict] | None = None
+) -> None:
     """Write params and the source's small files to a new folder; it exists whole or not at all.
 
     Args:
       folder: a new name.
       source: the folder with config.json and the tokenizer.
       params: parameters by name.
-      twins: parameters of twins by format; only their quantized leaves are written.
+      twins: parameters of twins by recipe, one a format, by the scale rule `floor`; only their quantized leaves are written.
 
     Raises:
       ValueError: the folder exists already or cannot be written.
@@ -66,11 +68,11 @@ def save(folder: pathlib.Path, source: pathlib.Path, params: dict[str, jax.Array
                     shutil.copyfile(file, temporary / file.name)
         _say_whether_tied(temporary / "config.json", HEAD not in params)
         _write(temporary / WEIGHTS, params)
-        for format, twin in (twins or {}).items():
+        for recipe, twin in (twins or {}).items():
             (temporary / DRAFTS).mkdir(exist_ok=True)
             arrays = jax.tree_util.tree_leaves_with_path(_quantized(twin))
-            _write(temporary / DRAFTS / format, {_file(path): array for path, array in arrays})
-        _mark_finished(temporary, params, sorted(twins or {}))
+            _write(temporary / DRAFTS / recipe.format, {_file(path): array for path, array in arrays})
+        _mark_finished(temporary, params, list(twins or {}))
         temporary.chmod(0o755)  # mkdtemp makes it private
         os.rename(temporary, folder)
     except BaseException:
@@ -138,9 +140,13 @@ def _quiet():
         logger.setLevel(level)
 
 
-def _mark_finished(folder: pathlib.Path, params: dict[str, jax.Array], drafts: list[str]) -> None:
+def _mark_finished(folder: pathlib.Path, params: dict[str, jax.Array], drafts: list[Recipe]) -> None:
     dtypes = sorted({leaf.dtype.name for leaf in params.values()})
-    marker = {"format": VERSION, "dtypes": dtypes, "bytes": sum(leaf.nbytes for leaf in params.values()), "drafts": drafts}
+    marker = {"format": VERSION, "dtypes": dtypes, "bytes": sum(leaf.nbytes for leaf in params.values())}
+    marker |= {
+        "drafts": [recipe.format for recipe in drafts],
+        "policies": {recipe.format: dict(recipe.policy) for recipe in drafts},
+    }
     (folder / MARKER).write_text(json.dumps(marker, indent=1) + "\n", encoding="utf-8")
 
 
@@ -184,8 +190,8 @@ def restore(folder: pathlib.Path, model: LanguageModel, dtype: jnp.dtype, mesh: 
         return jax.block_until_ready({name: place(name, shape) for name, shape in model.shapes().items()})
 
 
-def drafts(folder: pathlib.Path, dtype: str) -> tuple[str, ...]:
-    """Return the formats in which a converted checkpoint holds the twin of what `restore` gives in `dtype`.
+def drafts(folder: pathlib.Path, dtype: str) -> tuple[Recipe, ...]:
+    """Return the recipes of the twins that a converted checkpoint holds of what `restore` gives in `dtype`.
 
     A twin is a function of its model's weights, so stored leaves serve the dtype that they were made from, and float32, which holds
     the same values; in any other the weights are rounded, and their twin is another one.
@@ -195,11 +201,15 @@ def drafts(folder: pathlib.Path, dtype: str) -> tuple[str, ...]:
     if not isinstance(formats, list) or not all(isinstance(format, str) and format in FORMATS for format in formats):
         raise ValueError(f"{folder} is damaged (drafts is {shown(formats)} in {MARKER}); convert the model again")
     same_values = dtype == "float32" or marker.get("dtypes") == [dtype]
-    return tuple(formats) if same_values else ()
+    policies = marker.get("policies", {})  # earlier versions made no exceptions
+    if not isinstance(policies, dict) or not all(isinstance(policy, dict) for policy in policies.values()):
+        raise ValueError(f"{folder} is damaged (policies is {shown(policies)} in {MARKER}); convert the model again")
+    found = tuple(Recipe(format, tuple(policies.get(format, {}).items())) for format in formats)
+    return found if same_values else ()
 
 
 def restore_draft(
-    folder: pathlib.Path, model: LanguageModel, format: str, finish: Callable = lambda name, leaf: leaf
+    folder: pathlib.Path, model: LanguageModel, recipe: Recipe, finish: Callable = lambda name, leaf: leaf
 ) -> dict[str, MXFP4Array | MXArray]:
     """Map the quantized leaves of a twin that `save` wrote and put them in their place, each as `finish(name, leaf)`.
 
@@ -207,12 +217,13 @@ def restore_draft(
       ValueError: the folder is damaged.
     """
     weights = {name: jax.ShapeDtypeStruct(shape, jnp.bfloat16) for name, shape in model.shapes().items()}
-    expected = _quantized(jax.eval_shape(functools.partial(quantize_params, format=format), weights))
+    cast = functools.partial(quantize_params, format=recipe.format, policy=dict(recipe.policy))
 
     def mapped(path, array):
-        return np.asarray(_map(folder / DRAFTS / format / _file(path), array.shape), array.dtype)
+        return np.asarray(_map(folder / DRAFTS / recipe.format / _file(path), array.shape), array.dtype)
 
     with _damage_named(folder):
+        expected = _quantized(jax.eval_shape(cast, weights))
         leaves = jax.tree_util.tree_map_with_path(mapped, expected)
         placed = {name: finish(name, place_quantized(name, leaf, model.mesh)) for name, leaf in leaves.items()}
         return jax.block_until_ready(placed)

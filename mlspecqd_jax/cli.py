@@ -33,11 +33,10 @@ NUMERIC = {
 }
 PASSED_ON = [*NUMERIC, "chat", "rule", "stop", "stop_token_ids", "logit_bias", "logprobs", "synthetic_acceptance"]
 
-DEFAULT_DRAFTS = ["mxfp4"]
-DEMO_DRAFTS = ["mxfp4", "demo-small@mxfp4"]
 DRAFT_HELP = (
     "BASE[:LEN], what drafts for the model, repeated for what drafts for the draft; BASE is a format such as mxfp4 (the same "
-    "weights in it), MODEL[@FORMAT], ngram, or none (plain decoding); default mxfp4, for demo with demo-small@mxfp4 below it"
+    "weights in it), MODEL[@FORMAT], ngram, or none (plain decoding); the default is what was found to pay for models of this size "
+    "on this device: ngram for small ones, mxfp4 for large ones on CPU"
 )
 
 PROMPT_FILE_HELP = (
@@ -147,13 +146,14 @@ def _generate(a: argparse.Namespace) -> None:
     prompts = a.prompt or prompt_files.read(a.prompt_file)
     a.logit_bias = _biases(a.logit_bias)
 
-    from mlspecqd_jax import api, models, specs, stacks
+    from mlspecqd_jax import api, defaults, models, specs, stacks
 
     load = functools.cache(functools.partial(models.load, dtype=a.dtype))
-    drafts = a.draft or (DEMO_DRAFTS if a.model == "demo" else DEFAULT_DRAFTS)
-    parsed = specs.parse(drafts)
+    specs.parse(a.draft)  # refused before anything is loaded
     target = load(a.model)
-    stack = stacks.stack(target, *specs.drafters(parsed, target, load), exact=not a.inexact, share_cache=not a.own_cache)
+    drafts = a.draft or defaults.default_drafts(target)
+    drafters = specs.drafters(specs.parse(drafts), target, load)
+    stack = stacks.stack(target, *drafters, exact=not a.inexact, share_cache=not a.own_cache)
     arguments = {name: getattr(a, name) for name in PASSED_ON if hasattr(a, name)}
     if a.json or a.compare or len(prompts) > 1:
         generation = (api.compare if a.compare else api.generate)(stack, prompts, **arguments)

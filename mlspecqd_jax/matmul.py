@@ -3,6 +3,8 @@
 Layers never look at how a weight is stored; they call `linear(x, w)` and `linear` dispatches on the leaf.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -31,7 +33,9 @@ def linear(x: jax.Array, w: jax.Array | MXFP4Array | MXArray | LaidOut, *, out_d
         arguments = (_whole_blocks(rows), w.packed, w.scales)
         y = cpu_kernels.on_cpu(cpu_kernels.mxfp4_matmul, mxfp4_matmul, *arguments, dtypes=("bfloat16",))
     elif isinstance(w, MXArray):
-        y = mx_matmul(_whole_blocks(rows), w.codes, w.scales, FORMATS[w.format].exponent_bits, FORMATS[w.format].mantissa_bits)
+        bits = {name: getattr(FORMATS[w.format], name) for name in ("exponent_bits", "mantissa_bits")}
+        kernel, otherwise = (functools.partial(product, **bits) for product in (cpu_kernels.mx8_matmul, mx_matmul))
+        y = cpu_kernels.on_cpu(kernel, otherwise, _whole_blocks(rows), w.codes, w.scales, dtypes=("bfloat16",))
     else:
         y = cpu_kernels.on_cpu(cpu_kernels.dense_matmul, bf16_matmul, rows.astype(w.dtype), w)
     return y.reshape(*x.shape[:-1], w.shape[0]).astype(out_dtype or x.dtype)
@@ -46,7 +50,11 @@ def implementation(chip: str) -> str:
     bf16, mxfp4 = cpu_kernels.isas("matmul"), cpu_kernels.isas("mxfp4_matmul")
     if not bf16:
         return "XLA dot, at least two rows"
-    return f"C++ for bfloat16 ({bf16[0]}), float16 and float32, and for mxfp4 ({mxfp4[0]}, activations in 8 bits)"
+    mx8 = cpu_kernels.isas("mx8_matmul")
+    return (
+        f"C++ for bfloat16 ({bf16[0]}), float16 and float32, for mxfp4 ({mxfp4[0]}, activations in 8 bits) and for the other MX "
+        f"formats ({mx8[0]})"
+    )
 
 
 def _whole_blocks(x):

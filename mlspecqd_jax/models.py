@@ -17,7 +17,7 @@ from mlspecqd_jax import arguments, chat, checkpoint, config_file, huggingface, 
 from mlspecqd_jax.json_files import read_json, read_json_if_there, shown
 from mlspecqd_jax.mxfp4 import FORMATS, MXArray, MXFP4Array, check_format
 from mlspecqd_jax.partition import usable_mesh
-from mlspecqd_jax.quantization import Policy, Recipe, quantize_params
+from mlspecqd_jax.quantization import EMBEDDING, HEAD, Policy, Recipe, default_policy, quantize_params
 from mlspecqd_jax.transformer import LanguageModel
 
 DEMOS = ("demo", "demo-small")
@@ -52,7 +52,7 @@ class Model:
     card: Card
     folder: pathlib.Path
     recipe: Recipe | None = None  # how the weights were quantized
-    drafts: tuple[str, ...] = ()  # formats in which the folder, a converted checkpoint, holds the twin of these very weights
+    drafts: tuple[Recipe, ...] = ()  # of the twins of these very weights that the folder, a converted checkpoint, holds
 
     @property
     def tokenizer(self):
@@ -74,14 +74,16 @@ class Model:
 
         Args:
           format: mxfp4, mxfp6_e2m3, mxfp6_e3m2, mxfp8_e4m3 or mxfp8_e5m2.
-          policy: exceptions, from a glob over tensor names to a format or None (not quantized); the first match decides.
+          policy: exceptions, from a glob over tensor names to a format or None (not quantized); the first match decides. None is
+            `quantization.default_policy`: on CPU, a tied head of an MXFP4 twin is cast to MXFP8 (e4m3). {} makes no
+            exceptions.
           scale_rule: floor (the specification's), ceil, rceil or even.
 
         Raises:
           ValueError: an unknown format, rule or glob, or a model that is quantized in another way.
         """
         arguments.recipe(format, policy, scale_rule)
-        recipe = Recipe(format, tuple((policy or {}).items()), scale_rule)
+        recipe = self._recipe(format, policy, scale_rule)
         if recipe == self.recipe:
             return self
         if self.recipe is not None:
@@ -91,12 +93,18 @@ class Model:
             )
         dtype = self.params["model.embed_tokens.weight"].dtype
         finish = functools.partial(layouts.for_device, dtype=dtype, mesh=self.network.mesh)
-        if recipe == Recipe(format) and format in self.drafts:
-            params = self.params | checkpoint.restore_draft(self.folder, self.network, format, finish)
+        if recipe in self.drafts:
+            params = self.params | checkpoint.restore_draft(self.folder, self.network, recipe, finish)
         else:
-            params = quantize_params(self.params, format, policy, scale_rule, self.network.mesh, finish)
+            params = quantize_params(self.params, format, dict(recipe.policy), scale_rule, self.network.mesh, finish)
         card = dataclasses.replace(self.card, name=f"{self.card.name}@{format}")
         return dataclasses.replace(self, params=params, card=card, recipe=recipe)
+
+    def _recipe(self, format: str, policy: Policy | None = None, scale_rule: str = "floor") -> Recipe:
+        if policy is None:
+            platform = next(iter(self.params[EMBEDDING].devices())).platform
+            policy = default_policy(format, HEAD not in self.network.shapes(), platform)
+        return Recipe(format, tuple(policy.items()), scale_rule)
 
 
 @settings.held
@@ -224,7 +232,10 @@ def convert(
     folder = pathlib.Path(folder)
     checkpoint.check_new(folder)
     loaded = load(model, dtype=dtype)
-    twins = {} if draft is None else {draft: quantize_params(loaded.params, draft, mesh=loaded.network.mesh)}
+    twins = {}
+    if draft is not None:
+        recipe = loaded._recipe(draft)
+        twins[recipe] = quantize_params(loaded.params, draft, dict(recipe.policy), mesh=loaded.network.mesh)
     checkpoint.save(folder, loaded.folder, loaded.params, twins)
     return folder
 

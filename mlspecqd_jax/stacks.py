@@ -81,7 +81,7 @@ def exact_rows(platform: str, dtype: str, draft_len: int, apart: bool = False) -
       apart: whether it computes every row by itself.
 
     Raises:
-      ValueError: a window of draft_len + 1 would be wider than plain decoding's, where that is not known to be alike, or there is no
+      ValueError: a window of draft_len + 1 would be wider than plain decoding's, where that is not known to be alike, or no
         width at which a row is known to be.
     """
     if platform == "cpu" and apart:

@@ -123,6 +123,41 @@ static void check(Pool& pool, int64_t m, int64_t n, int64_t k, unsigned seed) {
   }
 }
 
+static double decoded(mx8::Format f, uint8_t code, uint8_t scale) {
+  const int sign = code >> (f.bits() - 1), exponent = code >> f.mantissa_bits & ((1 << f.exponent_bits) - 1);
+  const int fraction = code & ((1 << f.mantissa_bits) - 1), least = 1 - f.bias() - f.mantissa_bits;
+  const double magnitude = exponent == 0 ? std::ldexp(fraction, least) : std::ldexp((1 << f.mantissa_bits) + fraction, least + exponent - 1);
+  return scale == 0 ? 0 : std::ldexp(sign ? -magnitude : magnitude, scale - 127);
+}
+
+static void check_mx8(Pool& pool, int64_t m, int64_t n, int64_t blocks, unsigned seed) {
+  std::mt19937 random(seed);
+  const int64_t k = blocks * mx8::kBlock;
+  std::vector<uint16_t> x(m * k);
+  std::vector<uint8_t> codes(n * k), scales(n * blocks);
+  for (auto& v : x) v = static_cast<uint16_t>(0x3e80 + random() % 0x180 + (random() % 2 << 15));
+  for (auto& s : scales) s = static_cast<uint8_t>(random() % 8 == 0 ? 0 : 120 + random() % 10);
+  for (const mx8::Format f : {mx8::Format{4, 3}, mx8::Format{5, 2}, mx8::Format{2, 3}, mx8::Format{3, 2}}) {
+    for (auto& c : codes) {
+      c = static_cast<uint8_t>(random() % (1 << f.bits()));
+      if (f.exponent_bits == 5 && (c & 0x7c) == 0x7c) c &= 0x83;  // infinity, NaN
+    }
+    for (const auto& choice : mx8_choices()) {
+      if (!choice.supported) continue;
+      std::vector<float> y(m * n, NAN);
+      mx8_matmul(*choice.kernel, pool, f, x.data(), codes.data(), scales.data(), y.data(), m, n, k);
+      for (int64_t i = 0; i < m * n; ++i) {
+        double expected = 0, terms = 0;
+        for (int64_t j = 0; j < k; ++j) {
+          const double term = widened(Bf16{x[i / n * k + j]}) * decoded(f, codes[i % n * k + j], scales[(i % n * k + j) / mx8::kBlock]);
+          expected += term, terms += std::abs(term);
+        }
+        require(std::abs(y[i] - expected) <= 1e-6 * terms, "mx8", choice.isa, m, n, k);
+      }
+    }
+  }
+}
+
 // Every row of a causal window over a cache of exact length, against the definition; the window is written to the cache first.
 template <class Element>
 static void check_attention(Pool& pool, const attention::Shape& s, unsigned seed) {
@@ -171,6 +206,12 @@ int main() {
       }
     }
     check(pool, 3, 700, 544, seed);  // large enough for the pool
+    for (int64_t m : {1, 2, 3, 4, 7, 8, 9, 19}) {
+      for (int64_t n : {1, 3, 13}) {
+        for (int64_t blocks : {1, 2, 5}) check_mx8(pool, m, n, blocks, seed++);
+      }
+    }
+    check_mx8(pool, 3, 700, 17, seed);
     for (int64_t slots : {1, 31, 32, 77}) {
       for (int64_t window : {1, 5, 18}) {
         for (int64_t depth : {1, 8, 20}) {

@@ -110,11 +110,11 @@ def test_a_stored_draft_comes_back_bit_for_bit(tmp_path, monkeypatch, format, ti
     config = CONFIG | {"tie_word_embeddings": tied}
     source = mlsd.load(tiny.write_checkpoint(tmp_path / "source", config, tiny.weights(config)))
     model = mlsd.load(mlsd.convert(tmp_path / "source", tmp_path / "converted", draft=format))
-    assert model.drafts == (format,)
     expected = source.quantized(format)
+    assert model.drafts == (expected.recipe,)
     stored = {file.parent.name for file in (tmp_path / "converted" / checkpoint.DRAFTS / format).glob("*/.zarray")}
-    kind = "packed" if format == "mxfp4" else "codes"
-    assert stored == {f"{name}.{part}" for name in leaves(expected.params) for part in (kind, "scales")}
+    kinds = {name: "packed" if leaf.format == "mxfp4" else "codes" for name, leaf in leaves(expected.params).items()}
+    assert stored == {f"{name}.{part}" for name, kind in kinds.items() for part in (kind, "scales")}
     other = model.quantized(format, scale_rule="even")
     monkeypatch.setattr(models, "quantize_params", None)  # nothing is quantized again
     twin = model.quantized(format).params
@@ -138,10 +138,34 @@ def test_dtypes_that_a_stored_draft_serves(tmp_path, network):
     """Its own, and float32, in which the weights have the same values and so the same codes."""
     mlsd.convert(tmp_path / "source", tmp_path / "converted", draft="mxfp4")
     bfloat16, float32, float16 = (mlsd.load(tmp_path / "converted", dtype=dtype) for dtype in models.DTYPES)
-    assert (bfloat16.drafts, float32.drafts, float16.drafts) == (("mxfp4",), ("mxfp4",), ())
-    again = quantization.quantize_params(float32.params)
+    assert (bfloat16.drafts, float32.drafts, float16.drafts) == (bfloat16.drafts, bfloat16.drafts, ())
+    assert len(bfloat16.drafts) == 1
+    again = quantization.quantize_params(float32.params, policy=dict(bfloat16.drafts[0].policy))
     assert_equal(leaves(float32.quantized().params), leaves(again))
     assert leaves(float16.quantized().params)
+
+
+def test_a_draft_of_an_earlier_version_is_read_for_what_it_is(tmp_path, network, monkeypatch):
+    """It was cast without exceptions: the twin of today's default is another one, and made from the weights."""
+    source = mlsd.load(tmp_path / "source")
+    earlier = source.quantized(policy={})
+    checkpoint.save(tmp_path / "converted", source.folder, source.params, {earlier.recipe: earlier.params})
+    marker = tmp_path / "converted" / checkpoint.MARKER
+    marker.write_text(json.dumps({key: value for key, value in json.loads(marker.read_text()).items() if key != "policies"}))
+    model = mlsd.load(tmp_path / "converted")
+    assert_equal(leaves(model.quantized().params), leaves(source.quantized().params))
+    monkeypatch.setattr(models, "quantize_params", None)
+    assert_equal(leaves(model.quantized(policy={}).params), leaves(earlier.params))
+
+
+def test_damaged_policies_are_refused(tmp_path, network):
+    mlsd.convert(tmp_path / "source", tmp_path / "converted", draft="mxfp4")
+    marker = tmp_path / "converted" / checkpoint.MARKER
+    good = json.loads(marker.read_text())
+    for policies in ([], {"mxfp4": "lm_head"}, {"mxfp4": {"lm_head.weight": "int4"}}):
+        marker.write_text(json.dumps(good | {"policies": policies}))
+        with pytest.raises(ValueError, match=r"converted is damaged \(.*\); convert the model again"):
+            mlsd.load(tmp_path / "converted").quantized(policy={"lm_head.weight": "int4"})
 
 
 def test_folders_without_drafts(tmp_path, network):

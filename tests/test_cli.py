@@ -12,6 +12,7 @@ import time
 
 import pytest
 
+import mlspecqd_jax as mlsd
 from mlspecqd_jax import api, checkpoint, cli, prompt_files, report
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -48,10 +49,10 @@ def test_generate_prints_text_to_stdout_and_the_rest_to_stderr(capsys):
     assert code == 0
     value = json.loads(as_json)
     assert out == value["text"][0] + "\n"
-    assert "demo < demo@mxfp4 < demo-small@mxfp4" in err
-    assert "by default drafted with --draft mxfp4 --draft demo-small@mxfp4" in err
+    assert "demo < ngram" in err
+    assert "by default drafted with --draft ngram:4;" in err
     assert "12 tokens" in err
-    assert "tokens drafted by demo@mxfp4" in err
+    assert "tokens drafted by ngram" in err
     assert "tokens/s" in err
     assert set(value) == {"text", "tokens", "prompt_tokens", "finish_reason", "report"}
     assert value["report"]["new_tokens"] == len(value["tokens"][0])
@@ -61,11 +62,13 @@ def test_generate_prints_text_to_stdout_and_the_rest_to_stderr(capsys):
 
 
 @pytest.mark.slow
-def test_a_folder_is_drafted_by_its_twin(capsys):
+def test_a_large_model_is_drafted_by_its_twin(capsys, monkeypatch):
+    """As if the demo were one: what decides is its bytes."""
+    monkeypatch.setattr(mlsd.Model, "nbytes", 2 * 10**9)
     _, plain, _ = run(capsys, "generate", *PLAIN)
     _, twin, err = run(capsys, "generate", DEMO, *SHORT)
     assert twin == plain
-    assert "by default drafted with --draft mxfp4;" in err
+    assert "by default drafted with --draft mxfp4:5;" in err
 
 
 def test_drafts_of_the_command_line(capsys):
@@ -210,7 +213,7 @@ def test_an_unfinished_or_damaged_conversion_does_not_load(capsys, tmp_path):
         (["generate", *SHORT, "--draft", "mxfp4", "--draft", "none"], ["--draft none is plain decoding"]),
         (["generate", *SHORT, "--synthetic-acceptance", "0.9,x"], ["--synthetic-acceptance", "0.9,x' is no number"]),
         (["generate", *SHORT, "--synthetic-acceptance", "1.5"], ["synthetic_acceptance is 1.5"]),
-        (["generate", *SHORT, "--synthetic-acceptance", "0.5,0.5,0.5"], ["3 rates", "2 levels"]),
+        (["generate", *SHORT, "--synthetic-acceptance", "0.5,0.5,0.5"], ["3 rates", "1 levels"]),
         (["convert", "demo", "out", "--draft", "int4"], ["'int4' is not a format", "mxfp4"]),
         (["generate", *SHORT, "--logprobs"], ["--logprobs needs --json"]),
         (["generate", *SHORT, "--chat"], ["no chat template"]),

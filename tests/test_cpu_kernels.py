@@ -222,13 +222,15 @@ from mlspecqd_jax.mxfp4 import quantize
 
 random = np.random.RandomState(0)
 w = jnp.asarray(random.standard_normal((1500, 416)), jnp.bfloat16)
-leaf, digest = quantize(w), hashlib.sha256()
+leaf, fine, digest = quantize(w), quantize(w, "mxfp6_e2m3"), hashlib.sha256()
 for m in (1, 5, 64):
     x = jnp.asarray(random.standard_normal((m, 416)), jnp.bfloat16)
     for isa in cpu_kernels.isas("matmul"):
         digest.update(np.asarray(cpu_kernels.dense_matmul(x, w, isa)).tobytes())
     for isa in cpu_kernels.isas("mxfp4_matmul"):
         digest.update(np.asarray(cpu_kernels.mxfp4_matmul(x, leaf.packed, leaf.scales, isa)).tobytes())
+    for isa in cpu_kernels.isas("mx8_matmul"):
+        digest.update(np.asarray(cpu_kernels.mx8_matmul(x, fine.codes, fine.scales, 2, 3, isa)).tobytes())
 print(digest.hexdigest())
 """
 

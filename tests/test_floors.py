@@ -33,7 +33,7 @@ FLOORS = (
     ),
     ("attention", "transformer", "sampling", "verification"),
     ("config_file", "weight_files", "huggingface", "checkpoint", "levels", "prompt_lookup", "speculation"),
-    ("models", "stacks", "specs", "report", "api"),
+    ("models", "defaults", "stacks", "specs", "report", "api"),
     ("cli", "examples", "benchmarks"),
 )
 ORDER = [name for floor in FLOORS for name in floor]

@@ -65,7 +65,7 @@ def test_bit_for_bit_the_product_with_the_decoded_weight(format, dtype):
 
 
 @pytest.mark.parametrize("rows", [1, 4])
-@pytest.mark.parametrize(("dtype", "format"), [("bfloat16", "mxfp4"), ("float32", "mxfp4"), ("bfloat16", "mxfp8_e4m3")])
+@pytest.mark.parametrize(("dtype", "format"), [("bfloat16", "mxfp4"), ("float32", "mxfp4"), ("float32", "mxfp8_e4m3")])
 def test_a_loop_holds_one_decoded_weight(rows, dtype, format):
     """Neither hoisted out of the loop nor all decoded at the start of a pass."""
     size, layers = 512, 4

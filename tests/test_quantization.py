@@ -68,9 +68,10 @@ def test_linear_layers_and_head_are_quantized_and_the_rest_is_shared(request, na
     for name, leaf in twin.params.items():
         if name.endswith("_proj.weight") or name == HEAD:
             source = model.params.get(name, model.params[EMBEDDING])
-            assert leaf.format == "mxfp4"
+            format = "mxfp8_e4m3" if name not in model.params else "mxfp4"
+            assert leaf.format == format
             assert leaf.shape == source.shape
-            assert equal(leaf, quantize(source))
+            assert equal(leaf, quantize(source, format))
         else:
             assert leaf is model.params[name]
     assert list(twin.params) == [*model.params, *([] if HEAD in model.params else [HEAD])]
@@ -96,6 +97,12 @@ def test_a_twin_is_its_own_twin_and_no_other_s(untied):
             untied.quantized().quantized(**other)
 
 
+def test_elsewhere_than_on_cpu_a_tied_head_has_the_one_format_that_has_a_product_there():
+    assert quantization.default_policy("mxfp4", True, "cpu") == {HEAD: "mxfp8_e4m3"}
+    assert quantization.default_policy("mxfp4", True, "gpu") == quantization.default_policy("mxfp4", False, "cpu") == {}
+    assert quantization.default_policy("mxfp8_e5m2", True, "cpu") == {}
+
+
 def test_leaves_in_the_wanted_format_stay_and_others_are_refused(untied):
     first = quantize_params(untied.params, policy={HEAD: None})
     second = quantize_params(first)
@@ -119,7 +126,12 @@ def test_policy(untied):
 
 
 def test_a_tied_head(tied):
-    assert equal(tied.quantized().params[HEAD], quantize(tied.params[EMBEDDING]))
+    """It is cast less coarsely in MXFP4 twins, unless a policy is given, an empty one too."""
+    assert equal(tied.quantized().params[HEAD], quantize(tied.params[EMBEDDING], "mxfp8_e4m3"))
+    assert equal(tied.quantized(policy={}).params[HEAD], quantize(tied.params[EMBEDDING]))
+    assert equal(tied.quantized(policy={"*k_proj*": None}).params[HEAD], quantize(tied.params[EMBEDDING]))
+    assert tied.quantized("mxfp6_e3m2").params[HEAD].format == "mxfp6_e3m2"
+    assert tied.quantized().quantized().recipe.policy == ((HEAD, "mxfp8_e4m3"),)
     assert tied.quantized().params[EMBEDDING] is tied.params[EMBEDDING]
     assert tied.quantized(policy={HEAD: "mxfp8_e4m3"}).params[HEAD].format == "mxfp8_e4m3"
     assert list(tied.quantized(policy={"lm_*": None}).params) == list(tied.params)
@@ -161,7 +173,7 @@ def test_bytes(untied):
 def test_bytes_of_real_weights(shared):
     """The padding of K = 172 to 192 costs a little."""
     model = mlsd.load(shared / "models" / "stories260K")
-    cast = {name: leaf for name, leaf in model.quantized().params.items() if is_quantized(leaf)}
+    cast = {name: leaf for name, leaf in model.quantized(policy={}).params.items() if is_quantized(leaf)}
     bf16 = sum(model.params.get(name, model.params[EMBEDDING]).nbytes for name in cast)
     assert abs(sum(leaf.nbytes for leaf in cast.values()) / bf16 - 0.2722) < 1e-4
 

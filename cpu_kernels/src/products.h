@@ -9,6 +9,7 @@
 
 #include "attention.h"
 #include "dense.h"
+#include "mx8.h"
 #include "mxfp4.h"
 #include "norm.h"
 #include "parallel.h"
@@ -98,6 +99,11 @@ inline const auto& mxfp4_choices() {
   return choices;
 }
 
+inline const auto& mx8_choices() {
+  static const auto choices = three_choices(MLSPECQD_THREE(mx8, kernel));
+  return choices;
+}
+
 template <class Element>
 const auto& attention_choices() {
   static const auto choices = three_choices(MLSPECQD_THREE(attention, kernel<Element>));
@@ -170,6 +176,18 @@ void mxfp4_matmul(const mxfp4::Kernel& kernel, Pool& pool, const uint16_t* x, co
       [&](int64_t at, int rows, char* block) { kernel.prepare(x + at * k, rows, k, block); },
       [&](int64_t at, int rows, const char* block, int64_t begin, int64_t end) {
         kernel.product(block, rows, packed, scales, k, begin, end, out + at * n, n);
+      });
+}
+
+template <class Pool>
+void mx8_matmul(const mx8::Kernel& kernel, Pool& pool, mx8::Format format, const uint16_t* x, const uint8_t* codes,
+                const uint8_t* scales, float* out, int64_t m, int64_t n, int64_t k) {
+  const int64_t prepared = k * static_cast<int64_t>(sizeof(float));
+  blocked(
+      pool, m, n, k, k, kernel.rows, prepared,
+      [&](int64_t at, int rows, char* block) { kernel.prepare(x + at * k, rows, k, reinterpret_cast<float*>(block)); },
+      [&](int64_t at, int rows, const char* block, int64_t begin, int64_t end) {
+        kernel.product(reinterpret_cast<const float*>(block), rows, format, codes, scales, k, begin, end, out + at * n, n);
       });
 }
 

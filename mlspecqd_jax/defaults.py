@@ -1,0 +1,63 @@
+"""Which drafts the command line takes when it is given none: those that were found to pay for models of a size on a kind of device.
+
+A draft pays where a pass over it costs less than the passes over the target that it saves. Look-up costs next to nothing, but the
+windows that judge it cost what they cost; a twin reads a third of the target's bytes, which is a gain only where reading them is
+what takes the time. `python benchmarks/decode.py` and `benchmarks/accelerator.py` measure both, and the README's tables hold what
+they found.
+"""
+
+from typing import NamedTuple
+
+import jax
+
+import cpu_kernels
+from mlspecqd_jax.models import Model
+from mlspecqd_jax.quantization import EMBEDDING
+
+
+class Row(NamedTuple):
+    """On devices of a kind, targets of at least so many bytes are drafted so, as `--draft` takes it; and why."""
+
+    device: str  # cpu (with the C++ products), cpu-xla (without), gpu, tpu
+    least_bytes: int
+    drafts: tuple[str, ...]
+    why: str
+
+
+LOOKUP = ("ngram:4",)
+
+# The first row that fits decides.
+TABLE = (
+    Row("cpu", 10**9, ("mxfp4:5",), "1.1B parameters: a pass of the twin takes 0.34 of the target's, 1.55 x plain decoding at 0.9"),
+    Row("cpu", 0, LOOKUP, "demo, 9.4M parameters: look-up 1.10 x plain decoding, the twin 0.86 x"),
+    Row("cpu-xla", 0, LOOKUP, "XLA decodes the twin's weights in every pass, which takes longer than the target's own product"),
+    Row(
+        "gpu",
+        0,
+        LOOKUP,
+        "H200: SmolLM2-135M 1.36 x plain decoding, at T = 0.8 1.24 x; the twin 0.22 x, at 8B parameters 0.62 x at 0.9",
+    ),
+    Row(
+        "tpu", 0, LOOKUP, "windows are padded to 16 rows, so that one with look-up's 4 is as wide as plain decoding's; not measured"
+    ),
+)
+
+
+def default_drafts(target: Model) -> tuple[str, ...]:
+    """Return what drafts for a model unless something is asked for, as `--draft` takes it, outermost first."""
+    return drafts_for(device_kind(target), target.nbytes)
+
+
+def drafts_for(device: str, nbytes: int) -> tuple[str, ...]:
+    """Return the drafts of the first row of the table for a kind of device and a target's bytes."""
+    return next(row.drafts for row in TABLE if row.device == device and nbytes >= row.least_bytes)
+
+
+def device_kind(model: Model) -> str:
+    """Return the table's name for the device that a model is on."""
+    weight = model.params[EMBEDDING]
+    platform = next(iter(weight.devices())).platform
+    if platform != "cpu":
+        return "tpu" if platform == "tpu" else "gpu"
+    in_cpp = weight.dtype == jax.numpy.bfloat16 and model.network.mesh is None and cpu_kernels.usable()
+    return "cpu" if in_cpp else "cpu-xla"
