@@ -11,7 +11,7 @@ from mlspecqd_jax import settings
 from mlspecqd_jax.arguments import brief, flag, instance
 from mlspecqd_jax.levels import Level
 from mlspecqd_jax.models import Card, Model
-from mlspecqd_jax.mxfp4 import MXFP4Array
+from mlspecqd_jax.mxfp4 import MXArray, MXFP4Array
 from mlspecqd_jax.prompt_lookup import PromptLookup
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -100,7 +100,7 @@ def exact_rows(platform: str, dtype: str, draft_len: int, apart: bool = False) -
 
 def computes_rows_apart(model: Model) -> bool:
     """Return whether a model's products, norms and attention are all in C++, where a row's bits do not depend on the window."""
-    in_cpp = jax.Array | MXFP4Array if model.params[EMBEDDING].dtype == jnp.bfloat16 else jax.Array
+    in_cpp = jax.Array | MXFP4Array | MXArray if model.params[EMBEDDING].dtype == jnp.bfloat16 else jax.Array
     one_device = model.network.mesh is None
     return one_device and all(isinstance(leaf, in_cpp) for leaf in model.params.values()) and cpu_kernels.usable()
 

@@ -163,8 +163,10 @@ def test_a_named_instruction_set_runs_or_raises():
 
 def test_what_does_not_belong_together_is_refused():
     x, leaf = jnp.ones((2, 64), jnp.bfloat16), quantize(jnp.ones((3, 64)))
-    with pytest.raises(ValueError, match="should be bfloat16"):
+    with pytest.raises(ValueError, match="of one of bfloat16, float16, float32"):
         cpu_kernels.dense_matmul(x, jnp.ones((3, 64)))
+    with pytest.raises(ValueError, match=r"should be \[M, K\] and \[K\]"):
+        cpu_kernels.rms_norm(x, jnp.ones((32,), jnp.bfloat16), 1e-5)
     with pytest.raises(ValueError, match=r"\[M, K\] and \[N, K\]"):
         cpu_kernels.dense_matmul(x, jnp.ones((3, 32), jnp.bfloat16))
     with pytest.raises(ValueError, match="do not belong together"):
