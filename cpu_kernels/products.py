@@ -13,6 +13,7 @@ from cpu_kernels.build import library_path
 
 DTYPES = ("bfloat16", "float16", "float32")
 OF_ANY_DTYPE = ("matmul", "rms_norm", "attention")  # each in several instruction sets, for each of DTYPES
+OF_ONE_FORM = ("rotate",)  # likewise, written once for all instruction sets
 OF_BFLOAT16 = ("mxfp4_matmul", "mx8_matmul")  # likewise
 ELEMENTS = ("e4m3", "e5m2", "e2m3", "e3m2")  # of mx8_matmul: exponent and mantissa bits
 
@@ -158,6 +159,30 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, first: jax.Array, last: 
     return _call("attention", isa, result, q, k, v, first, last)
 
 
+def angles(positions: jax.Array, frequencies: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return cos and sin, f32 [B, W, D / 2], of positions int32 [B, W] times frequencies f32 [D / 2]."""
+    if positions.dtype != jnp.int32 or frequencies.dtype != jnp.float32 or (positions.ndim, frequencies.ndim) != (2, 1):
+        raise ValueError(
+            f"positions {positions.dtype}{list(positions.shape)} and frequencies {frequencies.dtype}{list(frequencies.shape)} "
+            "should be int32 [B, W] and float32 [D / 2]"
+        )
+    result = jax.ShapeDtypeStruct((*positions.shape, *frequencies.shape), jnp.float32)
+    return tuple(jax.ffi.ffi_call(_target("angles"), (result, result), vmap_method="sequential")(positions, frequencies))
+
+
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotate the pairs (i, i + D/2) of x [B, W, H, D] by angles of cos and sin, f32 [B, W, D / 2], in f32.
+
+    Returns:
+      [B, H, W, D] in x's dtype: bfloat16, float16 or float32.
+    """
+    batch, window, heads, depth = x.shape
+    if x.dtype.name not in DTYPES or not (cos.shape == sin.shape == (batch, window, depth // 2)) or depth % 2:
+        raise ValueError(f"x {x.dtype}{list(x.shape)}, cos {list(cos.shape)} and sin {list(sin.shape)} do not belong together")
+    result = jax.ShapeDtypeStruct((batch, heads, window, depth), x.dtype)
+    return jax.ffi.ffi_call(_target(_named("rotate", x.dtype.name)), result, vmap_method="sequential")(x, cos, sin)
+
+
 def put_window(buffer: jax.Array, start: jax.Array, values: jax.Array) -> jax.Array:
     """Store values [B, H, W, D] in buffer [B, H, S, D] at positions start[r] + 0..W-1, in place; what falls outside is dropped.
 
@@ -197,7 +222,7 @@ def _call(product, isa, result, *arguments, **attributes):
 
 
 def _named(product, dtype):
-    return f"{product}_{dtype}" if product in OF_ANY_DTYPE else product
+    return f"{product}_{dtype}" if product in (*OF_ANY_DTYPE, *OF_ONE_FORM) else product
 
 
 def _target(name):
@@ -210,7 +235,7 @@ def _library():
     if path is None:
         return None
     library = ctypes.CDLL(str(path))
-    names = [_named(product, dtype) for product in OF_ANY_DTYPE for dtype in DTYPES]
-    for name in (*names, *OF_BFLOAT16, "put_window"):
+    names = [_named(product, dtype) for product in (*OF_ANY_DTYPE, *OF_ONE_FORM) for dtype in DTYPES]
+    for name in (*names, *OF_BFLOAT16, "angles", "put_window"):
         jax.ffi.register_ffi_target(_target(name), jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
     return library

@@ -116,7 +116,7 @@ class Attention(nnx.Module):
         v = self.v_proj(x).reshape(batch, window, self.kv_heads, self.head_dim)
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k, v = (jnp.swapaxes(t, 1, 2) for t in (rotate(q, *rotation), rotate(k, *rotation), v))  # [B, heads, W, D]
+        q, k, v = rotate(q, *rotation), rotate(k, *rotation), jnp.swapaxes(v, 1, 2)  # [B, heads, W, D]
         k, v = finite(k), finite(v)
         last = positions
         if cache is None:

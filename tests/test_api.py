@@ -79,7 +79,7 @@ def test_sixteen_bits_generate(dtype):
 
 def test_inexact_differs_in_the_window_alone(demo, stack):
     fast = mlsd.stack(demo, exact=False)
-    assert (fast.window(), stack.window()) == (1, 2)
+    assert (fast.window(), stack.window()) == (1, 1)  # the C++ kernels compute every row by itself
     a, b = (mlsd.generate(s, PROMPTS, max_new_tokens=NEW) for s in (fast, stack))
     assert a.tokens == b.tokens  # float32
     assert (a.report["exact"], b.report["exact"]) == (False, True)

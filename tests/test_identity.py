@@ -127,10 +127,8 @@ def refeeding(drafter_shares, change):
     return mutated
 
 
-def without_prefill(level, prompts, prefill_width, real=levels._prefilled):
-    if level.drafter is not None:
-        return real(level, prompts, prefill_width)
-    return level.model.init_cache(*prompts.tokens.shape, level.params)
+def without_prefill(level, cache, *rest, real=levels._fed):
+    return cache if level.drafter is None else real(level, cache, *rest)
 
 
 LONG = "twin below an own cache re-fed nothing"
@@ -139,7 +137,7 @@ MUTATIONS = {
     "own cache re-fed one token less": ("own", "run_round", refeeding(False, -1)),
     "own cache below a twin re-fed one token less": ("shared>own", "run_round", refeeding(False, -1)),
     LONG: ("own>shared", "run_round", refeeding(True, -1)),
-    "own cache not prefilled": ("own", "_prefilled", without_prefill),
+    "own cache not prefilled": ("own", "_fed", without_prefill),
 }
 
 

@@ -110,4 +110,5 @@ def test_one_device_runs_the_kernels_and_a_mesh_does_not():
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             assert "mlspecqd_" not in lower(x, leaf).as_text()
         assert "mlspecqd_" not in jax.jit(linear).trace(x, leaf).lower(lowering_platforms=("tpu",)).as_text()
-    assert "mlspecqd_" not in jax.jit(linear).lower(x.astype(jnp.float32), w.astype(jnp.float32)).as_text()
+    for dtype in ("float16", "float32"):
+        assert f"mlspecqd_matmul_{dtype}" in jax.jit(linear).lower(x.astype(dtype), w.astype(dtype)).as_text()

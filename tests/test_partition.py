@@ -44,7 +44,7 @@ def examine(folder):
     one, four = (mlsd.load(folder, dtype="float32", mesh=m) for m in (None, mesh))
     converted = mlsd.load(mlsd.convert(folder, folder + "-converted", dtype="float32"), dtype="float32", mesh=mesh).params
     expected = mlsd.generate(mlsd.stack(one), PROMPTS, max_new_tokens=NEW, stop_token_ids=[], **VARIED).tokens
-    stack = mlsd.stack(four)
+    stack = mlsd.stack(four, exact=False)  # which is promised for no float32 weights over several devices on CPU
     batch = mlsd.prepare(stack, PROMPTS, max_new_tokens=NEW)
     sampling = mlsd.Sampling.create(len(PROMPTS), four.card.vocab_size, **VARIED)
     tokens, length, state = run(stack, batch.tokens, batch.length, batch.limit, sampling, prefill_width=16)

@@ -46,13 +46,13 @@ def lengths(stack):
 def test_stacks_are_built_from_the_inside(demo, other):
     twin, lookup = demo.quantized(), mlsd.prompt_lookup(max_ngram=4)
     plain = mlsd.stack(demo)
-    assert (lengths(plain), plain.drafter, plain.window()) == ([0], None, 2)
+    assert (lengths(plain), plain.drafter, plain.window()) == ([0], None, 1)
     stack = mlsd.stack(demo, (twin, 6), (other, 3), (lookup, 2))
     assert lengths(stack) == [6, 3, 2]
     assert [level.card.name for level in stack.levels] == ["demo", "demo@mxfp4", "other"]
     assert [level.share_cache for level in stack.levels] == [False, True, False]
     assert stack.levels[-1].drafter == lookup
-    assert [level.window() for level in stack.levels] == [8, 4, 3]  # the target's alone is padded
+    assert [level.window() for level in stack.levels] == [7, 4, 3]
     assert lengths(mlsd.stack(demo, twin)) == [5, 0]
     assert lengths(mlsd.stack(demo, other, twin, lookup)) == [5, 3, 4]
     own = mlsd.stack(demo, (twin, 6), share_cache=False)
@@ -150,7 +150,7 @@ def test_synthetic_acceptance_is_what_was_asked_for_and_marked(quick):
         assert [level["token_acceptance"] for level in out.report["levels"]] == [rate, None]
     with pytest.raises(ValueError, match="synthetic_acceptance has 2 rates, but 1 levels of the stack judge a draft"):
         mlsd.generate(stack, PROMPTS, synthetic_acceptance=[0.5, 0.5])
-    with pytest.raises(ValueError, match=r"synthetic_acceptance has 1\.5, but must hold a probability"):
+    with pytest.raises(ValueError, match=r"synthetic_acceptance is 1\.5, but must be a probability"):
         mlsd.generate(stack, PROMPTS, synthetic_acceptance=1.5)
 
 
@@ -178,7 +178,7 @@ def test_what_does_not_fit_is_refused(demo, other):
         ([(twin, 0)], "draft_len is 0, but must be a whole number of at least 1"),
         ([(twin, 2.5)], r"draft_len is 2\.5"),
         ([(twin, True)], "draft_len is True"),
-        ([(twin, 64)], "draft_len 64 needs a window of 66 positions; at most 64"),
+        ([(twin, 64)], "draft_len 64 needs a window of 65 positions; at most 64"),
         ([(twin, 3), (other, 70)], "draft_len 70 needs a window of 71 positions; at most 64"),
         ([(twin, 3, 4)], "demo@mxfp4 comes with 2 values, but needs one"),
         (["mxfp4"], "a drafter is 'mxfp4', but must be a Model"),
@@ -232,7 +232,7 @@ def test_meshes_must_agree(demo):
     elsewhere = mlsd.load("demo", dtype="float32", mesh=mesh)
     with pytest.raises(ValueError, match="on different meshes or devices"):
         mlsd.stack(demo, elsewhere)
-    assert lengths(mlsd.stack(elsewhere, elsewhere.quantized())) == [5, 0]
+    assert lengths(mlsd.stack(elsewhere, elsewhere.quantized(), exact=False)) == [5, 0]
 
 
 def test_a_draft_of_too_few_positions_is_refused(demo, other):

@@ -74,6 +74,26 @@ static ffi::Error norm_handler(ffi::ThreadPool pool, std::string_view isa, float
   return ffi::Error::Success();
 }
 
+using Thirds = ffi::Buffer<ffi::F32, 3>;
+
+static ffi::Error angles_handler(Slots positions, Row<ffi::F32> frequencies, ffi::Result<Thirds> cos, ffi::Result<Thirds> sin) {
+  const auto a = positions.dimensions(), f = frequencies.dimensions(), c = cos->dimensions(), s = sin->dimensions();
+  if (c[0] != a[0] || c[1] != a[1] || c[2] != f[0] || !std::equal(c.begin(), c.end(), s.begin())) return unfitting();
+  rotary::angles(positions.typed_data(), frequencies.typed_data(), cos->typed_data(), sin->typed_data(), a[0] * a[1], f[0]);
+  return ffi::Error::Success();
+}
+
+template <ffi::DataType type>
+static ffi::Error rotate_handler(ffi::ThreadPool pool, Heads<type> x, Thirds cos, Thirds sin, ffi::Result<Heads<type>> y) {
+  using Element = typename Stored<type>::Element;
+  const auto a = x.dimensions(), c = cos.dimensions(), s = sin.dimensions(), out = y->dimensions();
+  const bool result = out[0] == a[0] && out[1] == a[2] && out[2] == a[1] && out[3] == a[3];
+  if (c[0] != a[0] || c[1] != a[1] || 2 * c[2] != a[3] || !std::equal(c.begin(), c.end(), s.begin()) || !result) return unfitting();
+  rotary::rotate(pool, elements(x), cos.typed_data(), sin.typed_data(), reinterpret_cast<Element*>(y->typed_data()), a[0], a[1], a[2],
+                 a[3]);
+  return ffi::Error::Success();
+}
+
 static ffi::Error mxfp4_handler(ffi::ThreadPool pool, std::string_view isa, X x, Bytes packed, Bytes scales, ffi::Result<Y> y) {
   const auto a = x.dimensions(), b = packed.dimensions(), s = scales.dimensions(), c = y->dimensions();
   if (2 * b[1] != a[1] || mxfp4::kBlock * s[1] != a[1] || s[0] != b[0] || c[0] != a[0] || c[1] != b[0]) return unfitting();
@@ -168,6 +188,13 @@ static const char* names(const Choices& choices) {
                                     .Arg<mlspecqd::Slots>()                                   \
                                     .Arg<mlspecqd::Slots>()                                   \
                                     .Ret<mlspecqd::HeadsOut>());                              \
+  XLA_FFI_DEFINE_HANDLER_SYMBOL(rotate_##name, mlspecqd::rotate_handler<xla::ffi::type>,      \
+                                xla::ffi::Ffi::Bind()                                         \
+                                    .Ctx<xla::ffi::ThreadPool>()                              \
+                                    .Arg<mlspecqd::Heads<xla::ffi::type>>()                   \
+                                    .Arg<mlspecqd::Thirds>()                                  \
+                                    .Arg<mlspecqd::Thirds>()                                  \
+                                    .Ret<mlspecqd::Heads<xla::ffi::type>>());                 \
   extern "C" const char* matmul_##name##_isas() {                                            \
     return mlspecqd::names(mlspecqd::dense_choices<mlspecqd::Stored<xla::ffi::type>::Element>()); \
   }                                                                                           \
@@ -200,6 +227,13 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(mx8_matmul, mlspecqd::mx8_handler,
                                   .Arg<mlspecqd::Bytes>()
                                   .Arg<mlspecqd::Bytes>()
                                   .Ret<mlspecqd::Y>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(angles, mlspecqd::angles_handler,
+                              xla::ffi::Ffi::Bind()
+                                  .Arg<mlspecqd::Slots>()
+                                  .Arg<mlspecqd::Row<xla::ffi::F32>>()
+                                  .Ret<mlspecqd::Thirds>()
+                                  .Ret<mlspecqd::Thirds>());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(put_window, mlspecqd::put_window_handler,
                               xla::ffi::Ffi::Bind()

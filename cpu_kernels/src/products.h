@@ -13,6 +13,7 @@
 #include "mxfp4.h"
 #include "norm.h"
 #include "parallel.h"
+#include "rotary.h"
 #include "scratch.h"
 
 namespace mlspecqd {
