@@ -10,8 +10,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"
 # Else the GPU's compiler cannot be had where there is no GPU, once jax has looked for one.
 os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
-_cache = tempfile.TemporaryDirectory(prefix="mlspecqd-tests-")
-os.environ["XDG_CACHE_HOME"] = _cache.name
+if "MLSPECQD_TESTS_CACHE" not in os.environ:  # the workers of a run share one, so that what one compiles the others find
+    _cache = tempfile.TemporaryDirectory(prefix="mlspecqd-tests-")
+    os.environ["MLSPECQD_TESTS_CACHE"] = _cache.name
+os.environ["XDG_CACHE_HOME"] = os.environ["MLSPECQD_TESTS_CACHE"]
 os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
 
 

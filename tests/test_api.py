@@ -42,6 +42,7 @@ def greedy_by_hand(demo, ids, n):
     return padded[0, len(ids) :].tolist()
 
 
+@pytest.mark.slow
 def test_greedy_is_the_argmax_of_the_whole_text(demo, stack):
     out = mlsd.generate(stack, PROMPTS[0], max_new_tokens=NEW)
     expected = greedy_by_hand(demo, out.prompt_tokens[0], NEW)
@@ -234,6 +235,7 @@ def overflowing(folder):
     return write_checkpoint(folder, config, tensors)
 
 
+@pytest.mark.slow
 def test_a_model_that_leaves_float16_is_refused_in_one_sentence_and_runs_in_bfloat16(tmp_path):
     folder = overflowing(tmp_path / "m")
     prompts = [[1, 2, 3], [4, 5]]

@@ -257,6 +257,7 @@ def test_an_unwritable_folder_is_refused(capsys, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_ctrl_c_during_conversion_leaves_nothing(tmp_path):
     # The child stops in the middle of the save, with weights on disk and the marker not yet written, and waits for the signal.
     child = (
@@ -310,6 +311,7 @@ def test_prompt_files_that_users_of_other_systems_met(shared):
     assert [" ".join(line.split()) for line in lines] == ["Once upon a time there was", "The dog"]
 
 
+@pytest.mark.slow
 def test_stop_ids_biases_and_the_draft_limit(capsys):
     def generated(*options):
         code, out, err = run(capsys, "generate", "demo", *SHORT, "--draft", "ngram:3", "--json", *options)
@@ -351,6 +353,7 @@ def shell(command, **environment):
     return subprocess.run(["sh", "-c", command], env=environment, capture_output=True)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="needs a POSIX shell")
 def test_stdout_and_stderr_as_shells_leave_them():
     whole = "café 😀 end\n".encode()

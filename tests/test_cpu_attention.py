@@ -73,6 +73,7 @@ def test_attention_passes_on_nan(isa):
     np.testing.assert_array_equal(y, clean)
 
 
+@pytest.mark.slow
 def test_the_tangent_is_that_of_the_formula():
     q, k, v = heads(1, 4, 3, 8), heads(1, 2, 20, 8), heads(1, 2, 20, 8, seed=1)
     first, last = seen([10], 3, 20, 1000)

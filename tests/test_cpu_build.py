@@ -60,6 +60,7 @@ def stand_in(tmp_path):
     return script, lambda: len(log.read_text().splitlines())
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_two_processes_that_start_together_compile_once(tmp_path, stand_in):
     compiler, runs = stand_in

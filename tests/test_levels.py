@@ -65,6 +65,7 @@ def jit_propose(stack, state, cache, sequences, sampling, limit, number, draft_l
     return stack.drafter.propose(state, cache, sequences, sampling, draft_len, limit, number, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["own>shared", pytest.param("shared>own", marks=slow)])
 def test_a_level_hands_up_its_own_models_probabilities(name):
     """Law 1: at the prefix that it drafted itself, whatever drafted below it."""
@@ -126,6 +127,7 @@ def counts_of_rows(state, index):
     return [[np.asarray(x)[index].tolist() for x in counts[:4]] for counts in level_counts(state)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "rule"), [("shared>own", "coupled"), pytest.param("own>shared", "rejection", marks=slow)])
 def test_no_row_depends_on_its_neighbours(name, rule):
     """Law 6: neither its tokens nor what is accepted of its drafts, at any level."""
@@ -168,6 +170,7 @@ def test_a_row_alone_is_that_row_in_a_batch(name, rule):
 # Law 7
 
 
+@pytest.mark.slow
 def test_one_trace_for_many_requests():
     """Law 7: other prompts, limits, sampling values, seeds and weights are no other program."""
     rng = np.random.default_rng(0)

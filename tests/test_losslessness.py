@@ -32,7 +32,7 @@ from toys import MODULUS, Toy, chain, level_counts, ragged, rows, run
 from mlspecqd_jax.levels import SLACK, Level
 
 slow = pytest.mark.slow
-FAST = ["own", "shared", "own>shared", "shared>own", "shared>ngram"]
+FAST = ["own", "shared", "shared>ngram"]
 NAMES = [pytest.param(name, marks=[] if name in FAST else [slow]) for name in CHAINS]
 
 
@@ -72,7 +72,11 @@ def test_any_draft_gives_what_plain_decoding_gives(name):
                     assert 0 < accepted < drafted
 
 
-@pytest.mark.parametrize("name", ["own>shared", pytest.param("shared>own", marks=slow), pytest.param("own>own", marks=slow)])
+@slow
+@pytest.mark.parametrize(
+    "name",
+    ["own>shared", pytest.param("shared>own", marks=pytest.mark.exhaustive), pytest.param("own>own", marks=pytest.mark.exhaustive)],
+)
 def test_greedy_rows_are_plain_under_the_rejection_rule(name):
     """Also beside sampled ones; and whatever the draft, nothing undrawable is drawn."""
     greedy = [r for r in range(B) if MIXED["temperature"][r] == 0]
@@ -108,7 +112,8 @@ def test_stops_and_limits_cut_where_plain_decoding_would(name):
     assert ended_at == set(range(block))
 
 
-@pytest.mark.parametrize("rule", ["coupled", pytest.param("rejection", marks=slow)])
+@slow
+@pytest.mark.parametrize("rule", ["coupled", pytest.param("rejection", marks=pytest.mark.exhaustive)])
 def test_padded_vocabularies(rule):
     """C9: a draft's logits are cut or padded to the target's vocabulary; the target's own are never masked."""
     larger, smaller = Toy(V + 2), Toy(V - 2)
@@ -157,6 +162,7 @@ def check_request(stack_from, request):
     assert_equal_to_plain(stack_from(tables), limits, sampling, prompts)
 
 
+@pytest.mark.slow
 @settings(max_examples=20, derandomize=True, deadline=None)
 @given(st.sampled_from([*FAST, "own>shared>own"]), requests)
 def test_any_request(name, request):

@@ -53,7 +53,10 @@ def test_the_interpreter_decodes_as_the_ptx_does(step):
     np.testing.assert_array_equal(gpu._pairs(jnp.asarray(words.view(np.int32)), step), pairs)
 
 
-@pytest.mark.parametrize(("n", "k", "m"), [(1, 32, 1), (200, 288, 3), (70, 2080, 17), (65, 96, 70)])
+@pytest.mark.parametrize(
+    ("n", "k", "m"),
+    [(200, 288, 3), *(pytest.param(*size, marks=pytest.mark.slow) for size in ((1, 32, 1), (70, 2080, 17), (65, 96, 70)))],
+)
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, pytest.param(jnp.float16, marks=pytest.mark.slow)])
 def test_odd_sizes(n, k, m, dtype):
     x, packed, scales = mx_weights.random(n, k, m, dtype)

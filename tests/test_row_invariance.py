@@ -99,6 +99,7 @@ def test_activations(activation):
         assert_rows_alike(lambda x, up: ACTIVATIONS[activation](x) * up, x, up, rows=(1, 2, 6, 16, 64))
 
 
+@pytest.mark.slow
 def test_rotations():
     frequencies = inverse_frequencies(64, 100000.0, RopeScaling())
     position = jnp.asarray(np.random.RandomState(0).randint(0, 8192, (64, 1)), jnp.int32)
@@ -112,6 +113,7 @@ def test_folds(k):
     assert_rows_alike(lambda x: (ordered_sum(x), ordered_softmax(x), ordered_logsumexp(x)), random(0, (33, k)), rows=rows)
 
 
+@pytest.mark.slow
 def test_folds_do_not_see_the_end_of_a_buffer():
     x = random(0, (4, 700))
     for more in (10, 1000):
@@ -151,13 +153,21 @@ SHAPES = {
     "2048": ModelConfig(32000, 2048, 5632, 1, 32, 4, 64, 2048),
     "4096": ModelConfig(32000, 4096, 14336, 1, 32, 8, 128, 2048),
 }
-QUICK = {("576", "bfloat16")}
+QUICK, LONG = (
+    {("576", "bfloat16")},
+    {("576", "float16"), ("576", "float32"), ("1536", "bfloat16"), ("1024", "float32"), ("4096", "bfloat16")},
+)
 # Batch and window, and the buckets of their buffers.
 PROGRAMS = ((1, 1, 256), (1, 6, 256), (2, 1, 512), (4, 16, 256), (8, 8, 256))
 
 
 CASES = [
-    pytest.param(name, dtype, marks=[] if (name, dtype) in QUICK else pytest.mark.slow, id=f"{name}-{dtype}")
+    pytest.param(
+        name,
+        dtype,
+        marks=[] if (name, dtype) in QUICK else [pytest.mark.slow] if (name, dtype) in LONG else [pytest.mark.exhaustive],
+        id=f"{name}-{dtype}",
+    )
     for name in SHAPES
     for dtype in DTYPES
 ]

@@ -49,6 +49,7 @@ def test_strange_settings_give_the_same_text(folder):
         assert generated(folder) == usual
 
 
+@pytest.mark.slow
 def test_strange_settings_around_a_users_own_jit_give_the_same_text(folder):
     stack = mlsd.stack(mlsd.load(folder, dtype="float32"))
     arguments = [np.ones((2, 512), np.int32), np.array([3, 2], np.int32), np.array([9, 9], np.int32)]

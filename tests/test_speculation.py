@@ -393,6 +393,7 @@ def check_joint(batch, seed):
     return counts
 
 
+@pytest.mark.slow
 def test_rejection_keeps_the_joint_distribution_of_plain_decoding():
     check_joint(30_000, seed=0)
 

@@ -68,6 +68,7 @@ def test_twins_share_what_is_not_quantized(demo):
     assert len(embeddings) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:demo accepts", "ignore:other accepts")
 @pytest.mark.parametrize(
     ("given", "share_cache"),
@@ -141,6 +142,7 @@ def test_a_draft_that_is_never_right_is_warned_of(quick):
     assert out.tokens == mlsd.generate(mlsd.stack(quick), PROMPTS * 2, **arguments).tokens
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("error")
 def test_synthetic_acceptance_is_what_was_asked_for_and_marked(quick):
     stack = mlsd.stack(quick, (quick.quantized(), 4))
@@ -302,6 +304,7 @@ def test_other_specs_are_refused_before_anything_is_loaded(given, message):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_limit_of_drafts_for_each_row(quick):
     """Rows that draft less, or nothing, say the same."""
     stack = mlsd.stack(quick, (quick.quantized(), 4))

@@ -87,6 +87,7 @@ def test_equal_runs_and_a_stopped_one_give_equal_weights(run, tmp_path):
     assert weights(tmp_path / "first") == weights(tmp_path / "second") == weights(tmp_path / "stopped")
 
 
+@pytest.mark.slow
 def test_exported_folder(run, tmp_path):
     assert run("out") == 0
     names = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
