@@ -93,6 +93,7 @@ def test_a_draft_that_is_hardly_accepted_is_warned_of_on_stderr(capsys, monkeypa
     assert "warning" not in out
 
 
+@pytest.mark.slow
 def test_several_prompts_files_and_stdin_are_the_same_batch(capsys, tmp_path, monkeypatch):
     prompts = ["import os\n", "class A:\n"]
     options = ["--max-new-tokens", "6", "--json", "--draft", "none", "--temperature", "0.8", "--seed", "3"]
@@ -114,6 +115,7 @@ def test_several_prompts_files_and_stdin_are_the_same_batch(capsys, tmp_path, mo
         assert tokens("--prompt-file", "-") == batch[:1]
 
 
+@pytest.mark.slow
 def test_logprobs_compare_and_none(capsys):
     code, out, _ = run(capsys, "generate", *SHORT, "--json", "--logprobs", "--compare", "--draft", "none", "--inexact")
     value = json.loads(out)

@@ -237,6 +237,7 @@ print(digest.hexdigest())
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs Linux")
 def test_any_number_of_threads_gives_the_same_bits():
     """On one core there is no helper at all, and nothing waits for one."""

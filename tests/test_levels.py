@@ -240,6 +240,7 @@ class Account:
         return token in self.settings.stop_token_ids
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     ["shared>own", "own>shared", "shared>ngram", *(pytest.param(n, marks=slow) for n in ("own", "own>own", "own>shared>own"))],

@@ -21,8 +21,9 @@ def product(x, packed, scales, tiles=1, **options):
     return np.asarray(tpu.mxfp4_matmul(x, *tpu.lay_out(packed, scales, tiles), **{"interpret": True} | options))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("n", "k", "m", "tiles"), SIZES)
-@pytest.mark.parametrize("subnormals", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("subnormals", [True, pytest.param(False, marks=pytest.mark.exhaustive)])
 def test_odd_sizes(n, k, m, tiles, subnormals):
     x, packed, scales = mx_weights.random(n, k, m)
     mx_weights.assert_product(product(x, packed, scales, tiles, subnormals=subnormals), x, packed, scales)

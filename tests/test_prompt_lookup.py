@@ -111,6 +111,7 @@ def test_alone_below_a_target():
     assert np.all(rounds[np.asarray(sampling.temperature) == 0] <= V + 1 + 32 // 5)  # the period once, then whole rounds
 
 
+@pytest.mark.slow
 def test_at_the_bottom_of_a_stack():
     """Law 5: whatever is found, and where nothing is, as in prompts without a repetition."""
     drafts = [table, toy.table(1)]

@@ -43,6 +43,7 @@ def generated(folder, rule="coupled"):
     return out.tokens, out.logprobs
 
 
+@pytest.mark.slow
 def test_strange_settings_give_the_same_text(folder):
     usual = generated(folder)
     with STRANGE[0](), STRANGE[1](), STRANGE[2](), STRANGE[3]():

@@ -127,6 +127,7 @@ slow = pytest.mark.slow
 drafted = level(toy, table, ToyDrafter(other_table, toy), G)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stack", "rule"),
     [
