@@ -103,6 +103,7 @@ def check(compiled, name, rule, batch, batches=1):
         assert 0.05 * judged < accepted < 0.95 * judged
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["shared>shared"])
 def test_joint_sequences_follow_the_target(name):

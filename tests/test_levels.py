@@ -65,6 +65,7 @@ def jit_propose(stack, state, cache, sequences, sampling, limit, number, draft_l
     return stack.drafter.propose(state, cache, sequences, sampling, draft_len, limit, number, 0)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["own>shared", pytest.param("shared>own", marks=slow)])
 def test_a_level_hands_up_its_own_models_probabilities(name):

@@ -33,7 +33,8 @@ from mlspecqd_jax.levels import SLACK, Level
 
 slow = pytest.mark.slow
 FAST = ["own", "shared", "shared>ngram"]
-NAMES = [pytest.param(name, marks=[] if name in FAST else [slow]) for name in CHAINS]
+MORE = ["own>shared", "shared>own"]  # the others only in the exhaustive set
+NAMES = [pytest.param(name, marks=[] if name in FAST else slow if name in MORE else pytest.mark.exhaustive) for name in CHAINS]
 
 
 some = np.random.default_rng(3).random((MODULUS, 1)) < 0.3

@@ -21,6 +21,7 @@ def product(x, packed, scales, tiles=1, **options):
     return np.asarray(tpu.mxfp4_matmul(x, *tpu.lay_out(packed, scales, tiles), **{"interpret": True} | options))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 @pytest.mark.parametrize(("n", "k", "m", "tiles"), SIZES)
 @pytest.mark.parametrize("subnormals", [True, pytest.param(False, marks=pytest.mark.exhaustive)])

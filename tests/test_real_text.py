@@ -58,6 +58,7 @@ def test_a_stop_string_ends_the_text_before_it(stack, answer):
     assert out.tokens[0] == answer.tokens[0][: len(out.tokens[0])]
 
 
+@pytest.mark.exhaustive
 def test_acceptance_is_that_of_trained_weights(model, shared):
     """In a batch of prompts of three kinds the twin is right most of the time, look-up often; on random weights neither is."""
     prompts = real.prompts(model.tokenizer, shared, 6)

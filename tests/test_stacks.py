@@ -68,6 +68,7 @@ def test_twins_share_what_is_not_quantized(demo):
     assert len(embeddings) == 1
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:demo accepts", "ignore:other accepts")
 @pytest.mark.parametrize(

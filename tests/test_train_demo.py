@@ -101,6 +101,7 @@ def test_exported_folder(run, tmp_path):
     assert (config["head_dim"], config["tie_word_embeddings"], config["eos_token_id"]) == (16, True, 0)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_out_is_kept_unless_overwrite_is_given(script, run, tmp_path):
     (tmp_path / "out").mkdir()
