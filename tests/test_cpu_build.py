@@ -135,7 +135,7 @@ def test_the_name_of_the_library_follows_the_source(tmp_path, monkeypatch):
 def test_the_portable_form_alone(tmp_path):
     """What other processors get, as if this were one."""
     out, _ = outcome(start(tmp_path, CXX=f"{build.find_compiler()[0]} -DMLSPECQD_PORTABLE"))
-    assert out.startswith("C++ for bfloat16 (portable), mxfp4 (portable")
+    assert out.startswith("C++ for bfloat16 (portable), float16 and float32, for mxfp4 (portable")
     assert out.endswith("1200.0\n1200.0\n")
 
 
