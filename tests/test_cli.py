@@ -62,6 +62,7 @@ def test_generate_prints_text_to_stdout_and_the_rest_to_stderr(capsys):
     assert "drafted" not in err
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_a_large_model_is_drafted_by_its_twin(capsys, monkeypatch):
     """As if the demo were one: what decides is its bytes."""
