@@ -30,14 +30,15 @@ def linear(x: jax.Array, w: jax.Array | MXFP4Array | MXArray | LaidOut, *, out_d
     if isinstance(w, LaidOut):
         y = laid_out_product(rows, w)
     elif isinstance(w, MXFP4Array):
+        decoded = functools.partial(mxfp4_matmul, product=_plain)
         arguments = (_whole_blocks(rows), w.packed, w.scales)
-        y = cpu_kernels.on_cpu(cpu_kernels.mxfp4_matmul, mxfp4_matmul, *arguments, dtypes=("bfloat16",))
+        y = cpu_kernels.on_cpu(cpu_kernels.mxfp4_matmul, decoded, *arguments, dtypes=("bfloat16",))
     elif isinstance(w, MXArray):
         bits = {name: getattr(FORMATS[w.format], name) for name in ("exponent_bits", "mantissa_bits")}
-        kernel, otherwise = (functools.partial(product, **bits) for product in (cpu_kernels.mx8_matmul, mx_matmul))
-        y = cpu_kernels.on_cpu(kernel, otherwise, _whole_blocks(rows), w.codes, w.scales, dtypes=("bfloat16",))
+        kernel, decoded = functools.partial(cpu_kernels.mx8_matmul, **bits), functools.partial(mx_matmul, **bits, product=_plain)
+        y = cpu_kernels.on_cpu(kernel, decoded, _whole_blocks(rows), w.codes, w.scales, dtypes=("bfloat16",))
     else:
-        y = cpu_kernels.on_cpu(cpu_kernels.dense_matmul, bf16_matmul, rows.astype(w.dtype), w)
+        y = _plain(rows.astype(w.dtype), w)
     return y.reshape(*x.shape[:-1], w.shape[0]).astype(out_dtype or x.dtype)
 
 
@@ -55,6 +56,10 @@ def implementation(chip: str) -> str:
         f"C++ for bfloat16 ({bf16[0]}), float16 and float32, for mxfp4 ({mxfp4[0]}, activations in 8 bits) and for the other MX "
         f"formats ({mx8[0]})"
     )
+
+
+def _plain(x, w):
+    return cpu_kernels.on_cpu(cpu_kernels.dense_matmul, bf16_matmul, x, w)
 
 
 def _whole_blocks(x):

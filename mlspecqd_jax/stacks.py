@@ -4,7 +4,6 @@ import dataclasses
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 import cpu_kernels
 from mlspecqd_jax import settings
@@ -88,7 +87,7 @@ def exact_rows(platform: str, dtype: str, draft_len: int, apart: bool = False) -
         return 1
     if platform == "cpu" and dtype != "bfloat16":
         raise ValueError(
-            f"exact=True cannot be promised for {dtype} on CPU without the C++ kernels, which take plain weights on one device; "
+            f"exact=True cannot be promised for {dtype} on CPU without the C++ kernels, which take weights on one device; "
             "install a C++ compiler such as g++ if that is what is missing, use bfloat16, or pass exact=False (--inexact)"
         )
     if platform != "cpu" and draft_len >= ROWS:
@@ -100,9 +99,8 @@ def exact_rows(platform: str, dtype: str, draft_len: int, apart: bool = False) -
 
 def computes_rows_apart(model: Model) -> bool:
     """Return whether a model's products, norms and attention are all in C++, where a row's bits do not depend on the window."""
-    in_cpp = jax.Array | MXFP4Array | MXArray if model.params[EMBEDDING].dtype == jnp.bfloat16 else jax.Array
-    one_device = model.network.mesh is None
-    return one_device and all(isinstance(leaf, in_cpp) for leaf in model.params.values()) and cpu_kernels.usable()
+    in_cpp = all(isinstance(leaf, jax.Array | MXFP4Array | MXArray) for leaf in model.params.values())
+    return in_cpp and model.network.mesh is None and cpu_kernels.usable()
 
 
 def is_twin(model: Model, other: Model) -> bool:

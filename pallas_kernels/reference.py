@@ -5,6 +5,8 @@ E exponent and M mantissa bits, and one scale byte s for each block of 32 along 
 v1.0, section 5).
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -24,12 +26,14 @@ def bf16_matmul(x: jax.Array, w: jax.Array) -> jax.Array:
     return jax.lax.platform_dependent(x, w, cpu=_two_rows_at_least, default=_product)
 
 
-def mxfp4_matmul(x: jax.Array, packed: jax.Array, scales: jax.Array) -> jax.Array:
+def mxfp4_matmul(x: jax.Array, packed: jax.Array, scales: jax.Array, product: Callable = bf16_matmul) -> jax.Array:
     """`mx_matmul` for MXFP4 weights: packed uint8 [N, K/2], scales uint8 [N, K/32]."""
-    return mx_matmul(x, packed, scales, 2, 1)
+    return mx_matmul(x, packed, scales, 2, 1, product)
 
 
-def mx_matmul(x: jax.Array, codes: jax.Array, scales: jax.Array, exponent_bits: int, mantissa_bits: int) -> jax.Array:
+def mx_matmul(
+    x: jax.Array, codes: jax.Array, scales: jax.Array, exponent_bits: int, mantissa_bits: int, product: Callable = bf16_matmul
+) -> jax.Array:
     """x @ mx_decode(codes, scales).T in x's dtype, with f32 accumulation and an f32 result.
 
     Args:
@@ -38,6 +42,7 @@ def mx_matmul(x: jax.Array, codes: jax.Array, scales: jax.Array, exponent_bits: 
       scales: uint8 [N, K/32].
       exponent_bits: of an element.
       mantissa_bits: of an element.
+      product: of x and the decoded weight, as `bf16_matmul`.
 
     Returns:
       f32 [M, N].
@@ -56,7 +61,7 @@ def mx_matmul(x: jax.Array, codes: jax.Array, scales: jax.Array, exponent_bits: 
     # packed bytes), and after its own x it is made one product at a time, so that no two layers' decoded weights are alive at once.
     x, codes, scales = jax.lax.optimization_barrier((x, codes, scales))
     scales = jax.lax.platform_dependent(x, scales, cpu=_after, default=lambda x, scales: scales)
-    return bf16_matmul(x, mx_decode(codes, scales, exponent_bits, mantissa_bits).astype(x.dtype))
+    return product(x, mx_decode(codes, scales, exponent_bits, mantissa_bits).astype(x.dtype))
 
 
 def mx_decode(codes: jax.Array, scales: jax.Array, exponent_bits: int, mantissa_bits: int) -> jax.Array:
