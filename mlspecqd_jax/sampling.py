@@ -289,11 +289,11 @@ def _keep_top_k(x, top_k):
 
 def _keep_top_p(x, top_p):
     """Drop the smallest entries whose mass stays within 1 - top_p; of equal entries those of lower index go first."""
-    # Sums of these are exact in f32, up to a million entries, so that no order of additions changes the choice: multiples of 2^-24
-    # whose sum is at most about 1, and multiples of 2^-30 whose sum is far below 2^-6.
+    # Sums of these are exact in f32, up to a million entries, so that no order of additions changes the choice: multiples of 2^-23
+    # whose sum is less than 2, and multiples of 2^-28, each at most 2^-24, whose sum is at most 2^-4.
     p = ordered_softmax(x)
-    coarse = jnp.rint(p * 2.0**24) * 2.0**-24
-    fine = jnp.rint((p - coarse) * 2.0**30) * 2.0**-30
+    coarse = jnp.rint(p * 2.0**23) * 2.0**-23
+    fine = jnp.rint((p - coarse) * 2.0**28) * 2.0**-28
     p = coarse + fine
     order = _ordered_bits(x)
     spare = jnp.where(top_p < 1, 1 - top_p, -1.0)[:, None]  # [B, 1]; -1 drops nothing

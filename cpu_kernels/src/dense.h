@@ -6,7 +6,7 @@
 #include <cstring>
 
 #include "floats.h"
-#include "sums.h"
+#include "registers.h"
 
 namespace mlspecqd::dense {
 
@@ -31,13 +31,9 @@ namespace portable {
 using Activation = float;
 constexpr int kStep = 8, kParts = 1, kRows = 4;
 
-struct Vector {
-  float lane[kStep];
-};
+using namespace registers::portable;
 
 constexpr int width(int) { return 2; }
-
-inline Vector zero() { return {}; }
 
 template <class Element>
 inline Vector weight(const Element* w, int) {
@@ -46,26 +42,7 @@ inline Vector weight(const Element* w, int) {
   return v;
 }
 
-inline const float* activation(const float* x, int) { return x; }
-
-inline Vector fma(const float* a, const Vector& b, Vector c) {
-  for (int i = 0; i < kStep; ++i) {
-#if defined(__FP_FAST_FMAF)
-    c.lane[i] = __builtin_fmaf(a[i], b.lane[i], c.lane[i]);
-#else
-    c.lane[i] += a[i] * b.lane[i];
-#endif
-  }
-  return c;
-}
-
-template <int N>
-inline void sums(const Vector* v, float* out) {
-  for (int i = 0; i < N; ++i) {
-    const float* a = v[i].lane;
-    out[i] = ((a[0] + a[4]) + (a[2] + a[6])) + ((a[1] + a[5]) + (a[3] + a[7]));
-  }
-}
+inline const float* activation(const float* x, int) { return load(x); }
 
 template <class Element>
 inline void prepare_step(const Element* x, float* out) {
@@ -104,23 +81,13 @@ namespace avx2 {
 #define TARGET __attribute__((target("avx2,fma,f16c")))
 #define FOUR_ROWS
 
-using Vector = __m256;
+using namespace registers::avx2;
 using Activation = float;
 constexpr int kRows = 4;
 
 constexpr int width(int rows) { return rows <= 2 ? 4 : 2; }
 
-TARGET inline Vector zero() { return _mm256_setzero_ps(); }
-
-TARGET inline Vector activation(const float* x, int part) { return _mm256_loadu_ps(x + 8 * part); }
-
-TARGET inline Vector fma(Vector a, Vector b, Vector c) { return _mm256_fmadd_ps(a, b, c); }
-
-template <int N>
-TARGET inline void sums(const Vector* v, float* out) {
-#pragma GCC unroll 8
-  for (int i = 0; i < N; ++i) out[i] = lane_sum(v[i]);
-}
+TARGET inline Vector activation(const float* x, int part) { return load(x + kLanes * part); }
 
 TARGET inline Vector weight(const Bf16* w, int part) {
   const __m256i pairs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w));
@@ -168,22 +135,13 @@ namespace avx512 {
 
 #define TARGET __attribute__((target("avx512f,avx512dq,avx512bw,avx512vl")))
 
-using Vector = __m512;
+using namespace registers::avx512;
 using Activation = float;
 constexpr int kRows = 8;
 
 constexpr int width(int rows) { return rows <= 6 ? 4 : 3; }
 
-TARGET inline Vector zero() { return _mm512_setzero_ps(); }
-
-TARGET inline Vector activation(const float* x, int part) { return _mm512_loadu_ps(x + 16 * part); }
-
-TARGET inline Vector fma(Vector a, Vector b, Vector c) { return _mm512_fmadd_ps(a, b, c); }
-
-template <int N>
-TARGET inline void sums(const Vector* v, float* out) {
-  lane_sums<N>(v, out);
-}
+TARGET inline Vector activation(const float* x, int part) { return load(x + kLanes * part); }
 
 TARGET inline Vector weight(const Bf16* w, int part) {
   const __m512i pairs = _mm512_loadu_si512(w);
@@ -231,24 +189,17 @@ namespace avx512bf16::bf16 {
 #define TARGET __attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,avx512bf16")))
 
 using Element = Bf16;
-using Vector = __m512;
+using registers::avx512::sums, registers::avx512::Vector, registers::avx512::zero;
 using Activation = Bf16;
 constexpr int kStep = 32, kParts = 1, kRows = 8;
 
 constexpr int width(int rows) { return rows <= 6 ? 4 : 3; }
-
-TARGET inline Vector zero() { return _mm512_setzero_ps(); }
 
 TARGET inline __m512bh weight(const Bf16* w, int) { return (__m512bh)_mm512_loadu_si512(w); }
 
 TARGET inline __m512bh activation(const Bf16* x, int) { return (__m512bh)_mm512_loadu_si512(x); }
 
 TARGET inline Vector fma(__m512bh a, __m512bh b, Vector c) { return _mm512_dpbf16_ps(c, a, b); }
-
-template <int N>
-TARGET inline void sums(const Vector* v, float* out) {
-  lane_sums<N>(v, out);
-}
 
 TARGET inline void prepare_step(const Bf16* x, Bf16* out) { std::memcpy(out, x, kStep * sizeof *x); }
 

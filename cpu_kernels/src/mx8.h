@@ -15,7 +15,7 @@
 #include <cstring>
 
 #include "floats.h"
-#include "sums.h"
+#include "registers.h"
 
 namespace mlspecqd::mx8 {
 
@@ -42,15 +42,11 @@ namespace portable {
 #define TARGET
 #define FOUR_ROWS
 
-constexpr int kParts = 4, kLanes = kBlock / kParts, kRows = 4;
+using namespace registers::portable;
 
-struct Vector {
-  float lane[kLanes];
-};
+constexpr int kParts = kBlock / kLanes, kRows = 4;
 
 constexpr int width(int) { return 2; }
-
-inline Vector zero() { return {}; }
 
 // How elements are decoded: they come out as they are. A subnormal one is given an implicit one, which is subtracted again.
 struct Decoder {
@@ -72,25 +68,6 @@ struct Decoder {
   float one;
 };
 
-inline Vector fma(const float* a, const Vector& b, Vector c) {
-  for (int i = 0; i < kLanes; ++i) {
-#if defined(__FP_FAST_FMAF)
-    c.lane[i] = __builtin_fmaf(a[i], b.lane[i], c.lane[i]);
-#else
-    c.lane[i] += a[i] * b.lane[i];
-#endif
-  }
-  return c;
-}
-
-template <int N>
-inline void sums(const Vector* v, float* out) {
-  for (int i = 0; i < N; ++i) {
-    const float* a = v[i].lane;
-    out[i] = ((a[0] + a[4]) + (a[2] + a[6])) + ((a[1] + a[5]) + (a[3] + a[7]));
-  }
-}
-
 #include "mx8_tile.inc"
 
 #undef TARGET
@@ -102,8 +79,8 @@ inline void sums(const Vector* v, float* out) {
 
 // The bits of float16s: the code's sign is shifted to the top, then all to the right until the mantissas lie on each other, and the
 // copies of the sign that come in between are cleared.
-struct Half {
-  explicit Half(Format f)
+struct InFloat16 {
+  explicit InFloat16(Format f)
       : left(_mm_cvtsi32_si128(16 - f.bits())), right(_mm_cvtsi32_si128(5 - f.exponent_bits)),
         kept(static_cast<int16_t>(0x8000 | ((1 << (10 + f.exponent_bits)) - 1))), back_(as_float((127 + 15 - f.bias()) << 23)) {}
 
@@ -120,15 +97,14 @@ namespace avx2 {
 #define TARGET __attribute__((target("avx2,fma,f16c")))
 #define FOUR_ROWS
 
-using Vector = __m256;
-constexpr int kParts = 4, kLanes = kBlock / kParts, kRows = 4;
+using namespace registers::avx2;
+
+constexpr int kParts = kBlock / kLanes, kRows = 4;
 
 constexpr int width(int rows) { return rows <= 2 ? 4 : 2; }
 
-TARGET inline Vector zero() { return _mm256_setzero_ps(); }
-
-struct Decoder : Half {
-  using Half::Half;
+struct Decoder : InFloat16 {
+  using InFloat16::InFloat16;
 
   TARGET inline __attribute__((always_inline)) void operator()(const uint8_t* codes, float scale, Vector (&out)[kParts]) const {
     const __m256 factor = _mm256_set1_ps(scale);
@@ -141,14 +117,6 @@ struct Decoder : Half {
   }
 };
 
-TARGET inline Vector fma(const float* a, Vector b, Vector c) { return _mm256_fmadd_ps(_mm256_loadu_ps(a), b, c); }
-
-template <int N>
-TARGET inline void sums(const Vector* v, float* out) {
-#pragma GCC unroll 8
-  for (int i = 0; i < N; ++i) out[i] = lane_sum(v[i]);
-}
-
 #include "mx8_tile.inc"
 
 #undef TARGET
@@ -160,15 +128,14 @@ namespace avx512 {
 
 #define TARGET __attribute__((target("avx512f,avx512dq,avx512bw,avx512vl")))
 
-using Vector = __m512;
-constexpr int kParts = 2, kLanes = kBlock / kParts, kRows = 8;
+using namespace registers::avx512;
+
+constexpr int kParts = kBlock / kLanes, kRows = 8;
 
 constexpr int width(int rows) { return rows <= 4 ? 4 : 2; }
 
-TARGET inline Vector zero() { return _mm512_setzero_ps(); }
-
-struct Decoder : Half {
-  using Half::Half;
+struct Decoder : InFloat16 {
+  using InFloat16::InFloat16;
 
   TARGET inline __attribute__((always_inline)) void operator()(const uint8_t* codes, float scale, Vector (&out)[kParts]) const {
     const __m512 factor = _mm512_set1_ps(scale);
@@ -178,13 +145,6 @@ struct Decoder : Half {
     out[1] = _mm512_mul_ps(_mm512_cvtph_ps(_mm512_extracti64x4_epi64(bits, 1)), factor);
   }
 };
-
-TARGET inline Vector fma(const float* a, Vector b, Vector c) { return _mm512_fmadd_ps(_mm512_loadu_ps(a), b, c); }
-
-template <int N>
-TARGET inline void sums(const Vector* v, float* out) {
-  lane_sums<N>(v, out);
-}
 
 #include "mx8_tile.inc"
 
