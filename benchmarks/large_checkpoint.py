@@ -13,7 +13,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from mlspecqd_jax.huggingface import read_config
+from mlspecqd_jax.config_file import read_config
 from mlspecqd_jax.transformer import LanguageModel
 
 CONFIG = {

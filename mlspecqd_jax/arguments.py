@@ -150,8 +150,8 @@ def integers(name: str, value: Any, axes: str) -> jax.Array:
     return value
 
 
-def brief(value: Any) -> str:
-    """Return what a message shows of a value: one short line, whatever it is."""
+def brief(value: Any, most: int = 60) -> str:
+    """Return what a message shows of a value: one line, whatever it is, and of a text at most so many characters."""
     if isinstance(value, jax.core.Tracer):
         return "a traced value"
     if isinstance(value, (np.ndarray, jax.Array)):
@@ -160,14 +160,12 @@ def brief(value: Any) -> str:
         value = value.item()
     if not isinstance(value, (type(None), numbers.Number, str, bytes, list, tuple, range, set, frozenset, Mapping)):
         return f"of type {type(value).__name__}"
+    shortened = reprlib.Repr()
+    shortened.maxstring = shortened.maxother = shortened.maxlong = most
     try:
-        return " ".join(_REPR.repr(value).split())
+        return " ".join(shortened.repr(value).split())
     except Exception:  # an int of more digits than Python writes out, or a repr of a user's class
         return f"of type {type(value).__name__}"
-
-
-_REPR = reprlib.Repr()
-_REPR.maxstring = _REPR.maxother = _REPR.maxlong = 60
 
 
 def is_array(value: Any) -> bool:

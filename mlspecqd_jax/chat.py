@@ -10,7 +10,8 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
-from mlspecqd_jax.json_files import printable, shown
+from mlspecqd_jax.arguments import brief
+from mlspecqd_jax.json_files import printable
 
 SECONDS = 20  # of waiting; the process limits its own processor time to less
 LARGEST_TEMPLATE = 2**20  # characters
@@ -100,7 +101,7 @@ def render(tokenizer, conversations: list[list[dict[str, str]]], *, generation_p
         raise ValueError("does not end, or takes too much memory")
     if process.returncode:
         said = process.stderr.decode(errors="replace").split("\n")
-        raise ValueError(f"cannot be rendered ({shown(next(filter(None, reversed(said)), 'no reason given'))})")
+        raise ValueError(f"cannot be rendered ({brief(next(filter(None, reversed(said)), 'no reason given'))})")
     answer = json.loads(process.stdout)
     if "error" in answer:
         raise ValueError(f"cannot be rendered ({printable(answer['error'])})")

@@ -25,8 +25,9 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm.auto import tqdm
 
+from mlspecqd_jax.arguments import brief
 from mlspecqd_jax.huggingface import HUB_FILES
-from mlspecqd_jax.json_files import read_json, reason, shown
+from mlspecqd_jax.json_files import read_json, reason
 from mlspecqd_jax.mxfp4 import FORMATS, MXArray, MXFP4Array
 from mlspecqd_jax.partition import weight_sharding
 from mlspecqd_jax.quantization import Recipe, place_quantized, quantize_params
@@ -160,7 +161,7 @@ def check_new(folder: pathlib.Path) -> None:
         with contextlib.suppress(FileNotFoundError):
             os.lstat(folder.parent / f"{_prefix(folder)}{'x' * 8}")
     except (OSError, ValueError) as error:
-        raise ValueError(f"{shown(folder.name)} is no name for a folder ({reason(error)}); choose another name") from error
+        raise ValueError(f"{brief(folder.name)} is no name for a folder ({reason(error)}); choose another name") from error
     try:
         with tempfile.TemporaryFile(dir=folder.parent):
             pass
@@ -180,7 +181,7 @@ def restore(folder: pathlib.Path, model: LanguageModel, dtype: jnp.dtype, mesh: 
     """
     version = read_json(folder / MARKER).get("format")
     if version != VERSION:
-        raise ValueError(f"{folder} has format {shown(version)}, but this version reads format {VERSION}; convert the model again")
+        raise ValueError(f"{folder} has format {brief(version)}, but this version reads format {VERSION}; convert the model again")
 
     def place(name, shape):
         sharding = None if mesh is None else weight_sharding(name, shape, mesh)
@@ -199,11 +200,11 @@ def drafts(folder: pathlib.Path, dtype: str) -> tuple[Recipe, ...]:
     marker = read_json(folder / MARKER)
     formats = marker.get("drafts", [])
     if not isinstance(formats, list) or not all(isinstance(format, str) and format in FORMATS for format in formats):
-        raise ValueError(f"{folder} is damaged (drafts is {shown(formats)} in {MARKER}); convert the model again")
+        raise ValueError(f"{folder} is damaged (drafts is {brief(formats)} in {MARKER}); convert the model again")
     same_values = dtype == "float32" or marker.get("dtypes") == [dtype]
     policies = marker.get("policies", {})  # earlier versions made no exceptions
     if not isinstance(policies, dict) or not all(isinstance(policy, dict) for policy in policies.values()):
-        raise ValueError(f"{folder} is damaged (policies is {shown(policies)} in {MARKER}); convert the model again")
+        raise ValueError(f"{folder} is damaged (policies is {brief(policies)} in {MARKER}); convert the model again")
     found = tuple(Recipe(format, tuple(policies.get(format, {}).items())) for format in formats)
     return found if same_values else ()
 
@@ -246,7 +247,7 @@ def _map(folder: pathlib.Path, shape: tuple[int, ...]) -> np.ndarray:
     if layout["chunks"] != list(shape) or layout["compressor"] is not None:
         raise ValueError(f"tensor {folder.name} is in pieces or compressed")
     if layout["dtype"] not in DTYPES:  # numpy would take other words for types of more than numbers
-        raise ValueError(f"tensor {folder.name} is stored as {shown(layout['dtype'])}, but must be one of {', '.join(DTYPES)}")
+        raise ValueError(f"tensor {folder.name} is stored as {brief(layout['dtype'])}, but must be one of {', '.join(DTYPES)}")
     file = folder / ".".join("0" * len(shape))
     if not os.path.isfile(file):
         raise ValueError(f"tensor {folder.name} has no file {file.name}")

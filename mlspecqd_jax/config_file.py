@@ -9,7 +9,8 @@ import math
 import pathlib
 from typing import Any, NamedTuple
 
-from mlspecqd_jax.json_files import read_json, read_json_if_there, reason, shown
+from mlspecqd_jax.arguments import brief
+from mlspecqd_jax.json_files import read_json, read_json_if_there, reason
 from mlspecqd_jax.rope import RopeScaling
 from mlspecqd_jax.transformer import ACTIVATIONS, ModelConfig
 
@@ -129,7 +130,7 @@ def read_config(folder: pathlib.Path) -> ModelConfig:
     if head_dim < 2 or head_dim % 2:
         raise ValueError(f"{path}: head_dim is {head_dim}, but rotary positions need an even one of at least 2; correct that key")
     if c.hidden_act not in ACTIVATIONS:
-        raise ValueError(f"{path}: hidden_act {shown(c.hidden_act)} is not supported; supported: {', '.join(ACTIVATIONS)}")
+        raise ValueError(f"{path}: hidden_act {brief(c.hidden_act)} is not supported; supported: {', '.join(ACTIVATIONS)}")
     theta, scaling = _rope(path, c)
     return ModelConfig(
         vocab_size=c.vocab_size,
@@ -156,22 +157,22 @@ def _refuse(path: pathlib.Path, raw: dict, family: Any) -> None:
         raise ValueError(f"{path} has no key 'model_type'; add it (supported: {supported})")
     if not isinstance(family, str) or family not in FAMILIES:
         why = next((kind for keys, kind in REFUSALS if any(raw.get(key) for key in keys)), "another architecture")
-        raise ValueError(f"{path}: model_type {shown(family)} is {why}, which is not supported; supported: {supported}")
+        raise ValueError(f"{path}: model_type {brief(family)} is {why}, which is not supported; supported: {supported}")
     architectures = raw.get("architectures")
     named = [architectures] if isinstance(architectures, str) else architectures or []
     if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
-        raise ValueError(f"{path}: architectures is {shown(architectures)}, but must be a list of names; correct that key")
+        raise ValueError(f"{path}: architectures is {brief(architectures)}, but must be a list of names; correct that key")
     base = f"{family.capitalize()}Model"  # which was saved without its head; whether it needs one, the weights will tell
     other = [name for name in named if not name.endswith("ForCausalLM") and name != base]
     if other:
         raise ValueError(
-            f"{path}: architecture {shown(other[0])} has no language-model head; a ...ForCausalLM checkpoint is needed"
+            f"{path}: architecture {brief(other[0])} has no language-model head; a ...ForCausalLM checkpoint is needed"
         )
     quantized = raw.get("quantization_config")
     if quantized:
         method = quantized.get("quant_method", "unknown method") if isinstance(quantized, dict) else "unknown method"
         raise ValueError(
-            f"{path}: the weights are quantized already ({shown(method)}); give the original BF16, FP16 or FP32 checkpoint"
+            f"{path}: the weights are quantized already ({brief(method)}); give the original BF16, FP16 or FP32 checkpoint"
         )
     absent = [key for key in REQUIRED if raw.get(key) is None]
     if absent:
@@ -188,21 +189,21 @@ def _check_values(path: pathlib.Path, raw: dict) -> None:
         _check_table(path, rope, ROPE_KEYS, within=f"{name}: ")
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind not in ROPE_TYPES:
-            raise ValueError(f"{path}: rope_type {shown(kind)} is not supported; supported: {', '.join(ROPE_TYPES)}")
+            raise ValueError(f"{path}: rope_type {brief(kind)} is not supported; supported: {', '.join(ROPE_TYPES)}")
         unknown = [key for key in rope if key not in ROPE_KEYS]
         if unknown:
-            raise ValueError(f"{path}: {name} has the key {shown(unknown[0])}, but may have {', '.join(ROPE_KEYS)}")
+            raise ValueError(f"{path}: {name} has the key {brief(unknown[0])}, but may have {', '.join(ROPE_KEYS)}")
     kinds, layers = raw.get("layer_types"), raw["num_hidden_layers"]
     if kinds is not None and (len(kinds) != layers or any(kind not in LAYER_TYPES for kind in kinds)):
         raise ValueError(
-            f"{path}: layer_types is {shown(kinds)}, but must name one of {', '.join(LAYER_TYPES)} for each of {layers} layers"
+            f"{path}: layer_types is {brief(kinds)}, but must name one of {', '.join(LAYER_TYPES)} for each of {layers} layers"
         )
 
 
 def _check_table(path: pathlib.Path, values: dict, rules: dict[str, Rule], within: str = "") -> None:
     for key, rule in rules.items():
         if key in values and not rule.allows(values[key]):
-            raise ValueError(f"{path}: {within}{key} is {shown(values[key])}, but must be {rule}; correct that key")
+            raise ValueError(f"{path}: {within}{key} is {brief(values[key])}, but must be {rule}; correct that key")
 
 
 def _with_defaults(path: pathlib.Path, raw: dict, family: str):
@@ -257,7 +258,7 @@ def eos_token_ids(folder: pathlib.Path, vocab_size: int) -> tuple[int, ...]:
         bad = next((i for i in listed if i is not None and type(i) is not int), None)
         if bad is not None:
             raise ValueError(
-                f"{folder / name}: eos_token_id is {shown(ids)}, but must be a token id or a list of them; correct that key"
+                f"{folder / name}: eos_token_id is {brief(ids)}, but must be a token id or a list of them; correct that key"
             )
         return tuple(dict.fromkeys(i for i in listed if i is not None and 0 <= i < vocab_size))
     return ()

@@ -3,7 +3,6 @@
 import json
 import os
 import pathlib
-from typing import Any
 
 LARGEST = 16 * 2**20  # bytes; the index of the largest models takes some 10 MB
 
@@ -49,15 +48,6 @@ def read_json(path: pathlib.Path) -> dict:
 def read_json_if_there(path: pathlib.Path) -> dict:
     """Return the JSON object that a file holds, an empty one where there is no such file."""
     return read_json(path) if os.path.isfile(path) else {}
-
-
-def shown(value: Any, most: int = 80) -> str:
-    """Return a value as a message quotes it: on one line, and not too long."""
-    try:
-        text = repr(value).replace("\n", " ")
-    except Exception:  # a number of more digits than Python writes, or a class whose repr fails
-        text = f"a value of type {type(value).__name__}"
-    return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 def reason(error: BaseException) -> str:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from mlspecqd_jax import arguments, chat, checkpoint, config_file, huggingface, layouts, settings, tokenizer_files, weight_files
-from mlspecqd_jax.json_files import read_json, read_json_if_there, shown
+from mlspecqd_jax.json_files import read_json, read_json_if_there
 from mlspecqd_jax.mxfp4 import FORMATS, MXArray, MXFP4Array, check_format
 from mlspecqd_jax.partition import usable_mesh
 from mlspecqd_jax.quantization import EMBEDDING, HEAD, Policy, Recipe, default_policy, quantize_params
@@ -119,10 +119,9 @@ def load(model: str | os.PathLike, *, dtype: str = "bfloat16", mesh: Mesh | None
     Raises:
       ValueError: one sentence on what is wrong with the name, the config or the weights.
     """
-    if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise ValueError(f"dtype is {shown(dtype)}, but must be one of {', '.join(DTYPES)}")
-    if mesh is not None and not isinstance(mesh, Mesh):
-        raise ValueError(f"mesh is {shown(mesh)}, but must be a Mesh, such as jax.make_mesh((4,), ('model',)), or None")
+    arguments.choice("dtype", dtype, DTYPES)
+    if mesh is not None:
+        arguments.instance("mesh", mesh, Mesh, "a Mesh, such as jax.make_mesh((4,), ('model',)), or None")
     mesh = usable_mesh(mesh)
     folder = find(model)
     enable_compilation_cache()
@@ -150,7 +149,7 @@ def find(model: str | os.PathLike) -> pathlib.Path:
     A name of the demo family is that, whatever the working directory holds; `./demo`, `demo/` and a Path are folders.
     """
     if not _is_path(model):
-        raise ValueError(f"model is {shown(model)}, but must be {WANTED}")
+        raise ValueError(f"model is {arguments.brief(model)}, but must be {WANTED}")
     if _is_demo(model):
         here = pathlib.Path(__file__).parent
         places = (here / "_demo" / model, here.parent / "checkpoints" / model)  # a wheel, a clone
@@ -159,7 +158,7 @@ def find(model: str | os.PathLike) -> pathlib.Path:
         return pathlib.Path(model)
     if _is_hub_id(model):
         return huggingface.download(str(model))
-    raise ValueError(f"{shown(str(model), 300)} is not a model: give {WANTED}")
+    raise ValueError(f"{arguments.brief(str(model), 300)} is not a model: give {WANTED}")
 
 
 def is_known(model: str | os.PathLike) -> bool:
@@ -223,12 +222,10 @@ def convert(
     Raises:
       ValueError: as for `load`, the format is unknown, or the folder exists already or cannot be written.
     """
-    if not isinstance(draft, str | None):
-        raise ValueError(f"draft is {shown(draft)}, but must be one of {', '.join(FORMATS)}, or None")
     if draft is not None:
-        check_format(draft)
+        check_format(arguments.instance("draft", draft, str, f"one of {', '.join(FORMATS)}, or None"))
     if not _is_path(folder) or not os.fspath(folder):
-        raise ValueError(f"folder is {shown(folder)}, but must be the name of a new folder")
+        raise ValueError(f"folder is {arguments.brief(folder)}, but must be the name of a new folder")
     folder = pathlib.Path(folder)
     checkpoint.check_new(folder)
     loaded = load(model, dtype=dtype)

@@ -7,7 +7,8 @@ import os
 import pathlib
 from typing import Any
 
-from mlspecqd_jax.json_files import read_json_if_there, read_text, reason, shown
+from mlspecqd_jax.arguments import brief
+from mlspecqd_jax.json_files import read_json_if_there, read_text, reason
 
 FILE, CONFIG, TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
 OTHERS = ("tokenizer.model", "vocab.json")  # forms that tokenizer.json can be made from
@@ -69,7 +70,7 @@ def _special_tokens(folder: pathlib.Path, config: dict) -> dict[str, Any]:
             tokens = list(tokens.values())
         if tokens:
             if not isinstance(tokens, list):
-                raise ValueError(f"{folder / CONFIG}: {name} is {shown(tokens)}, but must be a list of tokens; correct that key")
+                raise ValueError(f"{folder / CONFIG}: {name} is {brief(tokens)}, but must be a list of tokens; correct that key")
             found["extra_special_tokens"] = [_token(folder, name, token) for token in tokens]
     added = config.get("added_tokens_decoder") or {}
     if not isinstance(added, dict) or not all(isinstance(i, str) and i.isdecimal() and len(i) < 10 for i in added):
@@ -84,7 +85,7 @@ def _token(folder: pathlib.Path, name: str, value: Any):
     if isinstance(value, str):
         return value
     if not isinstance(value, dict) or not isinstance(value.get("content"), str):
-        raise ValueError(f"{folder / CONFIG}: {name} is {shown(value)}, but must be a token; correct that key")
+        raise ValueError(f"{folder / CONFIG}: {name} is {brief(value)}, but must be a token; correct that key")
     return AddedToken(value["content"], **{flag: value[flag] for flag in FLAGS if isinstance(value.get(flag), bool)})
 
 
@@ -98,6 +99,6 @@ def _chat_template(folder: pathlib.Path, config: dict) -> str | None:
         template = named.get("default")
     if template is not None and not isinstance(template, str):
         raise ValueError(
-            f"{folder / CONFIG}: chat_template is {shown(template)}, but must be text; correct that key, or remove it to do without"
+            f"{folder / CONFIG}: chat_template is {brief(template)}, but must be text; correct that key, or remove it to do without"
         )
     return template

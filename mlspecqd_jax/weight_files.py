@@ -13,7 +13,8 @@ from typing import NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
-from mlspecqd_jax.json_files import printable, read_json, reason, shown
+from mlspecqd_jax.arguments import brief
+from mlspecqd_jax.json_files import printable, read_json, reason
 
 FILE, INDEX, SUFFIX = "model.safetensors", "model.safetensors.index.json", ".safetensors"
 FLOATS = ("F64", "F32", "F16", "BF16")
@@ -133,7 +134,7 @@ def _read_index(path: pathlib.Path) -> dict[str, pathlib.Path]:
     for name in dict.fromkeys(shards.values()):
         parts = pathlib.PurePosixPath(name).parts
         if name.startswith("/") or ".." in parts or "\\" in name or ":" in name or not name.endswith(SUFFIX):
-            raise ValueError(f"{path} names {shown(name)}, which is not a {SUFFIX} file in the folder; download it again")
+            raise ValueError(f"{path} names {brief(name)}, which is not a {SUFFIX} file in the folder; download it again")
         if not os.path.isfile(path.parent / name):
-            raise ValueError(f"{path} names the shard {shown(name)}, which is not in the folder; download it")
+            raise ValueError(f"{path} names the shard {brief(name)}, which is not in the folder; download it")
     return {name: path.parent / shard for name, shard in shards.items()}

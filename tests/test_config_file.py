@@ -10,7 +10,7 @@ import pytest
 import tiny
 from refusals import refused
 
-from mlspecqd_jax import config_file, json_files
+from mlspecqd_jax import arguments, config_file
 from mlspecqd_jax.rope import RopeScaling
 from mlspecqd_jax.transformer import LanguageModel
 
@@ -237,7 +237,7 @@ def test_every_key_has_a_type_and_a_range(tmp_path, key):
     assert len(list(outside(rule))) >= 4
     for value in outside(rule):
         if value is not None or key not in config_file.REQUIRED:  # else it is absent
-            with refused("config.json", f"{key} is {json_files.shown(value)}", f"must be {rule}", "correct that key"):
+            with refused("config.json", f"{key} is {arguments.brief(value)}", f"must be {rule}", "correct that key"):
                 parse(tmp_path, LLAMA | {key: value})
 
 

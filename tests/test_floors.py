@@ -11,9 +11,8 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 # From the ground up; a module may import modules of the lines before its own, and of its own line those to its left.
 FLOORS = (
     ("pallas_kernels", "cpu_kernels"),
-    ("json_files", "render_templates", "chat", "tokenizer_files"),
+    ("arguments", "json_files", "render_templates", "chat", "tokenizer_files"),
     (
-        "arguments",
         "settings",
         "console",
         "prompt_files",
