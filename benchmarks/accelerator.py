@@ -241,15 +241,12 @@ def generated(stack, about: dict, options) -> list[dict]:
 def exactness(options) -> dict:
     """Return how many rows of a real model differ from plain decoding, alone and in batches, greedy and with noise."""
     import mlspecqd_jax as mlsd
+    from mlspecqd_jax import specs
 
     model = mlsd.load(options.checkpoint)
-    twin, lookup = model.quantized(), mlsd.prompt_lookup()
-    stacks = {
-        "plain": mlsd.stack(model),
-        "mxfp4:5": mlsd.stack(model, (twin, 5)),
-        "mxfp4:8 ngram:3": mlsd.stack(model, (twin, 8), (lookup, 3)),
-        "ngram:4": mlsd.stack(model, (lookup, 4)),
-    }
+    stacks = {"plain": mlsd.stack(model)}
+    for drafts in options.drafts:
+        stacks[drafts] = mlsd.stack(model, *specs.drafters(specs.parse(drafts.split()), model, mlsd.load))
     prompts, found, left_out, plain, began = list(PROMPTS)[: options.prompts], [], [], {}, time.perf_counter()
     with concurrent.futures.ThreadPoolExecutor() as pool:  # compile all at once: no time that matters is measured here
         programs = itertools.product(stacks.values(), options.batches)
@@ -327,6 +324,7 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--draft-len", type=int, default=8)
     parser.add_argument("--checkpoint", default="demo", help="a real model for exactness: a folder, demo or demo-small")
+    parser.add_argument("--drafts", nargs="+", default=("mxfp4:5", "mxfp4:8 ngram:3", "ngram:4"), help="for exactness")
     parser.add_argument("--batches", nargs="+", type=int, default=(1, 8), help="for exactness")
     parser.add_argument("--prompts", type=int, default=len(PROMPTS), help="for exactness, at most")
     options = parser.parse_args()

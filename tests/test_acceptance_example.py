@@ -121,14 +121,21 @@ def test_without_matplotlib_the_plot_is_refused_before_any_work(script, capsys, 
     assert "pip install '.[plot]'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("small", [None, "demo-small"])
+def test_every_stack_is_one_that_the_command_line_takes(script, small):
+    assert all(script.specs.parse(written) for written in script.stacks_of(small).values())
+
+
 @pytest.mark.slow
-def test_a_short_run_counts_and_draws(script, capsys, tmp_path):
+def test_a_short_run_counts_and_draws(script, capsys, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
+    two = {label: written for label, written in script.stacks_of("demo-small").items() if label in ("ngram", "mxfp4, small@mxfp4")}
+    monkeypatch.setattr(script, "stacks_of", lambda small: two)
     files = ["--plot", str(tmp_path / "plot"), "--json", str(tmp_path / "rows.json")]
     assert script.main([*files, "--number", "2", "--new-tokens", "12", "--temperatures", "0", "0.6"]) == 0
     rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
     assert {row["temperature"] for row in rows} == {0, 0.6}
-    assert {row["stack"] for row in rows} >= {"mxfp4", "mxfp6_e2m3", "mxfp8_e4m3", "ngram", "mxfp4, ngram"}
+    assert {(row["stack"], row["judge"]) for row in rows} == {("ngram", 0), ("mxfp4, small@mxfp4", 0), ("mxfp4, small@mxfp4", 1)}
     assert capsys.readouterr().out.count("\n") == len(rows) + 1
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     assert "<svg" in (tmp_path / "plot.svg").read_text()

@@ -13,8 +13,8 @@ from mlspecqd_jax.models import DEMOS
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PROMPTS = [json.loads(line)["prompt"] for line in (ROOT / "examples" / "prompts.jsonl").read_text().splitlines()]
 CHOICES = {"greedy": {}, "coupled": {"temperature": 0.8, "seed": 7}}
-STACKS = ["mxfp4:6", "mxfp4:5 demo-small@mxfp4:3"]
-MORE = ["mxfp8_e4m3:6 mxfp4:3", "ngram:6", "demo-small@mxfp4:6", "mxfp4:6 ngram:3"]
+STACKS = ["mxfp4:5 demo-small@mxfp4:3"]
+MORE = ["mxfp4:6", "mxfp8_e4m3:6 mxfp4:3", "ngram:6", "demo-small@mxfp4:6", "mxfp4:6 ngram:3"]
 NEW = 48
 FLOOR = 0.75  # of the twin's token acceptance at temperature 0: below it something is wrong
 

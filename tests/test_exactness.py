@@ -41,7 +41,10 @@ def first_difference(ours, theirs):
 
 
 @pytest.mark.parametrize("share_cache", [True, pytest.param(False, marks=pytest.mark.exhaustive)], ids=["shared", "own"])
-@pytest.mark.parametrize("given", ["mxfp4:6", "mxfp4:6 ngram:3", "mxfp8_e4m3:6 mxfp4:3"])
+@pytest.mark.parametrize(
+    "given",
+    ["mxfp4:6 ngram:3", *(pytest.param(given, marks=pytest.mark.exhaustive) for given in ("mxfp4:6", "mxfp8_e4m3:6 mxfp4:3"))],
+)
 def test_a_hundred_stories_are_those_of_plain_decoding(stories, prompts, plain, given, share_cache):
     drafters = specs.drafters(specs.parse(given.split()), stories, mlsd.load)
     stack = mlsd.stack(stories, *drafters, share_cache=share_cache)

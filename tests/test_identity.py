@@ -29,11 +29,14 @@ from mlspecqd_jax.speculation import advance, generate_tokens
 
 jit_advance = quick_jit(advance)
 
-slow = pytest.mark.slow
+slow, exhaustive = pytest.mark.slow, pytest.mark.exhaustive
 # The recursion is one for both rules, and the coupled one compiles faster.
 CHEAP = [(name, "coupled") for name in ("own", "shared", "shared>own", "own>shared", "shared>ngram")]
+DEEPEST = "own>shared>own"
 CASES = [
-    pytest.param(name, rule, marks=[] if (name, rule) in CHEAP else [slow]) for rule in ("coupled", "rejection") for name in CHAINS
+    pytest.param(name, rule, marks=[] if (name, rule) in CHEAP else [slow if name == DEEPEST else exhaustive])
+    for rule in ("coupled", "rejection")
+    for name in CHAINS
 ]
 
 
@@ -91,10 +94,10 @@ def test_every_draft_is_accepted_in_full(name, rule):
     ("name", "rule"),
     [
         ("shared>own", "coupled"),
-        pytest.param("own", "coupled", marks=slow),
+        pytest.param("own", "coupled", marks=exhaustive),
         pytest.param("own>shared", "rejection", marks=slow),
-        pytest.param("own>own", "rejection", marks=slow),
-        pytest.param("own>shared>own", "coupled", marks=slow),
+        pytest.param("own>own", "rejection", marks=exhaustive),
+        pytest.param(DEEPEST, "coupled", marks=exhaustive),
     ],
 )
 def test_every_draft_is_accepted_in_full_after_a_resume(name, rule):

@@ -124,7 +124,7 @@ def test_folds_do_not_see_the_end_of_a_buffer():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("vocab", [49152, 50257])
+@pytest.mark.parametrize("vocab", [50257, pytest.param(49152, marks=pytest.mark.exhaustive)])
 def test_the_choice_of_a_token_and_its_log_probability(vocab):
     """With noise and every filter, over a vocabulary of a real model and one of odd size."""
     logits, tokens = random(0, (12, 1, vocab)), jnp.zeros((12, 64), jnp.int32)

@@ -244,7 +244,9 @@ def test_data_is_prepared_once_and_not_from_other_files(script, run, sources, tm
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, *(pytest.param(n, marks=pytest.mark.exhaustive) for n in (signal.SIGTERM, signal.SIGKILL))]
+)
 def test_a_signal_costs_nothing(run, sources, tmp_path, number):
     steps = ["--steps", "400", "--log-every", "1"]
     assert run("whole", *steps) == 0
