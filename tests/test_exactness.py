@@ -54,7 +54,7 @@ def test_a_hundred_stories_are_those_of_plain_decoding(stories, prompts, plain, 
         assert out.report["levels"][0]["token_acceptance"] > 0.7
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_acceptance_is_the_same_alone_and_in_a_batch_of_sixteen(shared, prompts):
     model = mlsd.load(shared / "models" / "stories260K", dtype="float32")
     stack = mlsd.stack(model, (model.quantized(), 6), (mlsd.prompt_lookup(), 3))

@@ -89,7 +89,7 @@ def test_the_cases_are_whole(prompts):
     assert len({len(ids) for ids in prompts}) > 30  # batches are ragged
 
 
-@pytest.mark.parametrize("written", STACKS)
+@pytest.mark.parametrize("written", [pytest.param(s, marks=pytest.mark.exhaustive if "caches" in s else ()) for s in STACKS])
 def test_rows_alone_and_in_batches_are_those_of_plain_decoding(model, prompts, plain, written):
     assert rows_that_differ(model, prompts, plain, written, *FEW[written]) == []
 
@@ -101,6 +101,14 @@ def test_all_rows_alone_and_in_batches_are_those_of_plain_decoding(model, long_p
 
 
 @without_kernels
-@pytest.mark.parametrize(("written", "first", "partition"), [("mxfp4:5", 0, [1, 4]), ("ngram:4", 5, [1, 8]), ("none", 0, [4])])
+@pytest.mark.parametrize(
+    ("written", "first", "partition"),
+    [
+        ("ngram:4", 5, [1, 4]),
+        pytest.param("mxfp4:5", 0, [1, 4], marks=pytest.mark.exhaustive),
+        pytest.param("ngram:4", 5, [1, 8], marks=pytest.mark.exhaustive),
+        pytest.param("none", 0, [4], marks=pytest.mark.exhaustive),
+    ],
+)
 def test_without_the_kernels_the_rows_are_those_of_plain_decoding_too(model, prompts, plain, written, first, partition):
     assert rows_that_differ(model, prompts, plain, written, first, partition) == []

@@ -115,12 +115,12 @@ def test_folds(k):
 
 @pytest.mark.slow
 def test_folds_do_not_see_the_end_of_a_buffer():
-    x = random(0, (4, 700))
+    x, softmax, total = random(0, (4, 700)), jax.jit(ordered_softmax), jax.jit(ordered_sum)
     for more in (10, 1000):
         filled = jnp.pad(x, ((0, 0), (0, more)), constant_values=-jnp.inf)
-        np.testing.assert_array_equal(np.asarray(ordered_softmax(filled))[:, :700], np.asarray(ordered_softmax(x)))
+        np.testing.assert_array_equal(np.asarray(softmax(filled))[:, :700], np.asarray(softmax(x)))
         zeros = jnp.pad(x, ((0, 0), (0, more)))
-        np.testing.assert_array_equal(np.asarray(ordered_sum(zeros)), np.asarray(ordered_sum(x)))
+        np.testing.assert_array_equal(np.asarray(total(zeros)), np.asarray(total(x)))
 
 
 @pytest.mark.slow

@@ -69,12 +69,15 @@ def test_strange_settings_around_a_users_own_jit_give_the_same_text(folder):
 @pytest.mark.parametrize(
     "setting",
     [
-        {"JAX_ENABLE_X64": "1"},
-        {"JAX_NUMPY_DTYPE_PROMOTION": "strict", "JAX_NUMPY_RANK_PROMOTION": "raise"},
-        {"JAX_THREEFRY_PARTITIONABLE": "0"},
+        {
+            "JAX_ENABLE_X64": "1",
+            "JAX_NUMPY_DTYPE_PROMOTION": "strict",
+            "JAX_NUMPY_RANK_PROMOTION": "raise",
+            "JAX_THREEFRY_PARTITIONABLE": "0",
+        },
         {"JAX_THREEFRY_PARTITIONABLE": "1"},
     ],
-    ids=lambda setting: "-".join(setting),
+    ids=["all", "the usual noise"],
 )
 def test_strange_settings_of_the_environment_give_the_same_text(folder, setting):
     code = f"import test_settings; print(test_settings.generated({str(folder)!r}, 'rejection'))"
