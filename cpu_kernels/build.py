@@ -1,7 +1,8 @@
 """Compiles the C++ source on first use into the user's cache, with the compiler that is found.
 
-The wheel holds no binary. One library has every instruction set of the processor's family in it, so the name of the file is made
-of what it depends on: the source, the flags, jax (whose headers it is compiled with), the machine, its C library, the compiler.
+The wheel holds no binary. Each `.cc` file is a unit, which makes a library. It has every instruction set of the processor's family
+in it, so the name of its file is made of what it depends on: the source, the flags, jax (whose headers it is compiled with), the
+machine, its C library, the compiler.
 """
 
 import atexit
@@ -15,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 
@@ -24,8 +26,8 @@ SWITCH = "MLSPECQD_CPU_KERNELS"  # 0 switches the kernels off
 
 
 @functools.cache
-def library_path() -> pathlib.Path | None:
-    """Return the compiled library, compiling it if need be; None where that is switched off or cannot be done, with a line why.
+def library_paths(units: tuple[str, ...]) -> tuple[pathlib.Path, ...] | None:
+    """Return the compiled libraries of some units, compiling what is not there; None, and a line why, if it cannot.
 
     The answer stands for the process, so nothing is tried or said twice.
     """
@@ -35,15 +37,16 @@ def library_path() -> pathlib.Path | None:
     if compiler is None:
         say("no C++ compiler found (CXX, g++, clang++): XLA's own products run, which are slower; install one, such as g++")
         return None
-    name = f"kernels-{_key(compiler)}.so"
-    folder = cache_folder()
-    if (folder / name).is_file():
-        return folder / name
+    folder, key = cache_folder(), _key(compiler)
+    libraries = tuple(folder / f"{unit}-{key}.so" for unit in units)
+    if all(library.is_file() for library in libraries):
+        return libraries
     if not _can_write(folder):
         folder = pathlib.Path(tempfile.mkdtemp(prefix="mlspecqd-cpu-kernels-"))
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
         say(f"the cache folder {cache_folder()} cannot be written, so the CPU kernels are compiled for this process alone")
-    return _build_once(compiler, folder / name)
+        libraries = tuple(folder / library.name for library in libraries)
+    return libraries if _build_once(compiler, units, libraries, folder / f"{key}.lock") else None
 
 
 def find_compiler() -> tuple[str, ...] | None:
@@ -61,10 +64,10 @@ def cache_folder() -> pathlib.Path:
     return pathlib.Path(base) / "mlspecqd-jax" / "cpu_kernels"
 
 
-def compile_library(compiler: tuple[str, ...], output: pathlib.Path, flags: tuple[str, ...] = ()) -> str | None:
-    """Compile the source to `output`; return None, or the compiler's first complaint."""
+def compile_library(compiler: tuple[str, ...], unit: str, output: pathlib.Path, flags: tuple[str, ...] = ()) -> str | None:
+    """Compile a unit to `output`; return None, or the compiler's first complaint."""
     include = ("-isystem", jax.ffi.include_dir())
-    command = [*compiler, *FLAGS, *flags, *include, str(SOURCE / "handlers.cc"), "-o", str(output)]
+    command = [*compiler, *FLAGS, *flags, *include, str(SOURCE / f"{unit}.cc"), "-o", str(output)]
     process = subprocess.run(command, capture_output=True, text=True, errors="replace")
     if process.returncode == 0:
         return None
@@ -88,21 +91,25 @@ def _can_write(folder: pathlib.Path) -> bool:
     return existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)
 
 
-def _build_once(compiler: tuple[str, ...], library: pathlib.Path) -> pathlib.Path | None:
-    """Compile under a lock, so that of several processes one compiles and the others wait; the library appears all at once."""
+def _build_once(compiler: tuple[str, ...], units: tuple[str, ...], libraries: tuple[pathlib.Path, ...], lock: pathlib.Path) -> bool:
+    """Compile units side by side under a lock, so that of several processes one compiles; each library appears all at once."""
     import fcntl
 
-    library.parent.mkdir(parents=True, exist_ok=True)
-    with open(library.with_suffix(".lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if library.is_file():
-            return library
-        say(f"compiling the CPU kernels with {os.path.basename(compiler[0])}, once; this takes some seconds")
+    def build(unit, library):
         part = library.with_suffix(f".{os.getpid()}.part")
-        complaint = compile_library(compiler, part)
-        if complaint is not None:
-            part.unlink(missing_ok=True)
-            say(f"the CPU kernels cannot be compiled, so XLA's own products run, which are slower ({complaint})")
-            return None
-        part.replace(library)
-        return library
+        complaint = compile_library(compiler, unit, part)
+        if complaint is None:
+            part.replace(library)
+        part.unlink(missing_ok=True)
+        return complaint
+
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with open(lock, "w") as held, ThreadPoolExecutor(os.cpu_count()) as pool:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        missing = [pair for pair in zip(units, libraries, strict=True) if not pair[1].is_file()]
+        if missing:
+            say(f"compiling the CPU kernels with {os.path.basename(compiler[0])}, once; this takes some seconds")
+        complaint = next(filter(None, list(pool.map(lambda pair: build(*pair), missing))), None)
+    if complaint is not None:
+        say(f"the CPU kernels cannot be compiled, so XLA's own products run, which are slower ({complaint})")
+    return complaint is None

@@ -9,12 +9,16 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from cpu_kernels.build import library_path
+from cpu_kernels.build import library_paths
 
 DTYPES = ("bfloat16", "float16", "float32")
-OF_ANY_DTYPE = ("matmul", "rms_norm", "attention")  # each in several instruction sets, for each of DTYPES
-OF_ONE_FORM = ("rotate",)  # likewise, written once for all instruction sets
-OF_BFLOAT16 = ("mxfp4_matmul", "mx8_matmul")  # likewise
+OF_ANY_DTYPE = ("matmul", "rms_norm", "attention", "rotate")  # for each of DTYPES
+OF_BFLOAT16 = ("mxfp4_matmul", "mx8_matmul")
+OF_POSITIONS = ("angles", "put_window")
+# What each library holds, as `build` names them.
+UNITS = {dtype: tuple(f"{product}_{dtype}" for product in OF_ANY_DTYPE) for dtype in DTYPES}
+UNITS |= {"mx": OF_BFLOAT16, "positions": OF_POSITIONS}
+TOGETHER = ("bfloat16", "mx", "positions")  # what a model in bfloat16 and its twin run is compiled side by side
 ELEMENTS = ("e4m3", "e5m2", "e2m3", "e3m2")  # of mx8_matmul: exponent and mantissa bits
 
 
@@ -24,10 +28,11 @@ def isas(product: str, dtype: str = "bfloat16") -> tuple[str, ...]:
 
     The first call compiles the library if need be; where that cannot be done there are none.
     """
-    library = _library()
+    name = _named(product, dtype)
+    library = _library(_unit_of(name))
     if library is None:
         return ()
-    names = getattr(library, f"{_named(product, dtype)}_isas")
+    names = getattr(library, f"{name}_isas")
     names.restype = ctypes.c_char_p
     return tuple(names().decode().split(","))
 
@@ -196,20 +201,23 @@ def put_window(buffer: jax.Array, start: jax.Array, values: jax.Array) -> jax.Ar
     return call(buffer, start, values)
 
 
-def on_cpu(kernel, otherwise, *arguments, dtypes: tuple[str, ...] = DTYPES):
-    """Call `kernel` where the program is for one CPU, the library is there and all floats have one of `dtypes`; else `otherwise`.
+def on_cpu(kernel, otherwise, *arguments, dtypes: tuple[str, ...] = DTYPES, unit: str | None = None):
+    """Call `kernel` where the program is for one CPU, its library is there and all floats have one of `dtypes`; else `otherwise`.
 
     XLA cannot split a foreign call over the devices of a mesh; it would gather every operand on each.
+
+    Args:
+      unit: what the library is called (UNITS); None for the floats' dtype.
     """
     floats = {array.dtype.name for array in arguments if jnp.issubdtype(array.dtype, jnp.floating)}
-    if len(floats) != 1 or not floats.issubset(dtypes) or not usable():
+    if len(floats) != 1 or not floats.issubset(dtypes) or not usable(unit or next(iter(floats))):
         return otherwise(*arguments)
     return jax.lax.platform_dependent(*arguments, cpu=kernel, default=otherwise)
 
 
-def usable() -> bool:
-    """Return whether a program that is traced here can call these functions."""
-    return jax.default_backend() == "cpu" and jax.sharding.get_abstract_mesh().empty and bool(isas("matmul"))
+def usable(unit: str = "bfloat16") -> bool:
+    """Return whether a program that is traced here can call the functions of a unit, which is compiled if need be."""
+    return jax.default_backend() == "cpu" and jax.sharding.get_abstract_mesh().empty and _library(unit) is not None
 
 
 def _call(product, isa, result, *arguments, **attributes):
@@ -222,20 +230,30 @@ def _call(product, isa, result, *arguments, **attributes):
 
 
 def _named(product, dtype):
-    return f"{product}_{dtype}" if product in (*OF_ANY_DTYPE, *OF_ONE_FORM) else product
+    return f"{product}_{dtype}" if product in OF_ANY_DTYPE else product
+
+
+def _unit_of(name):
+    return next(unit for unit, names in UNITS.items() if name in names)
 
 
 def _target(name):
+    """Return what XLA knows a function by, after its library is there; where it cannot be, XLA says that it knows no such name."""
+    _library(_unit_of(name))
+    return _registered(name)
+
+
+def _registered(name):
     return f"mlspecqd_{name}"
 
 
 @functools.cache
-def _library():
-    path = library_path()
-    if path is None:
+def _library(unit):
+    units = TOGETHER if unit in TOGETHER else (unit,)
+    paths = library_paths(units)
+    if paths is None:
         return None
-    library = ctypes.CDLL(str(path))
-    names = [_named(product, dtype) for product in (*OF_ANY_DTYPE, *OF_ONE_FORM) for dtype in DTYPES]
-    for name in (*names, *OF_BFLOAT16, "angles", "put_window"):
-        jax.ffi.register_ffi_target(_target(name), jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
+    library = ctypes.CDLL(str(paths[units.index(unit)]))
+    for name in UNITS[unit]:
+        jax.ffi.register_ffi_target(_registered(name), jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
     return library

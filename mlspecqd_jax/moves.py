@@ -54,7 +54,7 @@ def put_window(buffer: jax.Array, start: jax.Array, values: jax.Array) -> jax.Ar
             return jax.lax.platform_dependent(buffer, start, values, cpu=select, default=scatter)
         return scatter(buffer, start, values)
 
-    return cpu_kernels.on_cpu(cpu_kernels.put_window, in_xla, buffer, start, values)
+    return cpu_kernels.on_cpu(cpu_kernels.put_window, in_xla, buffer, start, values, unit="positions")
 
 
 def _is_converted(x):

@@ -52,7 +52,7 @@ def rotary(positions: jax.Array, frequencies: list[float]) -> tuple[jax.Array, j
         return jnp.cos(angles), jnp.sin(angles)
 
     frequencies = jnp.asarray(frequencies, jnp.float32)
-    return tuple(cpu_kernels.on_cpu(cpu_kernels.angles, in_xla, positions.astype(jnp.int32), frequencies))
+    return tuple(cpu_kernels.on_cpu(cpu_kernels.angles, in_xla, positions.astype(jnp.int32), frequencies, unit="positions"))
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:

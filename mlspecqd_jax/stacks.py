@@ -12,8 +12,8 @@ from mlspecqd_jax.levels import Level
 from mlspecqd_jax.models import Card, Model
 from mlspecqd_jax.mxfp4 import MXArray, MXFP4Array
 from mlspecqd_jax.prompt_lookup import PromptLookup
+from mlspecqd_jax.quantization import EMBEDDING
 
-EMBEDDING = "model.embed_tokens.weight"
 # A row's result was found equal bit for bit at all even widths of XLA's bfloat16 products on CPU; in float32 and float16 it was not
 # on every processor. Elsewhere one padded width is alike by construction.
 CPU_ROWS, ROWS = 2, 16
@@ -100,7 +100,7 @@ def exact_rows(platform: str, dtype: str, draft_len: int, apart: bool = False) -
 def computes_rows_apart(model: Model) -> bool:
     """Return whether a model's products, norms and attention are all in C++, where a row's bits do not depend on the window."""
     in_cpp = all(isinstance(leaf, jax.Array | MXFP4Array | MXArray) for leaf in model.params.values())
-    return in_cpp and model.network.mesh is None and cpu_kernels.usable()
+    return in_cpp and model.network.mesh is None and cpu_kernels.usable(model.params[EMBEDDING].dtype.name)
 
 
 def is_twin(model: Model, other: Model) -> bool:

@@ -10,16 +10,17 @@ import sys
 import pytest
 
 from cpu_kernels import build
+from cpu_kernels.products import TOGETHER, UNITS
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 needs_compiler = pytest.mark.skipif(build.find_compiler() is None, reason="needs a C++ compiler")
 
-# A compiler that takes its time and writes what counts the times it ran; the library itself comes from this session's cache.
+# A compiler that takes its time and writes what counts the times it ran; the libraries themselves come from this session's cache.
 STAND_IN = """#!/bin/sh
 echo ran >> "{log}"
 sleep 0.5
-for last; do :; done
-cp "{library}" "$last"
+for last; do case "$last" in *.cc) unit=$(basename "$last" .cc);; esac; done
+cp "{folder}/$unit"-*.so "$last"
 """
 PRODUCT = """
 import jax.numpy as jnp
@@ -55,7 +56,7 @@ def outcome(process):
 def stand_in(tmp_path):
     """Return (path of a compiler, function that counts how often it ran)."""
     log, script = tmp_path / "log", tmp_path / "compiler"
-    script.write_text(STAND_IN.format(log=log, library=build.library_path()))
+    script.write_text(STAND_IN.format(log=log, folder=build.library_paths(TOGETHER)[0].parent))
     script.chmod(0o755)
     return script, lambda: len(log.read_text().splitlines())
 
@@ -67,11 +68,12 @@ def test_two_processes_that_start_together_compile_once(tmp_path, stand_in):
     processes = [start(tmp_path / "cache", CXX=compiler) for _ in range(2)]
     outcomes = [outcome(process) for process in processes]
     assert all(out.startswith(CPP) and out.endswith("1200.0\n1200.0\n") for out, _ in outcomes)
-    assert runs() == 1
+    assert runs() == len(TOGETHER)
     assert sorted(len(said) for _, said in outcomes) == [0, 1]  # one says that it compiles
-    assert [file.suffix for file in sorted((tmp_path / "cache/mlspecqd-jax/cpu_kernels").iterdir())] == [".lock", ".so"]
+    suffixes = sorted(file.suffix for file in (tmp_path / "cache/mlspecqd-jax/cpu_kernels").iterdir())
+    assert suffixes == [".lock", *(".so" for _ in TOGETHER)]
     assert outcome(start(tmp_path / "cache", CXX=compiler))[1] == []  # a later process finds it
-    assert runs() == 1
+    assert runs() == len(TOGETHER)
 
 
 @needs_compiler
@@ -80,7 +82,7 @@ def test_a_cache_that_cannot_be_written_costs_one_compilation_a_process(tmp_path
     (tmp_path / "file").write_text("not a folder")
     out, said = outcome(start(tmp_path / "file" / "cache", CXX=compiler, TMPDIR=tmp_path))
     assert out.startswith(CPP)
-    assert runs() == 1
+    assert runs() == len(TOGETHER)
     assert len(said) == 2
     assert "cannot be written" in said[0]
 
@@ -101,9 +103,13 @@ def test_without_a_library_xla_runs_and_that_is_said_once(tmp_path, environment,
 
 @needs_compiler
 def test_a_compiler_that_complains_is_quoted(tmp_path):
-    complaint = build.compile_library(build.find_compiler(), tmp_path / "out.so", ("-fno-such-thing",))
+    complaint = build.compile_library(build.find_compiler(), "positions", tmp_path / "out.so", ("-fno-such-thing",))
     assert "no-such-thing" in complaint
     assert not (tmp_path / "out.so").exists()
+
+
+def test_the_units_are_the_files():
+    assert sorted(UNITS) == sorted(file.stem for file in build.SOURCE.glob("*.cc"))
 
 
 def test_the_compiler_is_cxx_or_the_first_that_is_there(tmp_path, monkeypatch):

@@ -1,4 +1,7 @@
-// The handlers behind XLA's FFI, and the names of the instruction sets that this processor can run.
+// The handlers behind XLA's FFI of the kernels that exist for every type of float, and the names of the instruction sets that this
+// processor can run. Each .cc file makes a library of some kernels, so that they are compiled side by side and when they are needed.
+
+#pragma once
 
 #include <array>
 #include <cstdint>
@@ -6,7 +9,6 @@
 #include <string_view>
 
 #include "products.h"
-#include "put_window.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace mlspecqd {
@@ -34,8 +36,6 @@ template <ffi::DataType type>
 using Heads = ffi::Buffer<type, 4>;
 template <ffi::DataType type>
 using Row = ffi::Buffer<type, 1>;
-using X = Matrix<ffi::BF16>;
-using Bytes = Matrix<ffi::U8>;
 using Y = Matrix<ffi::F32>;
 using HeadsOut = Heads<ffi::F32>;
 using Slots = Matrix<ffi::S32>;
@@ -76,13 +76,6 @@ static ffi::Error norm_handler(ffi::ThreadPool pool, std::string_view isa, float
 
 using Thirds = ffi::Buffer<ffi::F32, 3>;
 
-static ffi::Error angles_handler(Slots positions, Row<ffi::F32> frequencies, ffi::Result<Thirds> cos, ffi::Result<Thirds> sin) {
-  const auto a = positions.dimensions(), f = frequencies.dimensions(), c = cos->dimensions(), s = sin->dimensions();
-  if (c[0] != a[0] || c[1] != a[1] || c[2] != f[0] || !std::equal(c.begin(), c.end(), s.begin())) return unfitting();
-  rotary::angles(positions.typed_data(), frequencies.typed_data(), cos->typed_data(), sin->typed_data(), a[0] * a[1], f[0]);
-  return ffi::Error::Success();
-}
-
 template <ffi::DataType type>
 static ffi::Error rotate_handler(ffi::ThreadPool pool, Heads<type> x, Thirds cos, Thirds sin, ffi::Result<Heads<type>> y) {
   using Element = typename Stored<type>::Element;
@@ -91,28 +84,6 @@ static ffi::Error rotate_handler(ffi::ThreadPool pool, Heads<type> x, Thirds cos
   if (c[0] != a[0] || c[1] != a[1] || 2 * c[2] != a[3] || !std::equal(c.begin(), c.end(), s.begin()) || !result) return unfitting();
   rotary::rotate(pool, elements(x), cos.typed_data(), sin.typed_data(), reinterpret_cast<Element*>(y->typed_data()), a[0], a[1], a[2],
                  a[3]);
-  return ffi::Error::Success();
-}
-
-static ffi::Error mxfp4_handler(ffi::ThreadPool pool, std::string_view isa, X x, Bytes packed, Bytes scales, ffi::Result<Y> y) {
-  const auto a = x.dimensions(), b = packed.dimensions(), s = scales.dimensions(), c = y->dimensions();
-  if (2 * b[1] != a[1] || mxfp4::kBlock * s[1] != a[1] || s[0] != b[0] || c[0] != a[0] || c[1] != b[0]) return unfitting();
-  const auto* kernel = choose(mxfp4_choices(), isa);
-  if (kernel == nullptr) return unsupported(isa);
-  mxfp4_matmul(*kernel, pool, x.typed_data(), packed.typed_data(), scales.typed_data(), y->typed_data(), a[0], b[0], a[1]);
-  return ffi::Error::Success();
-}
-
-// Args:
-//   elements: the format's exponent and mantissa bits, as in "e4m3".
-static ffi::Error mx8_handler(ffi::ThreadPool pool, std::string_view isa, std::string_view elements, X x, Bytes codes, Bytes scales,
-                              ffi::Result<Y> y) {
-  const auto a = x.dimensions(), b = codes.dimensions(), s = scales.dimensions(), c = y->dimensions();
-  if (b[1] != a[1] || mx8::kBlock * s[1] != a[1] || s[0] != b[0] || c[0] != a[0] || c[1] != b[0]) return unfitting();
-  const auto* kernel = choose(mx8_choices(), isa);
-  if (kernel == nullptr) return unsupported(isa);
-  const mx8::Format format = {elements[1] - '0', elements[3] - '0'};
-  mx8_matmul(*kernel, pool, format, x.typed_data(), codes.typed_data(), scales.typed_data(), y->typed_data(), a[0], b[0], a[1]);
   return ffi::Error::Success();
 }
 
@@ -131,20 +102,6 @@ static ffi::Error attention_handler(ffi::ThreadPool pool, std::string_view isa, 
   if (kernel == nullptr) return unsupported(isa);
   attention::attention(*kernel, pool, elements(q), elements(k), elements(v), first.typed_data(), last.typed_data(), y->typed_data(),
                        shape);
-  return ffi::Error::Success();
-}
-
-static ffi::Error put_window_handler(ffi::AnyBuffer buffer, Slot start, ffi::AnyBuffer values, ffi::Result<ffi::AnyBuffer> out) {
-  const auto a = buffer.dimensions(), b = values.dimensions();
-  const bool types = buffer.element_type() == values.element_type() && buffer.element_type() == out->element_type();
-  if (!types || a.size() != 4 || b.size() != 4 || a[0] != b[0] || a[1] != b[1] || a[3] != b[3] || start.dimensions()[0] != a[0] ||
-      out->element_count() != buffer.element_count()) {
-    return unfitting();
-  }
-  if (out->untyped_data() != buffer.untyped_data()) std::memcpy(out->untyped_data(), buffer.untyped_data(), buffer.size_bytes());
-  const auto row_bytes = a[3] * static_cast<int64_t>(ffi::ByteWidth(buffer.element_type()));
-  put_window(static_cast<char*>(out->untyped_data()), start.typed_data(), static_cast<const char*>(values.untyped_data()), a[0], a[1],
-             a[2], b[2], row_bytes);
   return ffi::Error::Success();
 }
 
@@ -204,43 +161,3 @@ static const char* names(const Choices& choices) {
   extern "C" const char* attention_##name##_isas() {                                         \
     return mlspecqd::names(mlspecqd::attention_choices<mlspecqd::Stored<xla::ffi::type>::Element>()); \
   }
-
-MLSPECQD_HANDLERS(bfloat16, BF16)
-MLSPECQD_HANDLERS(float16, F16)
-MLSPECQD_HANDLERS(float32, F32)
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(mxfp4_matmul, mlspecqd::mxfp4_handler,
-                              xla::ffi::Ffi::Bind()
-                                  .Ctx<xla::ffi::ThreadPool>()
-                                  .Attr<std::string_view>("isa")
-                                  .Arg<mlspecqd::X>()
-                                  .Arg<mlspecqd::Bytes>()
-                                  .Arg<mlspecqd::Bytes>()
-                                  .Ret<mlspecqd::Y>());
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(mx8_matmul, mlspecqd::mx8_handler,
-                              xla::ffi::Ffi::Bind()
-                                  .Ctx<xla::ffi::ThreadPool>()
-                                  .Attr<std::string_view>("isa")
-                                  .Attr<std::string_view>("elements")
-                                  .Arg<mlspecqd::X>()
-                                  .Arg<mlspecqd::Bytes>()
-                                  .Arg<mlspecqd::Bytes>()
-                                  .Ret<mlspecqd::Y>());
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(angles, mlspecqd::angles_handler,
-                              xla::ffi::Ffi::Bind()
-                                  .Arg<mlspecqd::Slots>()
-                                  .Arg<mlspecqd::Row<xla::ffi::F32>>()
-                                  .Ret<mlspecqd::Thirds>()
-                                  .Ret<mlspecqd::Thirds>());
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(put_window, mlspecqd::put_window_handler,
-                              xla::ffi::Ffi::Bind()
-                                  .Arg<xla::ffi::AnyBuffer>()
-                                  .Arg<mlspecqd::Slot>()
-                                  .Arg<xla::ffi::AnyBuffer>()
-                                  .Ret<xla::ffi::AnyBuffer>());
-
-extern "C" const char* mxfp4_matmul_isas() { return mlspecqd::names(mlspecqd::mxfp4_choices()); }
-extern "C" const char* mx8_matmul_isas() { return mlspecqd::names(mlspecqd::mx8_choices()); }

@@ -1,0 +1,3 @@
+#include "handlers.h"
+
+MLSPECQD_HANDLERS(bfloat16, BF16)

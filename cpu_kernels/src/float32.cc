@@ -1,0 +1,3 @@
+#include "handlers.h"
+
+MLSPECQD_HANDLERS(float32, F32)
