@@ -51,7 +51,9 @@ def test_greedy_is_the_argmax_of_the_whole_text(demo, stack):
     assert out.text[0] == demo.tokenizer.decode(out.prompt_tokens[0] + out.tokens[0], skip_special_tokens=True)[len(PROMPTS[0]) :]
 
 
-@pytest.mark.parametrize("rule", ["coupled", pytest.param("rejection", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "rule", [pytest.param("coupled", marks=pytest.mark.slow), pytest.param("rejection", marks=pytest.mark.exhaustive)]
+)
 def test_row_r_of_a_batch_at_seed_s_is_that_prompt_alone_at_seed_s_plus_r(stack, rule):
     arguments = {"max_new_tokens": NEW, "temperature": 0.9, "top_p": 0.95, "rule": rule}
     batch = mlsd.generate(stack, PROMPTS, seed=5, **arguments)

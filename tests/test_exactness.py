@@ -7,13 +7,11 @@ import pytest
 import mlspecqd_jax as mlsd
 from mlspecqd_jax import specs
 
+pytestmark = pytest.mark.exhaustive
 CHOICES = {"greedy": {}, "coupled": {"temperature": 0.8, "seed": 7}}
 
 
-@pytest.fixture(
-    scope="module",
-    params=[pytest.param("float32", marks=pytest.mark.exhaustive), pytest.param("bfloat16", marks=pytest.mark.slow)],
-)
+@pytest.fixture(scope="module", params=["float32", "bfloat16"])
 def stories(request, shared):
     return mlsd.load(shared / "models" / "stories260K", dtype=request.param)
 
@@ -40,11 +38,8 @@ def first_difference(ours, theirs):
     )
 
 
-@pytest.mark.parametrize("share_cache", [True, pytest.param(False, marks=pytest.mark.exhaustive)], ids=["shared", "own"])
-@pytest.mark.parametrize(
-    "given",
-    ["mxfp4:6 ngram:3", *(pytest.param(given, marks=pytest.mark.exhaustive) for given in ("mxfp4:6", "mxfp8_e4m3:6 mxfp4:3"))],
-)
+@pytest.mark.parametrize("share_cache", [True, False], ids=["shared", "own"])
+@pytest.mark.parametrize("given", ["mxfp4:6", "mxfp4:6 ngram:3", "mxfp8_e4m3:6 mxfp4:3"])
 def test_a_hundred_stories_are_those_of_plain_decoding(stories, prompts, plain, given, share_cache):
     drafters = specs.drafters(specs.parse(given.split()), stories, mlsd.load)
     stack = mlsd.stack(stories, *drafters, share_cache=share_cache)
@@ -54,7 +49,6 @@ def test_a_hundred_stories_are_those_of_plain_decoding(stories, prompts, plain, 
         assert out.report["levels"][0]["token_acceptance"] > 0.7
 
 
-@pytest.mark.exhaustive
 def test_acceptance_is_the_same_alone_and_in_a_batch_of_sixteen(shared, prompts):
     model = mlsd.load(shared / "models" / "stories260K", dtype="float32")
     stack = mlsd.stack(model, (model.quantized(), 6), (mlsd.prompt_lookup(), 3))

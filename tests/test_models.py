@@ -39,6 +39,7 @@ def run(folder):
     return [weakref.ref(leaf) for leaf in jax.tree.leaves(model.params)], weakref.ref(model.tokenizer)
 
 
+@pytest.mark.slow
 def test_loading_again_compiles_nothing_and_keeps_nothing(tmp_path, compilations, monkeypatch):
     folder = folders.write(tmp_path / "model")
     params, _ = run(folder)

@@ -30,7 +30,7 @@ def test_odd_sizes(n, k, m, tiles, subnormals):
     mx_weights.assert_product(product(x, packed, scales, tiles, subnormals=subnormals), x, packed, scales)
 
 
-@pytest.mark.parametrize(("n", "k", "m", "tiles"), SIZES)
+@pytest.mark.parametrize(("n", "k", "m", "tiles"), [SIZES[0], *(pytest.param(*size, marks=pytest.mark.slow) for size in SIZES[1:])])
 def test_on_the_simulator(n, k, m, tiles, capfd):
     """With copies made as soon as they are asked for, memory full of NaN, and no two accesses that race."""
     x, packed, scales = mx_weights.random(n, k, m)

@@ -155,10 +155,7 @@ SHAPES = {
 }
 QUICK, LONG = (
     {("576", "bfloat16")},
-    {
-        ("576", "float32"),
-        ("1536", "bfloat16"),
-    },
+    {("576", "float32")},
 )
 # Batch and window, and the buckets of their buffers.
 PROGRAMS = ((1, 1, 256), (1, 6, 256), (2, 1, 512), (4, 16, 256), (8, 8, 256))

@@ -399,7 +399,7 @@ def test_rejection_keeps_the_joint_distribution_of_plain_decoding():
     check_joint(30_000, seed=0)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_rejection_keeps_the_joint_distribution_at_length():
     for seed in (10**6, 2 * 10**6):
         check_joint(300_000, seed)

@@ -244,7 +244,7 @@ def test_a_draft_of_too_few_positions_is_refused(demo, other):
         mlsd.generate(stack, PROMPTS[0])
 
 
-@slow
+@exhaustive
 def test_padded_vocabularies_of_one_tokenizer_draft_for_each_other(quick):
     """A draft of fewer and of more logits than the target; the latter's favourites are tokens that the target has not got."""
     plain = mlsd.generate(mlsd.stack(quick), PROMPTS, max_new_tokens=NEW, temperature=0.7)

@@ -58,7 +58,7 @@ def stack(request):
     return stacks.stack(target, *[(target.quantized(), 6), (small, 3)] * (request.param != "plain"))
 
 
-PROGRAMS = pytest.mark.parametrize("name", ["feed", "advance", pytest.param("generate_tokens", marks=pytest.mark.slow)])
+PROGRAMS = pytest.mark.parametrize("name", ["feed", "advance", pytest.param("generate_tokens", marks=pytest.mark.exhaustive)])
 
 
 @pytest.fixture(scope="module")

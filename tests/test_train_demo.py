@@ -218,6 +218,7 @@ def test_a_bad_argument_is_one_sentence_and_exit_code_2(run, capsys, bad, word):
     assert len(message.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_a_work_folder_of_another_run_is_refused(run, capsys):
     assert run("out", "--stop-at", "1") == 0
     assert run("out", "--lr", "0.5") == 2
@@ -243,10 +244,8 @@ def test_data_is_prepared_once_and_not_from_other_files(script, run, sources, tm
     assert script.main(["demo-small", *folders, *TINY, "--stop-at", "1"]) == 0
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "number", [signal.SIGINT, *(pytest.param(n, marks=pytest.mark.exhaustive) for n in (signal.SIGTERM, signal.SIGKILL))]
-)
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_signal_costs_nothing(run, sources, tmp_path, number):
     steps = ["--steps", "400", "--log-every", "1"]
     assert run("whole", *steps) == 0
