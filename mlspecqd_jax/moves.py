@@ -9,6 +9,7 @@ Notation: B batch, H heads, S cache length, W window, D head size, V vocabulary,
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 
 import cpu_kernels
 
@@ -26,9 +27,14 @@ def rows(table: jax.Array, index: jax.Array) -> jax.Array:
         # With the conversion kept in the loop it fuses into the gather, which then reads the rows alone.
         return gather(*jax.lax.optimization_barrier((table, index)))
 
-    if not _is_converted(table):
-        return gather(table, index)
-    return jax.lax.platform_dependent(table, index, cpu=unhoisted, default=gather)
+    def by_rows(table, index):
+        # Else XLA:GPU may lay a single row out as a column, for a kernel that reads it so, and make a transposed table for it.
+        found = gather(table, index)
+        return with_layout_constraint(found, Layout(tuple(range(found.ndim))))
+
+    on_cpu = unhoisted if _is_converted(table) else gather
+    on_gpu = by_rows if jax.sharding.get_abstract_mesh().size < 2 else gather  # the constraint says nothing of how a table is split
+    return jax.lax.platform_dependent(table, index, cpu=on_cpu, cuda=on_gpu, default=gather)
 
 
 def put_window(buffer: jax.Array, start: jax.Array, values: jax.Array) -> jax.Array:
