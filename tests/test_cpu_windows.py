@@ -32,9 +32,7 @@ def random_model(config):
     return network, {name: (w / w.shape[-1] ** 0.5 + (w.ndim == 1)).astype(jnp.bfloat16) for name, w in random.items()}
 
 
-@pytest.fixture(
-    scope="module", params=["demo", "qwen3", *(pytest.param(n, marks=pytest.mark.exhaustive) for n in ("llama", "qwen2.5"))]
-)
+@pytest.fixture(scope="module", params=["demo", *(pytest.param(name, marks=pytest.mark.exhaustive) for name in WIDE)])
 def model(request):
     """A network and its parameters."""
     if request.param != "demo":

@@ -184,7 +184,7 @@ def test_the_batch_of_a_step_depends_on_seed_and_step_alone(training_script):
         assert training_script.random_batch(tokens, schedule, step).shape == (2, 17)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_products_in_bfloat16_leave_weights_and_optimizer_in_float32(run, tmp_path):
     assert run("fine", "--compute", "float32") == 0
     assert run("coarse", "--compute", "bfloat16") == 0
@@ -218,7 +218,7 @@ def test_a_bad_argument_is_one_sentence_and_exit_code_2(run, capsys, bad, word):
     assert len(message.splitlines()) == 1
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_work_folder_of_another_run_is_refused(run, capsys):
     assert run("out", "--stop-at", "1") == 0
     assert run("out", "--lr", "0.5") == 2
