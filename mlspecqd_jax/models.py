@@ -91,7 +91,7 @@ class Model:
                 f"{self.card.name} is quantized already (format {self.recipe.format}, scale rule {self.recipe.scale_rule}, "
                 f"policy {dict(self.recipe.policy)}); quantize the original model instead"
             )
-        dtype = self.params["model.embed_tokens.weight"].dtype
+        dtype = self.params[EMBEDDING].dtype
         finish = functools.partial(layouts.for_device, dtype=dtype, mesh=self.network.mesh)
         if recipe in self.drafts:
             params = self.params | checkpoint.restore_draft(self.folder, self.network, recipe, finish)

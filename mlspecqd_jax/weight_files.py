@@ -15,10 +15,10 @@ from safetensors import SafetensorError, safe_open
 
 from mlspecqd_jax.arguments import brief
 from mlspecqd_jax.json_files import printable, read_json, reason
+from mlspecqd_jax.quantization import EMBEDDING, HEAD
 
 FILE, INDEX, SUFFIX = "model.safetensors", "model.safetensors.index.json", ".safetensors"
 FLOATS = ("F64", "F32", "F16", "BF16")
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # Tensors that cannot change what a decoder puts out: buffers that are computed anew, scales of a quantized cache, and heads for
 # other tasks.
 BALLAST = (

@@ -51,7 +51,7 @@ MORE = [
     ("shared>own>ngram", "rejection"),
     ("", "coupled"),
 ]
-P_VALUE = 1e-3 / (2 * len(LENGTHY + MORE) * len(FILTERS))
+P_VALUE = 1e-3 / (len(LENGTHY + MORE) * len(FILTERS))
 
 
 def arguments(name, rule, batch, seed=0):
@@ -127,10 +127,10 @@ def test_joint_sequences_follow_the_target_at_length(name, rule):
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize(("name", "rule"), [case for case in LENGTHY + MORE if case[1] == "rejection"])
+@pytest.mark.parametrize(("name", "rule"), LENGTHY + MORE)
 def test_joint_sequences_follow_the_target_at_more_length(name, rule):
-    """Law 5, where drafts change what is drawn: each filter has twice as many rows as a batch."""
-    check(jax.jit(generate_tokens), name, rule, LONG, BATCHES)
+    """Law 5, with more rows; under the rejection rule, where drafts change what is drawn, each filter has twice a batch."""
+    check(jax.jit(generate_tokens), name, rule, LONG, BATCHES if rule == "rejection" else 2)
 
 
 # Mutations: what `verify` returns, or is given, with one thing wrong.

@@ -23,7 +23,7 @@ FEW = {
     "ngram:4": (1, [8]),
     "mxfp4:8 ngram:3": (9, [4]),
     "mxfp8_e4m3:7 mxfp4:3, own caches": (13, [2]),
-    "none": (15, [8]),
+    "none": (15, [16]),
 }
 
 pytestmark = pytest.mark.real
