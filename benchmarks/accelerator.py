@@ -35,8 +35,8 @@ MODELS = {
     "1B": (128256, 2048, 8192, 16, 32, 8, 64, 131072),
     "tiny": (256, 64, 96, 1, 4, 2, 16, 1024),
 }
-COPIES = 16  # of a weight, at most: each is one more product to compile
-CACHES = 2**27  # bytes: copies of a weight are more than what caches hold
+IN_TURN = 16  # products of a loop's body, so that the host's work for one round of it, some 20 us, is a small part
+CACHES = 2**27  # bytes: copies of a weight are more than what caches hold, if `IN_TURN` of them can be
 ACCEPTANCE = (0.8, 0.9, 0.95)  # of the twin's tokens; 0.6 of the look-up's that draft for it
 WHILE = "--xla_gpu_enable_command_buffer=+WHILE,+CONDITIONAL"
 PARTS = {"kernels": "", "programs": "", "exactness": "", "programs, loops in command buffers": WHILE}
@@ -91,19 +91,20 @@ def chained(run, weight, size: int):
     """Return (function that multiplies x by copies of a weight, one product after the other; how many products these are)."""
     import jax
 
-    copies = [jax.tree.map(lambda part: part + 0, weight) for _ in range(min(max(2, CACHES // weight.nbytes), COPIES))]
-    repeats = max(1, size // (weight.nbytes * len(copies)))
+    copies = [jax.tree.map(lambda part: part + 0, weight) for _ in range(min(1 + CACHES // weight.nbytes, IN_TURN))]
+    in_turn = [copies[i % len(copies)] for i in range(IN_TURN)]
+    repeats = max(1, size // (weight.nbytes * IN_TURN))
 
     @jax.jit
-    def chain(x, copies):
+    def chain(x, in_turn):
         def through(_, x):
-            for copy in copies:
+            for copy in in_turn:
                 x = x + 0 * run(x, copy)[:, :1].astype(x.dtype)
             return x
 
         return jax.lax.fori_loop(0, repeats, through, x)
 
-    return lambda x: chain(x, copies), repeats * len(copies)
+    return lambda x: chain(x, in_turn), repeats * IN_TURN
 
 
 def kernels(options) -> dict:
@@ -210,7 +211,7 @@ def generated(stack, about: dict, options) -> list[dict]:
 
     import mlspecqd_jax as mlsd
 
-    run = jax.jit(mlsd.generate_tokens, static_argnames="prefill_width")
+    run = jax.jit(mlsd.generate_tokens, static_argnames="prefill_width", compiler_options=mlsd.compiler_options(stack))
     tokens = jnp.ones((1, mlsd.buffer_length(16 + options.new_tokens)), jnp.int32)
     length, limit = jnp.array([16]), jnp.array([16 + options.new_tokens])
     judges = sum(level.draft_len > 0 for level in stack.levels)

@@ -3,7 +3,7 @@
 
 def measured(result: dict) -> str:
     """Return the three tables and what they were measured on."""
-    return "\n\n".join([products(result["kernels"]), generation(result), exactness(result["exactness"])])
+    return "\n\n".join([products(result["kernels"]), generation(result), exactness(result)])
 
 
 def products(part: dict) -> str:
@@ -40,14 +40,16 @@ def generation(result: dict) -> str:
     return "\n".join([*lines, "", note])
 
 
-def exactness(part: dict) -> str:
+def exactness(result: dict) -> str:
     """Return the table of rows that differ from plain decoding of the same batch, and of each row alone."""
-    head = "| stack | batch | T | rows | unlike plain, same batch | unlike plain, alone | token acceptance | tokens/s |"
-    lines = [head, "|---" * 8 + "|"]
-    for run in part["runs"]:
-        accepted = f"{run['token_acceptance']:.3f}" if run["token_acceptance"] else ""
-        lines.append(
-            f"| {run['stack']} | {run['batch']} | {run['temperature']:g} | {run['rows']} | {run['unlike_plain']} | "
-            f"{run['unlike_plain_alone']} | {accepted} | {run['tokens_per_second']:.0f} |"
-        )
-    return "\n".join([*lines, "", f"{part['model']}, bfloat16, 100 new tokens a row."])
+    head = (
+        "| stack | algorithms | batch | T | rows | unlike plain, same batch | unlike plain, alone | token acceptance | tokens/s |"
+    )
+    lines = [head, "|---" * 9 + "|"]
+    for name, algorithms in (("exactness, algorithms timed", "timed"), ("exactness", "one a shape")):
+        for run in result.get(name, {"runs": []})["runs"]:
+            accepted = f"{run['token_acceptance']:.3f}" if run["token_acceptance"] else ""
+            cells = (run["stack"], algorithms, run["batch"], f"{run['temperature']:g}", run["rows"], run["unlike_plain"])
+            cells += (run["unlike_plain_alone"], accepted, f"{run['tokens_per_second']:.0f}")
+            lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join([*lines, "", f"{result['exactness']['model']}, bfloat16, 100 new tokens a row."])

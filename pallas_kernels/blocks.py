@@ -27,11 +27,13 @@ def tpu_block_n(n: int, tiles: int) -> int:
     return min(whole, fitting[0] if fitting else TPU_BLOCKS_N[-1])
 
 
-# Outputs of a program, warps and pipeline stages of the GPU kernel by chip, and how many programs keep its memory busy: four for
-# each of its processors (A100 has 108, L4 58, H200 132).
-GPU_BLOCKS = {"sm_80": (64, 2, 4, 432), "sm_89": (64, 2, 3, 232), "sm_90": (64, 2, 4, 528)}
+# Outputs of a program, warps and pipeline stages of the GPU kernel by chip, and how many programs keep its memory busy: nearly four
+# for each of its processors (A100 has 108, L4 58, H200 132). Measured on an H200 alone.
+GPU_BLOCKS = {"sm_80": (64, 2, 4, 400), "sm_89": (64, 2, 3, 215), "sm_90": (64, 2, 4, 490)}
 GPU_DEFAULT = "sm_90"
-GPU_CHUNKS = 8  # at least, that a program goes through: fewer would not fill the pipeline
+GPU_SMALL = 16, 1  # outputs and warps of a program of a weight that makes fewer than GPU_FEW programs of the size above
+GPU_FEW = 128
+GPU_CHUNKS = 2  # at least, that a program goes through
 
 
 def gpu_blocks(chip: str, n: int, chunks: int) -> tuple[int, int, int, int]:
@@ -40,4 +42,6 @@ def gpu_blocks(chip: str, n: int, chunks: int) -> tuple[int, int, int, int]:
     splits = 1
     while n // block * splits < programs and chunks // (2 * splits) >= GPU_CHUNKS:
         splits *= 2
+    if n // block * splits < GPU_FEW:
+        block, warps = GPU_SMALL
     return block, splits, warps, stages

@@ -18,7 +18,7 @@ MOST_K = 2**17  # a TPU kernel keeps the activations of all of K on the chip
 LAYOUTS = {
     "tpu": (("k", None, "n"), ("k", None, "n")),
     "tpu without subnormals": (("k", None, "n"), ("k", None, "n")),
-    "gpu": (("k", "n", None), ("k", "n")),
+    "gpu": (("k", "n", None), ("k", "n"), ("n",)),
     "grouped": (("k", None, "n"), ("k", "n")),
     "reduced": (("n", "k"), ("n", "k")),
     "decoded": (("n", "k"), ("n", "k")),
