@@ -12,7 +12,7 @@ from mlspecqd_jax.levels import Level
 from mlspecqd_jax.models import Card, Model, convert, load
 from mlspecqd_jax.sampling import Sampling
 from mlspecqd_jax.speculation import State, advance, buffer_length, finished, generate_tokens, init, step
-from mlspecqd_jax.stacks import prompt_lookup, stack
+from mlspecqd_jax.stacks import compiler_options, prompt_lookup, stack
 
 __version__ = "0.1.0"
 
@@ -29,6 +29,7 @@ __all__ = [
     "advance",
     "buffer_length",
     "compare",
+    "compiler_options",
     "convert",
     "finished",
     "generate",

@@ -1,6 +1,7 @@
 """`generate` and `stream`: text in, text out, over the pure functions of `speculation`."""
 
 import dataclasses
+import functools
 import time
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -16,6 +17,7 @@ from mlspecqd_jax.levels import Level, piece_width
 from mlspecqd_jax.models import Card
 from mlspecqd_jax.sampling import Sampling
 from mlspecqd_jax.speculation import State
+from mlspecqd_jax.stacks import compiler_options
 from mlspecqd_jax.text import Decoder, encode
 
 DEFAULT_NEW_TOKENS = 128
@@ -23,9 +25,27 @@ PREFILL_WIDTHS = (16, 64, speculation.PREFILL_WIDTH)
 ROUNDS_TO_STOP_STRINGS = 16  # rounds between looks at the text when stop strings are given
 SLICE_SECONDS = 0.2  # of work in one call, after which an interrupt is heeded
 
-_begin = jax.jit(speculation.begin, static_argnames="prefill_width")
-_feed = jax.jit(speculation.feed, donate_argnames="state", static_argnames="prefill_width")
-_advance = jax.jit(speculation.advance, donate_argnames="state")
+
+class Programs(NamedTuple):
+    """The jitted functions of a generation; each compiles anew for other shapes."""
+
+    begin: Any
+    feed: Any
+    advance: Any
+
+
+@functools.cache
+def _jitted(options: tuple[tuple[str, Any], ...]) -> Programs:
+    jit = functools.partial(jax.jit, compiler_options=dict(options))
+    return Programs(
+        begin=jit(speculation.begin, static_argnames="prefill_width"),
+        feed=jit(speculation.feed, static_argnames="prefill_width", donate_argnames="state"),
+        advance=jit(speculation.advance, donate_argnames="state"),
+    )
+
+
+def _programs(stack: Level) -> Programs:
+    return _jitted(tuple(compiler_options(stack).items()))
 
 
 class Arguments(TypedDict, total=False):
@@ -257,9 +277,10 @@ def _card(stack: Level) -> Card:
 def _compile(stack: Level, batch: Batch, sampling: Sampling) -> tuple[State, float]:
     """Compile by calls that have nothing to do; return the state in which nothing is fed yet, and the seconds it took."""
     began = time.perf_counter()
-    state = _begin(stack, batch.tokens, batch.length, sampling, prefill_width=batch.prefill_width)
-    state = _feed(stack, state, prefill_width=batch.prefill_width, first=np.int32(0), pieces=np.int32(0))
-    state = _advance(stack, state, np.array(batch.limit), sampling, np.int32(0))
+    run = _programs(stack)
+    state = run.begin(stack, batch.tokens, batch.length, sampling, prefill_width=batch.prefill_width)
+    state = run.feed(stack, state, prefill_width=batch.prefill_width, first=np.int32(0), pieces=np.int32(0))
+    state = run.advance(stack, state, np.array(batch.limit), sampling, np.int32(0))
     return jax.block_until_ready(state), time.perf_counter() - began
 
 
@@ -268,10 +289,10 @@ def _prefill(stack: Level, state: State, batch: Batch) -> State:
     """Feed the prompts, some pieces a call."""
     width = piece_width(batch.prefill_width, batch.tokens.shape[1])
     total = -(-(int(np.max(batch.length)) - 1) // width)
-    first, pieces = 0, 1
+    first, pieces, feed = 0, 1, _programs(stack).feed
     while first < total:
         began = time.perf_counter()
-        state = _feed(stack, state, prefill_width=batch.prefill_width, first=np.int32(first), pieces=np.int32(pieces))
+        state = feed(stack, state, prefill_width=batch.prefill_width, first=np.int32(first), pieces=np.int32(pieces))
         jax.block_until_ready(state.cache)
         first, pieces = first + pieces, _next(pieces, time.perf_counter() - began, total)
     return state
@@ -280,7 +301,7 @@ def _prefill(stack: Level, state: State, batch: Batch) -> State:
 @settings.held
 def _slice(stack: Level, state: State, limit: np.ndarray, sampling: Sampling, rounds: int):
     """Run some rounds; return the state, and what the host looks at of it: tokens, length, ended, broken."""
-    state = _advance(stack, state, limit, sampling, np.int32(rounds))
+    state = _programs(stack).advance(stack, state, limit, sampling, np.int32(rounds))
     return state, jax.device_get((state.tokens, state.length, state.ended, state.broken))
 
 

@@ -18,6 +18,10 @@ from mlspecqd_jax.quantization import EMBEDDING
 # on every processor. Elsewhere one padded width is alike by construction.
 CPU_ROWS, ROWS = 2, 16
 
+# Else XLA:GPU times several algorithms for each product whenever it compiles, and two programs may get two for the same product:
+# 7 of 32 rows of a real model differed on an H200. cuBLAS takes one algorithm for a shape.
+ONE_ALGORITHM = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
+
 
 @settings.held
 def stack(target: Model, *drafters: Any, exact: bool = True, share_cache: bool = True) -> Level:
@@ -63,6 +67,12 @@ def stack(target: Model, *drafters: Any, exact: bool = True, share_cache: bool =
             card=model.card if i else dataclasses.replace(model.card, exact=exact),
         )
     return below
+
+
+def compiler_options(stack: Level) -> dict[str, Any]:
+    """Return the `compiler_options` of a `jax.jit` that runs this stack: on GPU an exact one needs the same products everywhere."""
+    platform = next(iter(stack.params[EMBEDDING].devices())).platform
+    return dict(ONE_ALGORITHM) if stack.card.exact and platform == "gpu" else {}
 
 
 def prompt_lookup(max_ngram: int = 3, min_ngram: int = 1) -> PromptLookup:

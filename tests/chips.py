@@ -57,7 +57,7 @@ def mesh(name: str) -> Mesh:
     return Mesh(np.array(devices), ("model",), axis_types=(AxisType.Auto,))
 
 
-def compile_for(mesh: Mesh, function, *arguments, **options):
+def compile_for(mesh: Mesh, function, *arguments, compiler_options=None, **options):
     """Compile a function for a mesh; arguments without a sharding are whole on every device."""
     whole = NamedSharding(mesh, PartitionSpec())
 
@@ -65,6 +65,11 @@ def compile_for(mesh: Mesh, function, *arguments, **options):
         return x if x.sharding is not None else jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole)
 
     # On a GPU that is not here there is nothing to time on.
-    settings = {"xla_gpu_autotune_level": "0"} if mesh.devices.flat[0].platform == "gpu" else {}
+    settings = {"xla_gpu_autotune_level": 0} if mesh.devices.flat[0].platform == "gpu" else {}
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        return jax.jit(function, **options).trace(*jax.tree.map(placed, arguments)).lower().compile(settings)
+        return (
+            jax.jit(function, **options)
+            .trace(*jax.tree.map(placed, arguments))
+            .lower()
+            .compile(settings | (compiler_options or {}))
+        )

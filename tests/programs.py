@@ -12,6 +12,7 @@ from mlspecqd_jax.levels import Level
 from mlspecqd_jax.partition import cache_sharding, weight_sharding
 from mlspecqd_jax.quantization import quantize_params
 from mlspecqd_jax.sampling import Sampling
+from mlspecqd_jax.stacks import ONE_ALGORITHM
 from mlspecqd_jax.transformer import LanguageModel, ModelConfig
 
 LLAMA_8B = ModelConfig(
@@ -59,7 +60,19 @@ def compile_stack(mesh, target: ModelConfig, small: ModelConfig, batch: int, siz
     networks = [LanguageModel(config, mesh) for config in (target, small)]
     innermost = Level(networks[1], twin(small, mesh, dtype))
     middle = Level(networks[0], twin(target, mesh, dtype), innermost, 3, share_cache=True)
-    stack = Level(networks[0], plain(target, mesh, dtype), middle, 7, window_multiple=16)
+    return compiled(mesh, Level(networks[0], plain(target, mesh, dtype), middle, 7, window_multiple=16), target, batch, size)
+
+
+def compile_twin(mesh, target: ModelConfig, draft_len: int, batch: int, size: int):
+    """Compile `advance` of target > its twin, or of the target alone where draft_len is 0, as an exact stack on GPU."""
+    network = LanguageModel(target, mesh)
+    below = Level(network, twin(target, mesh), share_cache=True) if draft_len else None
+    stack = Level(network, plain(target, mesh), below, draft_len, window_multiple=16)
+    return compiled(mesh, stack, target, batch, size, compiler_options=ONE_ALGORITHM)
+
+
+def compiled(mesh, stack: Level, target: ModelConfig, batch: int, size: int, **options):
+    """Compile `advance` of a stack, its caches split over the mesh."""
     sampling = jax.eval_shape(lambda: Sampling.create(batch, target.vocab_size))
     tokens, row = jax.ShapeDtypeStruct((batch, size), jnp.int32), jax.ShapeDtypeStruct((batch,), jnp.int32)
 
@@ -71,4 +84,4 @@ def compile_stack(mesh, target: ModelConfig, small: ModelConfig, batch: int, siz
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         state = jax.tree.map(placed, jax.eval_shape(speculation.init, stack, tokens, row, sampling))
     rounds = jax.ShapeDtypeStruct((), jnp.int32)
-    return chips.compile_for(mesh, speculation.advance, stack, state, row, sampling, rounds, donate_argnums=1)
+    return chips.compile_for(mesh, speculation.advance, stack, state, row, sampling, rounds, donate_argnums=1, **options)

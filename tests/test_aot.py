@@ -3,12 +3,14 @@
 Needs the `aot` extra (the compilers of both vendors, without drivers). Nothing is run.
 """
 
+import collections
 import dataclasses
+import re
 
 import chips
 import pytest
 from hlo import HOST_OPERATIONS, aliased, cache_copies, decoded, widened
-from programs import LLAMA_1B, LLAMA_8B, compile_stack
+from programs import LLAMA_1B, LLAMA_8B, compile_stack, compile_twin
 
 from mlspecqd_jax.transformer import LanguageModel
 
@@ -69,3 +71,19 @@ def test_it_fits(program, mesh):
     memory = program.memory_analysis()
     used = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     assert used < chips.MEMORY["v5e" if mesh.devices.flat[0].platform == "tpu" else "H200"]
+
+
+def test_exact_programs_share_the_products_of_the_target():
+    """Each product of plain decoding is one of every stack's: the same call of a library that takes one algorithm for a shape."""
+    mesh = chips.mesh("H200")
+    found = []
+    for draft_len in (0, 5):
+        hlo = compile_twin(mesh, SMALL, draft_len, BATCH, SIZE).as_text()
+        assert "__triton_gemm" not in hlo
+        calls = re.findall(
+            r"= \((\w+\[[\d,]+\]).*?custom_call_target=\"__cublas\S*\".*?(\"gemm_backend_config\":\{.*?\}),\"force", hlo
+        )
+        found.append(collections.Counter(calls))
+    plain, stack = found
+    assert sum(plain.values()) >= 6
+    assert plain <= stack

@@ -66,9 +66,9 @@ def test_row_r_of_a_batch_at_seed_s_is_that_prompt_alone_at_seed_s_plus_r(stack,
 
 def test_a_stack_built_again_is_not_traced_again(demo, stack):
     mlsd.generate(stack, PROMPTS[0], max_new_tokens=4)
-    before = [f._cache_size() for f in (api._begin, api._feed, api._advance)]
+    before = [f._cache_size() for f in api._programs(stack)]
     mlsd.generate(mlsd.stack(demo), PROMPTS[1], max_new_tokens=5, temperature=0.5, seed=9)
-    assert [f._cache_size() for f in (api._begin, api._feed, api._advance)] == before
+    assert [f._cache_size() for f in api._programs(stack)] == before
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
@@ -195,11 +195,11 @@ def test_positions_limit_the_text(demo, stack):
     ],
 )
 def test_bad_arguments_are_one_sentence(stack, arguments, message):
-    before = api._advance._cache_size()
+    before = api._programs(stack).advance._cache_size()
     with pytest.raises(ValueError, match=message) as caught:
         mlsd.generate(stack, "x", **arguments)
     assert "\n" not in str(caught.value)
-    assert api._advance._cache_size() == before  # refused before tracing
+    assert api._programs(stack).advance._cache_size() == before  # refused before tracing
 
 
 def test_arguments_are_those_of_the_batch_and_of_sampling():
@@ -313,7 +313,7 @@ def test_slices_of_any_size_give_one_text_and_one_trace(small, monkeypatch):
         monkeypatch.setattr(api, "SLICE_SECONDS", seconds)
         calls.clear()
         found.append(mlsd.generate(stack, IDS, **arguments))
-        traces.append(api._advance._cache_size())
+        traces.append(api._programs(stack).advance._cache_size())
         assert calls == ([1] * NEW if seconds == 0 else [1, 2, 4, 8, 16])
     assert traces[0] == traces[1]
     assert (found[0].tokens, found[0].logprobs) == (found[1].tokens, found[1].logprobs)
@@ -331,13 +331,14 @@ def test_a_slice_takes_about_its_time():
 def test_a_long_prompt_is_fed_in_slices(small, monkeypatch):
     monkeypatch.setattr(api, "PREFILL_WIDTHS", (16,))
     monkeypatch.setattr(api, "SLICE_SECONDS", 1e9)
-    stack, fed, feed = mlsd.stack(small), [], api._feed
+    stack, fed = mlsd.stack(small), []
+    programs = api._programs(stack)
 
     def counted(*arguments, **pieces):
         fed.append((int(pieces["first"]), int(pieces["pieces"])))
-        return feed(*arguments, **pieces)
+        return programs.feed(*arguments, **pieces)
 
-    monkeypatch.setattr(api, "_feed", counted)
+    monkeypatch.setattr(api, "_programs", lambda stack: programs._replace(feed=counted))
     prompts = [np.arange(5, 75).tolist(), [9]]
     out = mlsd.generate(stack, prompts, max_new_tokens=4, stop_token_ids=[])
     assert fed == [(0, 0), (0, 1), (1, 2), (3, 4)]

@@ -68,8 +68,8 @@ def program(stack):
     state = jax.eval_shape(lambda *arguments: speculation.init(*arguments, prefill_width=16), stack, tokens, length, sampling)
     whole = jax.jit(speculation.generate_tokens, static_argnames="prefill_width")
     lowered = {
-        "feed": lambda: api._feed.lower(stack, state, prefill_width=16, first=np.int32(0), pieces=np.int32(1)),
-        "advance": lambda: api._advance.lower(stack, state, limit, sampling, np.int32(1)),
+        "feed": lambda: api._programs(stack).feed.lower(stack, state, prefill_width=16, first=np.int32(0), pieces=np.int32(1)),
+        "advance": lambda: api._programs(stack).advance.lower(stack, state, limit, sampling, np.int32(1)),
         "generate_tokens": lambda: whole.lower(stack, tokens, length, limit, sampling, prefill_width=16),
     }
     return functools.cache(lambda name: lowered[name]().compile().as_text())
@@ -165,9 +165,9 @@ def test_generate_tokens_traces_once_for_many_requests(stack):
 
 
 def test_generate_traces_once_for_many_requests(stack):
-    before = [f._cache_size() for f in (api._begin, api._feed, api._advance)]
+    before = [f._cache_size() for f in api._programs(stack)]
     for settings in REQUESTS:
         arguments = {"max_new_tokens": 20} | settings
         out = api.generate(stack, [arguments.pop("prompt", PROMPT)], **arguments)
         assert 1 <= len(out.tokens[0]) <= 25
-    assert [f._cache_size() for f in (api._begin, api._feed, api._advance)] == [n + 1 for n in before]
+    assert [f._cache_size() for f in api._programs(stack)] == [n + 1 for n in before]
