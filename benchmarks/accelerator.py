@@ -112,8 +112,8 @@ def kernels(options) -> dict:
     import jax
     import jax.numpy as jnp
 
-    from mlspecqd_jax import layouts
-    from mlspecqd_jax.mxfp4 import dequantize, quantize
+    from mlspecqd_jax.weights import layouts
+    from mlspecqd_jax.weights.mx import dequantize, quantize
     from pallas_kernels import bf16_matmul, chip_of, choose
 
     rate = roof(options.bytes, options.trials)
@@ -167,8 +167,8 @@ def random_model(name: str):
     import jax
     import jax.numpy as jnp
 
-    from mlspecqd_jax.models import Card, Model
-    from mlspecqd_jax.transformer import LanguageModel, ModelConfig
+    from mlspecqd_jax.loading.models import Card, Model
+    from mlspecqd_jax.network.transformer import LanguageModel, ModelConfig
 
     config = ModelConfig(*MODELS[name])
     network, params = LanguageModel(config), {}

@@ -18,7 +18,7 @@ import prompts as prompt_files
 from machine import describe, publish
 
 import mlspecqd_jax as mlsd
-from mlspecqd_jax.predictions import rounds_for, tokens_per_round
+from mlspecqd_jax.speculation.theory import rounds_for, tokens_per_round
 
 CHOICES = {"greedy": {}, "coupled": {"temperature": 0.8}, "rejection": {"temperature": 0.8, "rule": "rejection"}}
 FORMATS = ("mxfp8_e4m3", "mxfp8_e5m2", "mxfp6_e2m3", "mxfp6_e3m2", "mxfp4")

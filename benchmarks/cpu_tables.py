@@ -1,6 +1,6 @@
 """The README's tables of what runs on CPU: weight products, decoding, and peers."""
 
-from mlspecqd_jax.predictions import rounds_for, speedup
+from mlspecqd_jax.speculation.theory import rounds_for, speedup
 
 DRAFT_LENGTHS = range(1, 16)
 ACCEPTANCE = 0.9

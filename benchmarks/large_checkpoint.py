@@ -13,8 +13,8 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from mlspecqd_jax.config_file import read_config
-from mlspecqd_jax.transformer import LanguageModel
+from mlspecqd_jax.loading.config_file import read_config
+from mlspecqd_jax.network.transformer import LanguageModel
 
 CONFIG = {
     "model_type": "llama",

@@ -18,7 +18,7 @@ from machine import describe, publish, spread, watch
 from transformers import CONFIG_MAPPING
 
 import mlspecqd_jax as mlsd
-from mlspecqd_jax import checkpoint
+from mlspecqd_jax.loading import checkpoint
 
 
 def sums(model: mlsd.Model) -> dict[str, float]:

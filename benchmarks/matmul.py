@@ -21,8 +21,8 @@ from machine import describe, publish, spread
 
 import cpu_kernels
 from cpu_kernels.build import find_compiler
-from mlspecqd_jax.mxfp4 import quantize
-from mlspecqd_jax.placement import place
+from mlspecqd_jax.weights.mx import quantize
+from mlspecqd_jax.weights.placement import place
 from pallas_kernels import bf16_matmul as xla_matmul
 
 SIZES = ("5632x2048", "2048x5632", "11008x4096")  # of a 1.1B Llama's MLP, and of a 7B one's

@@ -24,7 +24,7 @@ import jax
 
 import mlspecqd_jax as mlsd
 from mlspecqd_jax import specs
-from mlspecqd_jax.predictions import rounds_for
+from mlspecqd_jax.speculation.theory import rounds_for
 
 PROMPTS = Path(__file__).resolve().parent / "prompts.jsonl"
 OUTER, INNER = 6, 3  # draft_len

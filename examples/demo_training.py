@@ -15,7 +15,7 @@ import orbax.checkpoint as ocp
 from demo_data import Data, windows
 from rich.console import Console
 
-from mlspecqd_jax.transformer import LanguageModel
+from mlspecqd_jax.network.transformer import LanguageModel
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,7 +27,7 @@ from demo_sources import PACKAGES, Origin, folder, package, standard_library, wi
 from demo_training import Schedule, Stopped, evaluate, train
 from safetensors.numpy import save_file
 
-from mlspecqd_jax.transformer import LanguageModel, ModelConfig
+from mlspecqd_jax.network.transformer import LanguageModel, ModelConfig
 
 CHECKPOINTS = Path(__file__).resolve().parent.parent / "checkpoints"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlspecqd-jax"

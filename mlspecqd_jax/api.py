@@ -11,17 +11,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mlspecqd_jax import report, settings, speculation
+from mlspecqd_jax import jax_settings, report
 from mlspecqd_jax.arguments import LARGEST_INT, each_row, flag, instance, is_array, texts
-from mlspecqd_jax.levels import Level, piece_width
-from mlspecqd_jax.models import Card
-from mlspecqd_jax.sampling import Sampling
-from mlspecqd_jax.speculation import State
+from mlspecqd_jax.loading.models import Card
+from mlspecqd_jax.speculation import loop
+from mlspecqd_jax.speculation.levels import Level, piece_width
+from mlspecqd_jax.speculation.loop import State
+from mlspecqd_jax.speculation.sampling import Sampling
 from mlspecqd_jax.stacks import compiler_options
-from mlspecqd_jax.text import Decoder, encode
+from mlspecqd_jax.text.detokenizer import Decoder, encode
 
 DEFAULT_NEW_TOKENS = 128
-PREFILL_WIDTHS = (16, 64, speculation.PREFILL_WIDTH)
+PREFILL_WIDTHS = (16, 64, loop.PREFILL_WIDTH)
 ROUNDS_TO_STOP_STRINGS = 16  # rounds between looks at the text when stop strings are given
 SLICE_SECONDS = 0.2  # of work in one call, after which an interrupt is heeded
 
@@ -38,9 +39,9 @@ class Programs(NamedTuple):
 def _jitted(options: tuple[tuple[str, Any], ...]) -> Programs:
     jit = functools.partial(jax.jit, compiler_options=dict(options))
     return Programs(
-        begin=jit(speculation.begin, static_argnames="prefill_width"),
-        feed=jit(speculation.feed, static_argnames="prefill_width", donate_argnames="state"),
-        advance=jit(speculation.advance, donate_argnames="state"),
+        begin=jit(loop.begin, static_argnames="prefill_width"),
+        feed=jit(loop.feed, static_argnames="prefill_width", donate_argnames="state"),
+        advance=jit(loop.advance, donate_argnames="state"),
     )
 
 
@@ -91,7 +92,7 @@ class Generation:
     report: dict[str, Any]
 
 
-@settings.held
+@jax_settings.held
 def prepare(stack: Level, prompts, *, max_new_tokens: int | Sequence[int] | None = None, chat: bool = False) -> Batch:
     """Encode prompts and lay them out in a buffer whose size is a bucket, so that another prompt is rarely another trace.
 
@@ -130,7 +131,7 @@ def prepare(stack: Level, prompts, *, max_new_tokens: int | Sequence[int] | None
                 f"{draft.name} has {draft.max_positions} positions, but prompt and new tokens take {limit.max()}; "
                 "lower max_new_tokens or draft with a model of more positions"
             )
-    tokens = np.zeros((len(rows), speculation.buffer_length(int(limit.max()))), np.int32)
+    tokens = np.zeros((len(rows), loop.buffer_length(int(limit.max()))), np.int32)
     for r, row in enumerate(rows):
         tokens[r, : len(row)] = row
     width = next((w for w in PREFILL_WIDTHS if w >= length.max() - 1), PREFILL_WIDTHS[-1])
@@ -264,16 +265,16 @@ def _request(stack: Level, prompts, arguments: dict[str, Any]) -> tuple[Batch, S
         ends = card.chat_end_token_ids if batch_arguments.get("chat") else ()
         arguments["stop_token_ids"] = tuple(dict.fromkeys((*card.eos_token_ids, *ends)))
     sampling = Sampling.create(len(batch.length), stack.model.vocab_size, **arguments)
-    speculation.check(stack, sampling)
+    loop.check(stack, sampling)
     return batch, sampling, stops
 
 
 def _card(stack: Level) -> Card:
-    speculation.check_stack(stack)
+    loop.check_stack(stack)
     return instance("the stack's card", stack.card, Card, "one of name, tokenizer and positions: build the stack with mlsd.stack")
 
 
-@settings.held
+@jax_settings.held
 def _compile(stack: Level, batch: Batch, sampling: Sampling) -> tuple[State, float]:
     """Compile by calls that have nothing to do; return the state in which nothing is fed yet, and the seconds it took."""
     began = time.perf_counter()
@@ -284,7 +285,7 @@ def _compile(stack: Level, batch: Batch, sampling: Sampling) -> tuple[State, flo
     return jax.block_until_ready(state), time.perf_counter() - began
 
 
-@settings.held
+@jax_settings.held
 def _prefill(stack: Level, state: State, batch: Batch) -> State:
     """Feed the prompts, some pieces a call."""
     width = piece_width(batch.prefill_width, batch.tokens.shape[1])
@@ -298,7 +299,7 @@ def _prefill(stack: Level, state: State, batch: Batch) -> State:
     return state
 
 
-@settings.held
+@jax_settings.held
 def _slice(stack: Level, state: State, limit: np.ndarray, sampling: Sampling, rounds: int):
     """Run some rounds; return the state, and what the host looks at of it: tokens, length, ended, broken."""
     state = _programs(stack).advance(stack, state, limit, sampling, np.int32(rounds))

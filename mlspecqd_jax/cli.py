@@ -146,12 +146,13 @@ def _generate(a: argparse.Namespace) -> None:
     prompts = a.prompt or prompt_files.read(a.prompt_file)
     a.logit_bias = _biases(a.logit_bias)
 
-    from mlspecqd_jax import api, defaults, models, specs, stacks
+    from mlspecqd_jax import api, planner, specs, stacks
+    from mlspecqd_jax.loading import models
 
     load = functools.cache(functools.partial(models.load, dtype=a.dtype))
     specs.parse(a.draft)  # refused before anything is loaded
     target = load(a.model)
-    drafts = a.draft or defaults.default_drafts(target)
+    drafts = a.draft or planner.default_drafts(target)
     drafters = specs.drafters(specs.parse(drafts), target, load)
     stack = stacks.stack(target, *drafters, exact=not a.inexact, share_cache=not a.own_cache)
     arguments = {name: getattr(a, name) for name in PASSED_ON if hasattr(a, name)}
@@ -234,7 +235,7 @@ def _biases(pairs: list[tuple[int, float]] | None) -> dict[int, float] | None:
 
 
 def _convert(a: argparse.Namespace) -> None:
-    from mlspecqd_jax import models
+    from mlspecqd_jax.loading import models
 
     folder = models.convert(a.model, a.out, dtype=a.dtype, draft=a.draft)
     console.say(f"wrote {folder}; load it with 'mlspecqd generate {folder}'")
@@ -243,7 +244,8 @@ def _convert(a: argparse.Namespace) -> None:
 def _info(a: argparse.Namespace) -> None:
     import jax
 
-    from mlspecqd_jax import matmul, models
+    from mlspecqd_jax.loading import models
+    from mlspecqd_jax.network import matmul
     from pallas_kernels import chip_of
 
     device = jax.devices()[0]

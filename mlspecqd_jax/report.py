@@ -7,9 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mlspecqd_jax.levels import Counts, Level, LevelState
-from mlspecqd_jax.sampling import Sampling
-from mlspecqd_jax.speculation import State
+from mlspecqd_jax.speculation.levels import Counts, Level, LevelState
+from mlspecqd_jax.speculation.loop import State
+from mlspecqd_jax.speculation.sampling import Sampling
 from mlspecqd_jax.stacks import name_of
 
 JUDGED, COLLAPSED = 64, 0.2  # a token acceptance below this, among at least so many judged, is warned of

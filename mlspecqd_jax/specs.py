@@ -8,10 +8,10 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from mlspecqd_jax.models import Model, is_known
-from mlspecqd_jax.mxfp4 import FORMATS
-from mlspecqd_jax.prompt_lookup import PromptLookup
+from mlspecqd_jax.loading.models import Model, is_known
+from mlspecqd_jax.speculation.drafters.prompt_lookup import PromptLookup
 from mlspecqd_jax.stacks import check_draft_len, default_draft_len
+from mlspecqd_jax.weights.mx import FORMATS
 
 NGRAM, NONE = "ngram", "none"
 

@@ -6,13 +6,13 @@ from typing import Any
 import jax
 
 import cpu_kernels
-from mlspecqd_jax import settings
+from mlspecqd_jax import jax_settings
 from mlspecqd_jax.arguments import brief, flag, instance
-from mlspecqd_jax.levels import Level
-from mlspecqd_jax.models import Card, Model
-from mlspecqd_jax.mxfp4 import MXArray, MXFP4Array
-from mlspecqd_jax.prompt_lookup import PromptLookup
-from mlspecqd_jax.quantization import EMBEDDING
+from mlspecqd_jax.loading.models import Card, Model
+from mlspecqd_jax.speculation.drafters.prompt_lookup import PromptLookup
+from mlspecqd_jax.speculation.levels import Level
+from mlspecqd_jax.weights.mx import MXArray, MXFP4Array
+from mlspecqd_jax.weights.quantization import EMBEDDING
 
 # A row's result was found equal bit for bit at all even widths of XLA's bfloat16 products on CPU; in float32 and float16 it was not
 # on every processor. Elsewhere one padded width is alike by construction.
@@ -23,7 +23,7 @@ CPU_ROWS, ROWS = 2, 16
 ONE_ALGORITHM = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
 
 
-@settings.held
+@jax_settings.held
 def stack(target: Model, *drafters: Any, exact: bool = True, share_cache: bool = True) -> Level:
     """Build what generates: a target, what drafts for it, what drafts for that, and so on; the target alone decodes plainly.
 

@@ -7,13 +7,14 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
-from mlspecqd_jax import layouts, speculation
-from mlspecqd_jax.levels import Level
-from mlspecqd_jax.partition import cache_sharding, weight_sharding
-from mlspecqd_jax.quantization import quantize_params
-from mlspecqd_jax.sampling import Sampling
+from mlspecqd_jax.network.transformer import LanguageModel, ModelConfig
+from mlspecqd_jax.speculation import loop
+from mlspecqd_jax.speculation.levels import Level
+from mlspecqd_jax.speculation.sampling import Sampling
 from mlspecqd_jax.stacks import ONE_ALGORITHM
-from mlspecqd_jax.transformer import LanguageModel, ModelConfig
+from mlspecqd_jax.weights import layouts
+from mlspecqd_jax.weights.partition import cache_sharding, weight_sharding
+from mlspecqd_jax.weights.quantization import quantize_params
 
 LLAMA_8B = ModelConfig(
     vocab_size=128256,
@@ -82,6 +83,6 @@ def compiled(mesh, stack: Level, target: ModelConfig, batch: int, size: int, **o
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=cache_sharding(leaf.shape, mesh))
 
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        state = jax.tree.map(placed, jax.eval_shape(speculation.init, stack, tokens, row, sampling))
+        state = jax.tree.map(placed, jax.eval_shape(loop.init, stack, tokens, row, sampling))
     rounds = jax.ShapeDtypeStruct((), jnp.int32)
-    return chips.compile_for(mesh, speculation.advance, stack, state, row, sampling, rounds, donate_argnums=1, **options)
+    return chips.compile_for(mesh, loop.advance, stack, state, row, sampling, rounds, donate_argnums=1, **options)

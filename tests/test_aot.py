@@ -12,7 +12,7 @@ import pytest
 from hlo import HOST_OPERATIONS, aliased, cache_copies, decoded, widened
 from programs import LLAMA_1B, LLAMA_8B, compile_stack, compile_twin
 
-from mlspecqd_jax.transformer import LanguageModel
+from mlspecqd_jax.network.transformer import LanguageModel
 
 pytestmark = pytest.mark.aot
 

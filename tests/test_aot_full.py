@@ -15,7 +15,7 @@ from hlo import HOST_OPERATIONS, aliased, decoded
 from programs import LLAMA_1B, LLAMA_3B, LLAMA_8B, compile_stack
 from test_aot_kernels import bundles
 
-from mlspecqd_jax.transformer import LanguageModel
+from mlspecqd_jax.network.transformer import LanguageModel
 
 pytestmark = pytest.mark.aot_full
 RESULTS = pathlib.Path(__file__).resolve().parent.parent / "benchmarks" / "results" / "aot.json"

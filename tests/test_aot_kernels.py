@@ -17,9 +17,9 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from programs import LLAMA_8B, QWEN3_06B, QWEN25_7B
 
-from mlspecqd_jax import layouts
-from mlspecqd_jax.quantization import HEAD, QUANTIZABLE, _matches
-from mlspecqd_jax.transformer import LanguageModel
+from mlspecqd_jax.network.transformer import LanguageModel
+from mlspecqd_jax.weights import layouts
+from mlspecqd_jax.weights.quantization import HEAD, QUANTIZABLE, _matches
 from pallas_kernels import chip_of, choose, lay_out
 
 pytestmark = pytest.mark.aot

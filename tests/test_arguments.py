@@ -10,8 +10,9 @@ import pytest
 from tiny import FAMILIES, write_family
 
 import mlspecqd_jax as mlsd
-from mlspecqd_jax import arguments, speculation
+from mlspecqd_jax import arguments
 from mlspecqd_jax.arguments import NUMBERS, brief
+from mlspecqd_jax.speculation import loop
 
 
 class Unspeakable:
@@ -91,7 +92,7 @@ def calls(model):
     stack, vocab = mlsd.stack(model), FAMILIES["qwen3"]["vocab_size"]
     tokens, length = jnp.ones((1, 512), jnp.int32), jnp.full((1,), 3)
     settings = mlsd.Sampling.create(1, vocab)
-    state = jax.eval_shape(speculation.init, stack, tokens, length, settings)
+    state = jax.eval_shape(loop.init, stack, tokens, length, settings)
     state = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), state)
     names = sorted(mlsd.Arguments.__annotations__)
     found = {
@@ -146,7 +147,7 @@ def test_every_odd_value_is_refused_in_one_line_and_at_once(calls, monkeypatch):
         raise AssertionError("this was to be refused before it is traced")
 
     for name in ("run_round", "LevelState"):  # what every trace of a generation comes by
-        monkeypatch.setattr(speculation, name, compiled)
+        monkeypatch.setattr(loop, name, compiled)
     monkeypatch.setattr(mlsd.Level, "begin", compiled)
     wrong, tried = [], 0
     for call, function in calls.items():

@@ -6,8 +6,9 @@ import folders
 import pytest
 from refusals import refused
 
-from mlspecqd_jax import chat, models, tokenizer_files
-from mlspecqd_jax.text import encode
+from mlspecqd_jax.loading import models
+from mlspecqd_jax.text import chat, tokenizer_files
+from mlspecqd_jax.text.detokenizer import encode
 
 MESSAGE = [{"role": "user", "content": "Hi"}]
 

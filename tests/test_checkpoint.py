@@ -9,9 +9,11 @@ import pytest
 import tiny
 
 import mlspecqd_jax as mlsd
-from mlspecqd_jax import checkpoint, cli, config_file, huggingface, models, quantization
-from mlspecqd_jax.mxfp4 import MXArray, MXFP4Array
-from mlspecqd_jax.transformer import LanguageModel
+from mlspecqd_jax import cli
+from mlspecqd_jax.loading import checkpoint, config_file, huggingface, models
+from mlspecqd_jax.network.transformer import LanguageModel
+from mlspecqd_jax.weights import quantization
+from mlspecqd_jax.weights.mx import MXArray, MXFP4Array
 
 CONFIG = tiny.FAMILIES["qwen3_bias"] | {"num_hidden_layers": 1}
 NAME = "model.layers.0.mlp.up_proj.weight"

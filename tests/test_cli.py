@@ -14,7 +14,8 @@ import pytest
 
 import cpu_kernels
 import mlspecqd_jax as mlsd
-from mlspecqd_jax import api, checkpoint, cli, prompt_files, report
+from mlspecqd_jax import api, cli, prompt_files, report
+from mlspecqd_jax.loading import checkpoint
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 DEMO = ROOT / "checkpoints" / "demo"
@@ -266,7 +267,7 @@ def test_ctrl_c_during_conversion_leaves_nothing(tmp_path):
     child = (
         "import pathlib, signal, sys, time\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background job ignores it
-        "from mlspecqd_jax import checkpoint, cli\n"
+        "from mlspecqd_jax import cli; from mlspecqd_jax.loading import checkpoint\n"
         "def slow(*a, **k):\n"
         "    print('saving', flush=True)\n"
         "    time.sleep(60)\n"

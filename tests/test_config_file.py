@@ -10,9 +10,10 @@ import pytest
 import tiny
 from refusals import refused
 
-from mlspecqd_jax import arguments, config_file
-from mlspecqd_jax.rope import RopeScaling
-from mlspecqd_jax.transformer import LanguageModel
+from mlspecqd_jax import arguments
+from mlspecqd_jax.loading import config_file
+from mlspecqd_jax.network.rope import RopeScaling
+from mlspecqd_jax.network.transformer import LanguageModel
 
 
 def parse(tmp_path, config: dict):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import cpu_kernels
-from mlspecqd_jax import attention as in_jax
+from mlspecqd_jax.network import attention as in_jax
 
 pytestmark = pytest.mark.skipif(not cpu_kernels.isas("attention"), reason="needs a C++ compiler")
 

@@ -24,7 +24,7 @@ cp "{folder}/$unit"-*.so "$last"
 """
 PRODUCT = """
 import jax.numpy as jnp
-from mlspecqd_jax import matmul
+from mlspecqd_jax.network import matmul
 print(matmul.implementation("cpu"))
 for _ in range(2):
     print(matmul.linear(jnp.ones((2, 3, 40), jnp.bfloat16), jnp.ones((5, 40), jnp.bfloat16), out_dtype=jnp.float32).sum())

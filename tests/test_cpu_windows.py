@@ -9,8 +9,8 @@ import pytest
 
 import cpu_kernels
 import mlspecqd_jax as mlsd
-from mlspecqd_jax.quantization import quantize_params
-from mlspecqd_jax.transformer import LanguageModel, ModelConfig
+from mlspecqd_jax.network.transformer import LanguageModel, ModelConfig
+from mlspecqd_jax.weights.quantization import quantize_params
 
 pytestmark = pytest.mark.skipif(not cpu_kernels.isas("attention"), reason="needs a C++ compiler")
 

@@ -8,7 +8,7 @@ import shutil
 import folders
 import pytest
 
-from mlspecqd_jax import checkpoint, config_file, models
+from mlspecqd_jax.loading import checkpoint, config_file, models
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*left out what this model does not use")
 VALUES = [None, True, -1, 0, 1, 1.5, "x", "", [], [None], {}, {"a": 1}, float("nan"), float("inf"), 10**30, 10**400, "1" * 5000]

@@ -4,18 +4,18 @@ import pytest
 
 import cpu_kernels
 import mlspecqd_jax as mlsd
-from mlspecqd_jax import defaults, specs
+from mlspecqd_jax import planner, specs
 
 
 def test_every_device_has_drafts_for_every_size_and_each_row_says_why():
-    kinds = {row.device for row in defaults.TABLE}
+    kinds = {row.device for row in planner.TABLE}
     assert kinds == {"cpu", "cpu-xla", "gpu", "tpu"}
     for kind in kinds:
-        sizes = [row.least_bytes for row in defaults.TABLE if row.device == kind]
+        sizes = [row.least_bytes for row in planner.TABLE if row.device == kind]
         assert sizes == sorted(sizes, reverse=True)  # or a row would never be reached
         assert sizes[-1] == 0
-        assert defaults.drafts_for(kind, 1)
-    for row in defaults.TABLE:
+        assert planner.drafts_for(kind, 1)
+    for row in planner.TABLE:
         assert specs.parse(row.drafts)
         assert row.why
 
@@ -31,11 +31,11 @@ def test_every_device_has_drafts_for_every_size_and_each_row_says_why():
     ],
 )
 def test_a_twin_drafts_where_it_was_found_to_pay(device, nbytes, drafts):
-    assert defaults.drafts_for(device, nbytes) == drafts
+    assert planner.drafts_for(device, nbytes) == drafts
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_the_demo_is_drafted_by_look_up(dtype):
     model = mlsd.load("demo", dtype=dtype)
-    assert defaults.default_drafts(model) == ("ngram:4",)
-    assert defaults.device_kind(model) == ("cpu" if dtype == "bfloat16" and cpu_kernels.usable() else "cpu-xla")
+    assert planner.default_drafts(model) == ("ngram:4",)
+    assert planner.device_kind(model) == ("cpu" if dtype == "bfloat16" and cpu_kernels.usable() else "cpu-xla")

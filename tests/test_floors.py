@@ -121,6 +121,6 @@ def test_floor_0_uses_jax_alone(path):
 
 def test_a_violation_is_seen():
     assert violations("matmul", "def f():\n    from mlspecqd_jax import api") == ["api"]
-    assert violations("speculation", "from mlspecqd_jax.transformer import KVCache") == ["transformer"]
-    assert violations("sampling", "import mlspecqd_jax.speculation as s") == ["speculation"]
+    assert violations("speculation", "from mlspecqd_jax.network.transformer import KVCache") == ["transformer"]
+    assert violations("sampling", "import mlspecqd_jax.speculation.loop as s") == ["speculation"]
     assert violations("api", "import mlspecqd_jax.models, pallas_kernels") == []

@@ -18,8 +18,8 @@ import tiny
 from refusals import refused
 from safetensors.numpy import save_file
 
-from mlspecqd_jax import config_file, huggingface, models
-from mlspecqd_jax.transformer import LanguageModel
+from mlspecqd_jax.loading import config_file, huggingface, models
+from mlspecqd_jax.network.transformer import LanguageModel
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 CONFIG = tiny.FAMILIES["llama3"] | {"num_hidden_layers": 1}
@@ -235,7 +235,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
 DOWNLOAD = """
 import json, sys
-from mlspecqd_jax.models import find
+from mlspecqd_jax.loading.models import find
 found = []
 for name in sys.argv[1:]:
     try:

@@ -24,8 +24,8 @@ from stacks import (
 )
 from toys import level_counts, quick_jit, ragged, rows
 
-from mlspecqd_jax import levels
-from mlspecqd_jax.speculation import advance, generate_tokens
+from mlspecqd_jax.speculation import levels
+from mlspecqd_jax.speculation.loop import advance, generate_tokens
 
 jit_advance = quick_jit(advance)
 

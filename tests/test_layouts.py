@@ -13,10 +13,10 @@ import mx_weights
 import numpy as np
 import pytest
 
-from mlspecqd_jax import layouts
-from mlspecqd_jax.matmul import implementation, linear
-from mlspecqd_jax.mxfp4 import MXFP4Array, quantize
-from mlspecqd_jax.quantization import quantize_params
+from mlspecqd_jax.network.matmul import implementation, linear
+from mlspecqd_jax.weights import layouts
+from mlspecqd_jax.weights.mx import MXFP4Array, quantize
+from mlspecqd_jax.weights.quantization import quantize_params
 from pallas_kernels import LAYOUTS, chip_of, choose, laid_out_matmul, lay_out, unsupported
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -149,9 +149,9 @@ import json
 import jax, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
 import mx_weights
-from mlspecqd_jax import layouts
-from mlspecqd_jax.mxfp4 import MXFP4Array
-from mlspecqd_jax.partition import usable_mesh
+from mlspecqd_jax.weights import layouts
+from mlspecqd_jax.weights.mx import MXFP4Array
+from mlspecqd_jax.weights.partition import usable_mesh
 from test_layouts import CHIPS
 
 mesh, found = usable_mesh(jax.make_mesh((4,), ("model",))), {}

@@ -38,10 +38,10 @@ from toys import (
     softmax,
 )
 
-from mlspecqd_jax.levels import SLACK, Level, Sequences
-from mlspecqd_jax.prompt_lookup import PromptLookup
-from mlspecqd_jax.sampling import Sampling
-from mlspecqd_jax.speculation import init
+from mlspecqd_jax.speculation.drafters.prompt_lookup import PromptLookup
+from mlspecqd_jax.speculation.levels import SLACK, Level, Sequences
+from mlspecqd_jax.speculation.loop import init
+from mlspecqd_jax.speculation.sampling import Sampling
 
 slow, exhaustive = pytest.mark.slow, pytest.mark.exhaustive
 OTHERS = [toy.table(1), toy.table(2), toy.table(3)]

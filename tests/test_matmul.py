@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 import cpu_kernels
-from mlspecqd_jax.matmul import linear
-from mlspecqd_jax.mxfp4 import FORMATS, dequantize, quantize
+from mlspecqd_jax.network.matmul import linear
+from mlspecqd_jax.weights.mx import FORMATS, dequantize, quantize
 from pallas_kernels import bf16_matmul, mx_matmul, mxfp4_matmul
 
 run = jax.jit(linear, static_argnames="out_dtype")

@@ -13,7 +13,8 @@ import pytest
 from refusals import refused
 
 import mlspecqd_jax as mlsd
-from mlspecqd_jax import models, specs
+from mlspecqd_jax import specs
+from mlspecqd_jax.loading import models
 
 HERE = pathlib.Path(models.__file__).parent
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from mlspecqd_jax.mxfp4 import FORMATS, SCALE_RULES, MXArray, MXFP4Array, dequantize, quantize
+from mlspecqd_jax.weights.mx import FORMATS, SCALE_RULES, MXArray, MXFP4Array, dequantize, quantize
 from pallas_kernels import mx_decode
 
 formats = pytest.mark.parametrize("format", list(FORMATS))

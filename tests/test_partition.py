@@ -12,7 +12,7 @@ import pytest
 import tiny
 from jax.sharding import Mesh, PartitionSpec
 
-from mlspecqd_jax import partition
+from mlspecqd_jax.weights import partition
 
 pytestmark = pytest.mark.slow  # four devices, each program compiled for one and for four
 ROOT = pathlib.Path(__file__).resolve().parent.parent

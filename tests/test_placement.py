@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mlspecqd_jax.placement import HUGE_PAGE, place
+from mlspecqd_jax.weights.placement import HUGE_PAGE, place
 
 MAPPED = pathlib.Path("/proc/self/smaps")
 linux = pytest.mark.skipif(not (MAPPED.exists() and hasattr(mmap, "MADV_HUGEPAGE")), reason="Linux only")

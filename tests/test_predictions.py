@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mlspecqd_jax.predictions import rounds_for, speedup, tokens_per_round
+from mlspecqd_jax.speculation.theory import rounds_for, speedup, tokens_per_round
 
 
 @pytest.mark.parametrize("a", [0.0, 0.3, 0.9, 0.999])

@@ -10,9 +10,9 @@ import pytest
 import tiny
 
 import mlspecqd_jax as mlsd
-from mlspecqd_jax import quantization
-from mlspecqd_jax.mxfp4 import FORMATS, MXArray, MXFP4Array, dequantize, quantize
-from mlspecqd_jax.quantization import quantize_params
+from mlspecqd_jax.weights import quantization
+from mlspecqd_jax.weights.mx import FORMATS, MXArray, MXFP4Array, dequantize, quantize
+from mlspecqd_jax.weights.quantization import quantize_params
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 # K is a multiple of 32 everywhere, so that products with decoded weights are the same operations; few shapes compile quickly.

@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 
 import cpu_kernels
-from mlspecqd_jax import sampling
-from mlspecqd_jax.attention import attend
 from mlspecqd_jax.folds import ordered_logsumexp, ordered_softmax, ordered_sum
-from mlspecqd_jax.matmul import linear
-from mlspecqd_jax.mxfp4 import quantize
-from mlspecqd_jax.norms import rms_norm
-from mlspecqd_jax.rope import RopeScaling, inverse_frequencies, rotary, rotate
-from mlspecqd_jax.transformer import ACTIVATIONS, LanguageModel, ModelConfig
+from mlspecqd_jax.network.attention import attend
+from mlspecqd_jax.network.matmul import linear
+from mlspecqd_jax.network.norms import rms_norm
+from mlspecqd_jax.network.rope import RopeScaling, inverse_frequencies, rotary, rotate
+from mlspecqd_jax.network.transformer import ACTIVATIONS, LanguageModel, ModelConfig
+from mlspecqd_jax.speculation import sampling
+from mlspecqd_jax.weights.mx import quantize
 
 IN_CPP = bool(cpu_kernels.isas("matmul"))
 ROWS = (1, 2, 6, 10, 33, 64)

@@ -9,8 +9,19 @@ import numpy as np
 import pytest
 from toys import adjust_oracle, count_sequences, filtered_oracle, g_test, quick_jit, softmax
 
-from mlspecqd_jax import sampling as module
-from mlspecqd_jax.sampling import COIN, DRAW, RESIDUAL, Sampling, adjust, choose, filtered, noise, probabilities, uniform
+from mlspecqd_jax.speculation import sampling as module
+from mlspecqd_jax.speculation.sampling import (
+    COIN,
+    DRAW,
+    RESIDUAL,
+    Sampling,
+    adjust,
+    choose,
+    filtered,
+    noise,
+    probabilities,
+    uniform,
+)
 
 # One row each: temperature, top_k, top_p, min_p.
 SETTINGS = [

@@ -10,10 +10,10 @@ import pytest
 import cpu_kernels
 import mlspecqd_jax as mlsd
 from mlspecqd_jax import api, specs, stacks
-from mlspecqd_jax.levels import Level
-from mlspecqd_jax.mxfp4 import quantize
-from mlspecqd_jax.prompt_lookup import PromptLookup
-from mlspecqd_jax.transformer import LanguageModel
+from mlspecqd_jax.network.transformer import LanguageModel
+from mlspecqd_jax.speculation.drafters.prompt_lookup import PromptLookup
+from mlspecqd_jax.speculation.levels import Level
+from mlspecqd_jax.weights.mx import quantize
 
 slow, exhaustive = pytest.mark.slow, pytest.mark.exhaustive
 PROMPTS = ["def fibonacci(n):\n", "import os\n", "class Stack:\n    def push(self, item):\n"]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from mlspecqd_jax.text import Decoder, encode
+from mlspecqd_jax.text.detokenizer import Decoder, encode
 
 EOS = "<eos>"
 

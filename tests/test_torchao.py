@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from test_mxfp4 import blocks_of, codes_of, finite_values
 
-from mlspecqd_jax.mxfp4 import FORMATS, SCALE_RULES, quantize
+from mlspecqd_jax.weights.mx import FORMATS, SCALE_RULES, quantize
 
 pytestmark = pytest.mark.torch
 

@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 from hlo import HOST_OPERATIONS, aliased, cache_copies, widened
 
-from mlspecqd_jax import api, models, speculation, stacks
-from mlspecqd_jax.sampling import Sampling
-from mlspecqd_jax.transformer import LanguageModel, ModelConfig
+from mlspecqd_jax import api, stacks
+from mlspecqd_jax.loading import models
+from mlspecqd_jax.network.transformer import LanguageModel, ModelConfig
+from mlspecqd_jax.speculation import loop
+from mlspecqd_jax.speculation.sampling import Sampling
 
 # Sizes that no activation shares, so that a weight or a cache is known by its shape.
 CONFIG = ModelConfig(
@@ -65,8 +67,8 @@ PROGRAMS = pytest.mark.parametrize("name", ["feed", "advance", pytest.param("gen
 def program(stack):
     """Optimized HLO by name: prefill, the decode loop, and both in one."""
     tokens, length, limit, sampling = request(stack)
-    state = jax.eval_shape(lambda *arguments: speculation.init(*arguments, prefill_width=16), stack, tokens, length, sampling)
-    whole = jax.jit(speculation.generate_tokens, static_argnames="prefill_width")
+    state = jax.eval_shape(lambda *arguments: loop.init(*arguments, prefill_width=16), stack, tokens, length, sampling)
+    whole = jax.jit(loop.generate_tokens, static_argnames="prefill_width")
     lowered = {
         "feed": lambda: api._programs(stack).feed.lower(stack, state, prefill_width=16, first=np.int32(0), pieces=np.int32(1)),
         "advance": lambda: api._programs(stack).advance.lower(stack, state, limit, sampling, np.int32(1)),
@@ -153,7 +155,7 @@ def test_generate_tokens_traces_once_for_many_requests(stack):
     @jax.jit
     def counted(*arguments):
         traces.append(1)
-        return speculation.generate_tokens(*arguments)
+        return loop.generate_tokens(*arguments)
 
     for settings in REQUESTS:
         jax.eval_shape(counted, stack, *request(stack, **settings))

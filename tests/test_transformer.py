@@ -15,10 +15,10 @@ import pytest
 import tiny
 from flax import nnx
 
-from mlspecqd_jax import config_file
-from mlspecqd_jax.attention import KVCache, attend, write
-from mlspecqd_jax.rope import RopeScaling, inverse_frequencies, rotary
-from mlspecqd_jax.transformer import ACTIVATIONS, Block, LanguageModel, RMSNorm
+from mlspecqd_jax.loading import config_file
+from mlspecqd_jax.network.attention import KVCache, attend, write
+from mlspecqd_jax.network.rope import RopeScaling, inverse_frequencies, rotary
+from mlspecqd_jax.network.transformer import ACTIVATIONS, Block, LanguageModel, RMSNorm
 
 TOLERANCE = 1e-4
 B, T = tiny.TOKENS

@@ -16,7 +16,8 @@ from refusals import refused
 from safetensors.numpy import save_file
 
 import mlspecqd_jax as mlsd
-from mlspecqd_jax import cli, models
+from mlspecqd_jax import cli
+from mlspecqd_jax.loading import models
 
 CODE = "import pathlib; pathlib.Path({!r}).touch()\n"
 

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from toys import count_sequences, g_test, quick_jit
 
-from mlspecqd_jax.sampling import DRAW, RESIDUAL, Sampling, choose, noise
-from mlspecqd_jax.verification import Draft, verify
+from mlspecqd_jax.speculation.sampling import DRAW, RESIDUAL, Sampling, choose, noise
+from mlspecqd_jax.speculation.verification import Draft, verify
 
 ROWS, G, V = 120_000, 2, 4
 

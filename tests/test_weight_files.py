@@ -14,8 +14,8 @@ from refusals import refused
 from safetensors.numpy import load_file, save_file
 
 import mlspecqd_jax as mlsd
-from mlspecqd_jax import models
-from mlspecqd_jax.transformer import LanguageModel
+from mlspecqd_jax.loading import models
+from mlspecqd_jax.network.transformer import LanguageModel
 
 TIED = tiny.FAMILIES["llama3"] | {"num_hidden_layers": 1}
 UNTIED = TIED | {"tie_word_embeddings": False}

@@ -11,12 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 from scipy import stats
 
-from mlspecqd_jax.buffers import put
-from mlspecqd_jax.levels import SLACK, Level
-from mlspecqd_jax.prompt_lookup import PromptLookup
-from mlspecqd_jax.sampling import DRAW, RESIDUAL, Sampling, choose, gumbel, noise, probabilities
-from mlspecqd_jax.speculation import generate_tokens
-from mlspecqd_jax.verification import Draft
+from mlspecqd_jax.speculation.buffers import put
+from mlspecqd_jax.speculation.drafters.prompt_lookup import PromptLookup
+from mlspecqd_jax.speculation.levels import SLACK, Level
+from mlspecqd_jax.speculation.loop import generate_tokens
+from mlspecqd_jax.speculation.sampling import DRAW, RESIDUAL, Sampling, choose, gumbel, noise, probabilities
+from mlspecqd_jax.speculation.verification import Draft
 
 MODULUS = 1009
 EMPTY = -1

@@ -18,12 +18,12 @@ from jax.sharding import Mesh
 from safetensors import SafetensorError, safe_open
 from tqdm.auto import tqdm
 
-from mlspecqd_jax import weight_files
 from mlspecqd_jax.json_files import reason
-from mlspecqd_jax.partition import weight_sharding
-from mlspecqd_jax.placement import place
-from mlspecqd_jax.transformer import LanguageModel
-from mlspecqd_jax.weight_files import EMBEDDING, HEAD
+from mlspecqd_jax.loading import weight_files
+from mlspecqd_jax.loading.weight_files import EMBEDDING, HEAD
+from mlspecqd_jax.network.transformer import LanguageModel
+from mlspecqd_jax.weights.partition import weight_sharding
+from mlspecqd_jax.weights.placement import place
 
 HUB_FILES = (
     "config.json",

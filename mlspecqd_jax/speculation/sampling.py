@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mlspecqd_jax import settings
+from mlspecqd_jax import jax_settings
 from mlspecqd_jax.arguments import LARGEST_INT, ROWS, brief, choice, each_row, flag, number, sequence
 from mlspecqd_jax.folds import ordered_logsumexp, ordered_softmax
 
@@ -49,7 +49,7 @@ class Sampling:
     logprobs: bool = dataclasses.field(metadata={"static": True}, default=False)
 
     @staticmethod
-    @settings.held
+    @jax_settings.held
     def create(
         batch: int,
         vocab_size: int,

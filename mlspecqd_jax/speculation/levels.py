@@ -19,9 +19,9 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
-from mlspecqd_jax.buffers import put, read
-from mlspecqd_jax.sampling import Sampling, adjust, log_probability
-from mlspecqd_jax.verification import Draft, Verdict, verify
+from mlspecqd_jax.speculation.buffers import put, read
+from mlspecqd_jax.speculation.sampling import Sampling, adjust, log_probability
+from mlspecqd_jax.speculation.verification import Draft, Verdict, verify
 
 SLACK = 64  # buffer positions beyond the last token, for the window of one round of any level
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 import cpu_kernels
 from mlspecqd_jax.folds import ordered_softmax
-from mlspecqd_jax.moves import put_window
+from mlspecqd_jax.network.moves import put_window
 
 
 class KVCache(NamedTuple):

@@ -13,12 +13,15 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from mlspecqd_jax import arguments, chat, checkpoint, config_file, huggingface, layouts, settings, tokenizer_files, weight_files
+from mlspecqd_jax import arguments, jax_settings
 from mlspecqd_jax.json_files import read_json, read_json_if_there
-from mlspecqd_jax.mxfp4 import FORMATS, MXArray, MXFP4Array, check_format
-from mlspecqd_jax.partition import usable_mesh
-from mlspecqd_jax.quantization import EMBEDDING, HEAD, Policy, Recipe, default_policy, quantize_params
-from mlspecqd_jax.transformer import LanguageModel
+from mlspecqd_jax.loading import checkpoint, config_file, huggingface, weight_files
+from mlspecqd_jax.network.transformer import LanguageModel
+from mlspecqd_jax.text import chat, tokenizer_files
+from mlspecqd_jax.weights import layouts
+from mlspecqd_jax.weights.mx import FORMATS, MXArray, MXFP4Array, check_format
+from mlspecqd_jax.weights.partition import usable_mesh
+from mlspecqd_jax.weights.quantization import EMBEDDING, HEAD, Policy, Recipe, default_policy, quantize_params
 
 DEMOS = ("demo", "demo-small")
 WANTED = f"an existing folder, an owner/name id of the Hugging Face hub, or one of {', '.join(DEMOS)}"
@@ -66,7 +69,7 @@ class Model:
     def nbytes(self) -> int:
         return sum(leaf.nbytes for leaf in self.params.values())
 
-    @settings.held
+    @jax_settings.held
     def quantized(self, format: str = "mxfp4", policy: Policy | None = None, scale_rule: str = "floor") -> "Model":
         """Return the twin: this model with its linear layers and lm_head in `format`, sharing every other array.
 
@@ -107,7 +110,7 @@ class Model:
         return Recipe(format, tuple(policy.items()), scale_rule)
 
 
-@settings.held
+@jax_settings.held
 def load(model: str | os.PathLike, *, dtype: str = "bfloat16", mesh: Mesh | None = None) -> Model:
     """Load a model from the demo family, a folder, or the Hugging Face hub.
 
@@ -151,8 +154,8 @@ def find(model: str | os.PathLike) -> pathlib.Path:
     if not _is_path(model):
         raise ValueError(f"model is {arguments.brief(model)}, but must be {WANTED}")
     if _is_demo(model):
-        here = pathlib.Path(__file__).parent
-        places = (here / "_demo" / model, here.parent / "checkpoints" / model)  # a wheel, a clone
+        package = pathlib.Path(__file__).parents[1]
+        places = (package / "_demo" / model, package.parent / "checkpoints" / model)  # a wheel, a clone
         return next(place for place in places if place.is_dir())
     if _is_folder(model):
         return pathlib.Path(model)
@@ -207,7 +210,7 @@ def describe(model: str | os.PathLike) -> dict[str, Any]:
     }
 
 
-@settings.held
+@jax_settings.held
 def convert(
     model: str | os.PathLike, folder: str | os.PathLike, *, dtype: str = "bfloat16", draft: str | None = None
 ) -> pathlib.Path:

@@ -9,8 +9,8 @@ import functools
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from mlspecqd_jax.mxfp4 import MXArray, MXFP4Array
-from mlspecqd_jax.partition import weight_sharding
+from mlspecqd_jax.weights.mx import MXArray, MXFP4Array
+from mlspecqd_jax.weights.partition import weight_sharding
 from pallas_kernels import LAYOUTS, chip_of, choose, honours_subnormals, laid_out_matmul, lay_out, unsupported
 
 

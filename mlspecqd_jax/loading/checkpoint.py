@@ -26,13 +26,13 @@ from jax.sharding import Mesh
 from tqdm.auto import tqdm
 
 from mlspecqd_jax.arguments import brief
-from mlspecqd_jax.huggingface import HUB_FILES
 from mlspecqd_jax.json_files import read_json, reason
-from mlspecqd_jax.mxfp4 import FORMATS, MXArray, MXFP4Array
-from mlspecqd_jax.partition import weight_sharding
-from mlspecqd_jax.quantization import Recipe, place_quantized, quantize_params
-from mlspecqd_jax.transformer import LanguageModel
-from mlspecqd_jax.weight_files import HEAD
+from mlspecqd_jax.loading.huggingface import HUB_FILES
+from mlspecqd_jax.loading.weight_files import HEAD
+from mlspecqd_jax.network.transformer import LanguageModel
+from mlspecqd_jax.weights.mx import FORMATS, MXArray, MXFP4Array
+from mlspecqd_jax.weights.partition import weight_sharding
+from mlspecqd_jax.weights.quantization import Recipe, place_quantized, quantize_params
 
 MARKER = "mlspecqd.json"
 WEIGHTS = "weights"

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mlspecqd_jax.arguments import brief, is_array
-from mlspecqd_jax.chat import encode_texts
+from mlspecqd_jax.text.chat import encode_texts
 
 REPLACEMENT = "\ufffd"  # what bytes that are no character decode to
 BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")  # of tokenizers with byte fallback

@@ -11,9 +11,9 @@ from collections.abc import Callable, Mapping
 import jax
 from jax.sharding import Mesh
 
-from mlspecqd_jax.layouts import LaidOut
-from mlspecqd_jax.mxfp4 import MXArray, MXFP4Array, check_format, check_scale_rule, quantize
-from mlspecqd_jax.partition import weight_sharding
+from mlspecqd_jax.weights.layouts import LaidOut
+from mlspecqd_jax.weights.mx import MXArray, MXFP4Array, check_format, check_scale_rule, quantize
+from mlspecqd_jax.weights.partition import weight_sharding
 
 QUANTIZABLE = ("*_proj.weight", "lm_head.weight")
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from mlspecqd_jax.arguments import number
-from mlspecqd_jax.levels import Sequences
-from mlspecqd_jax.verification import Draft
+from mlspecqd_jax.speculation.levels import Sequences
+from mlspecqd_jax.speculation.verification import Draft
 
 
 @jax.tree_util.register_dataclass

@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mlspecqd_jax import settings
+from mlspecqd_jax import jax_settings
 from mlspecqd_jax.arguments import LARGEST_INT, instance, integers, is_array, number
-from mlspecqd_jax.levels import SLACK, Level, LevelState, Progress, Sequences, is_open, run_round
-from mlspecqd_jax.sampling import Sampling
+from mlspecqd_jax.speculation.levels import SLACK, Level, LevelState, Progress, Sequences, is_open, run_round
+from mlspecqd_jax.speculation.sampling import Sampling
 
 PREFILL_WIDTH = 256
 State = Progress  # of the outermost level; `begin` is the prompts' length
@@ -27,7 +27,7 @@ def buffer_length(longest: int, multiple: int = 256) -> int:
     return math.ceil((longest + SLACK) / multiple) * multiple
 
 
-@settings.held
+@jax_settings.held
 def init(stack: Level, tokens: jax.Array, length: jax.Array, sampling: Sampling, *, prefill_width: int = PREFILL_WIDTH) -> State:
     """Feed all prompt tokens but the last, which becomes the pending one.
 
@@ -41,7 +41,7 @@ def init(stack: Level, tokens: jax.Array, length: jax.Array, sampling: Sampling,
     return feed(stack, begin(stack, tokens, length, sampling, prefill_width=prefill_width), prefill_width=prefill_width)
 
 
-@settings.held
+@jax_settings.held
 def begin(stack: Level, tokens: jax.Array, length: jax.Array, sampling: Sampling, *, prefill_width: int = PREFILL_WIDTH) -> State:
     """Return the state before the prompts are fed, for `feed`; the arguments are those of `init`."""
     check(stack, sampling)
@@ -68,7 +68,7 @@ def begin(stack: Level, tokens: jax.Array, length: jax.Array, sampling: Sampling
     )
 
 
-@settings.held
+@jax_settings.held
 def feed(
     stack: Level,
     state: State,
@@ -107,13 +107,13 @@ def check_stack(stack: Level) -> None:
         raise ValueError("the outermost level has no verifier whose cache it could share; build it with share_cache=False")
 
 
-@settings.held
+@jax_settings.held
 def finished(state: State, limit: jax.Array) -> jax.Array:
     """Return bool [B]: which rows have ended, broken or reached their limit (or the end of the buffer)."""
     return ~is_open(state, _clipped(limit, state))
 
 
-@settings.held
+@jax_settings.held
 def step(stack: Level, state: State, limit: jax.Array, sampling: Sampling) -> State:
     """Run one round: append 1 to draft_len + 1 tokens to every unfinished row.
 
@@ -128,7 +128,7 @@ def step(stack: Level, state: State, limit: jax.Array, sampling: Sampling) -> St
     return run_round(stack, state, _clipped(limit, state), sampling)
 
 
-@settings.held
+@jax_settings.held
 def advance(stack: Level, state: State, limit: jax.Array, sampling: Sampling, rounds: jax.Array | int | None = None) -> State:
     """Run rounds until every row is finished, or at most `rounds` of them (None: no bound), in one `lax.while_loop`."""
     check(stack, sampling)
@@ -148,7 +148,7 @@ def advance(stack: Level, state: State, limit: jax.Array, sampling: Sampling, ro
     return jax.lax.while_loop(more, body, (jnp.int32(0), state))[1]
 
 
-@settings.held
+@jax_settings.held
 def generate_tokens(
     stack: Level,
     tokens: jax.Array,

@@ -19,12 +19,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from mlspecqd_jax.attention import KVCache, attend, finite, write
-from mlspecqd_jax.matmul import linear
-from mlspecqd_jax.moves import rows
-from mlspecqd_jax.norms import rms_norm
-from mlspecqd_jax.partition import cache_sharding
-from mlspecqd_jax.rope import RopeScaling, inverse_frequencies, rotary, rotate
+from mlspecqd_jax.network.attention import KVCache, attend, finite, write
+from mlspecqd_jax.network.matmul import linear
+from mlspecqd_jax.network.moves import rows
+from mlspecqd_jax.network.norms import rms_norm
+from mlspecqd_jax.network.rope import RopeScaling, inverse_frequencies, rotary, rotate
+from mlspecqd_jax.weights.partition import cache_sharding
 
 ACTIVATIONS = {
     "silu": jax.nn.silu,

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from mlspecqd_jax.arguments import brief
 from mlspecqd_jax.json_files import printable, read_json, reason
-from mlspecqd_jax.quantization import EMBEDDING, HEAD
+from mlspecqd_jax.weights.quantization import EMBEDDING, HEAD
 
 FILE, INDEX, SUFFIX = "model.safetensors", "model.safetensors.index.json", ".safetensors"
 FLOATS = ("F64", "F32", "F16", "BF16")

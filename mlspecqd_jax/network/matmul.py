@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 
 import cpu_kernels
-from mlspecqd_jax.layouts import LaidOut, laid_out_product
-from mlspecqd_jax.mxfp4 import FORMATS, MXArray, MXFP4Array
+from mlspecqd_jax.weights.layouts import LaidOut, laid_out_product
+from mlspecqd_jax.weights.mx import FORMATS, MXArray, MXFP4Array
 from pallas_kernels import BLOCK, bf16_matmul, choose, mx_matmul, mxfp4_matmul
 
 

@@ -16,8 +16,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mlspecqd_jax import sampling as sampling_
-from mlspecqd_jax.sampling import Sampling
+from mlspecqd_jax.speculation import sampling as sampling_
+from mlspecqd_jax.speculation.sampling import Sampling
 
 
 class Draft(NamedTuple):

@@ -11,8 +11,8 @@ from typing import NamedTuple
 import jax
 
 import cpu_kernels
-from mlspecqd_jax.models import Model
-from mlspecqd_jax.quantization import EMBEDDING
+from mlspecqd_jax.loading.models import Model
+from mlspecqd_jax.weights.quantization import EMBEDDING
 
 
 class Row(NamedTuple):

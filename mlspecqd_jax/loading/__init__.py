@@ -1,0 +1,1 @@
+"""From a folder or a hub's id to a model."""

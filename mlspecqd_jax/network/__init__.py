@@ -1,0 +1,1 @@
+"""The transformer, and the operations that it is made of."""
