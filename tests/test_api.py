@@ -1,4 +1,4 @@
-"""Text in, text out: `load`, `stack`, `generate`, `stream` on the demo checkpoint."""
+"""Text in, text out, and the report (C11): `load`, `stack`, `generate`, `stream` on the demo checkpoint."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""Levels: what they hand up (law 1), rows apart from each other (law 6), one trace (law 7), and what they count (C10)."""
+"""Levels: what they hand up (law 1, C3), rows apart from each other (law 6), one trace (law 7), and what they count (C10)."""
 
 import dataclasses
 import functools

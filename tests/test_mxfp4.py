@@ -1,4 +1,4 @@
-"""MX formats: bit for bit the specification's codes and scales, for every BF16 value, every format and every scale rule."""
+"""MX formats (C2): bit for bit the specification's codes and scales, for every BF16 value, every format and every scale rule."""
 
 import jax
 import jax.numpy as jnp

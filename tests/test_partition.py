@@ -1,4 +1,4 @@
-"""Tensor parallelism over four host devices: the same greedy tokens, a quarter of each split weight on each device."""
+"""Tensor parallelism over four host devices (C1): the same greedy tokens, a quarter of each split weight on each device."""
 
 import json
 import os

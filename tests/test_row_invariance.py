@@ -1,4 +1,4 @@
-"""A position's bits depend on its own row alone: at real widths, for every operation and for whole models, on CPU.
+"""A position's bits depend on its own row alone (C7): at real widths, for every operation and for whole models, on CPU.
 
 Rows are computed alone, and among as many others as batches and windows make of them.
 """

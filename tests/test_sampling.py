@@ -1,4 +1,4 @@
-"""Sampling against sorting, loops, transformers, and the distribution it promises."""
+"""Sampling (C4, C6) against sorting, loops, transformers, and the distribution it promises."""
 
 import dataclasses
 import math

@@ -1,4 +1,4 @@
-"""The loop on toy models: plain decoding against a Python loop, drafts of every quality against plain decoding."""
+"""The loop on toy models (law 2, C8): plain decoding against a Python loop, drafts of every quality against plain decoding."""
 
 import dataclasses
 import itertools

@@ -1,4 +1,4 @@
-"""What is compiled: one trace for many requests, and a loop that calls nobody, copies no cache and widens no weight."""
+"""What is compiled: one trace for many requests (law 7); a loop that calls nobody, copies no cache, widens no weight (law 8)."""
 
 import dataclasses
 import functools
