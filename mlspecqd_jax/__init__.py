@@ -9,9 +9,9 @@ print(out.text[0])
 
 from mlspecqd_jax.api import Arguments, Batch, Generation, Stream, compare, generate, prepare, stream
 from mlspecqd_jax.loading.models import Card, Model, convert, load
-from mlspecqd_jax.speculation.levels import Level
+from mlspecqd_jax.speculation.level import Level
 from mlspecqd_jax.speculation.loop import State, advance, buffer_length, finished, generate_tokens, init, step
-from mlspecqd_jax.speculation.sampling import Sampling
+from mlspecqd_jax.speculation.settings import Sampling
 from mlspecqd_jax.stacks import compiler_options, prompt_lookup, stack
 
 __version__ = "0.1.0"

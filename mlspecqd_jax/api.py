@@ -15,9 +15,9 @@ from mlspecqd_jax import jax_settings, report
 from mlspecqd_jax.arguments import LARGEST_INT, each_row, flag, instance, is_array, texts
 from mlspecqd_jax.loading.models import Card
 from mlspecqd_jax.speculation import loop
-from mlspecqd_jax.speculation.levels import Level, piece_width
+from mlspecqd_jax.speculation.level import Level, piece_width
 from mlspecqd_jax.speculation.loop import State
-from mlspecqd_jax.speculation.sampling import Sampling
+from mlspecqd_jax.speculation.settings import Sampling
 from mlspecqd_jax.stacks import compiler_options
 from mlspecqd_jax.text.detokenizer import Decoder, encode
 

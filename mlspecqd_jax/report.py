@@ -7,9 +7,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mlspecqd_jax.speculation.levels import Counts, Level, LevelState
+from mlspecqd_jax.speculation.counts import Counts
+from mlspecqd_jax.speculation.level import DrafterState, Level
 from mlspecqd_jax.speculation.loop import State
-from mlspecqd_jax.speculation.sampling import Sampling
+from mlspecqd_jax.speculation.settings import Sampling
 from mlspecqd_jax.stacks import name_of
 
 JUDGED, COLLAPSED = 64, 0.2  # a token acceptance below this, among at least so many judged, is warned of
@@ -101,7 +102,7 @@ def _leaf(stack: Level) -> jax.Array:
 
 def _counts(state: State) -> list[Counts]:
     """Return the counts of every level, outermost first."""
-    below = _counts(state.below) if isinstance(state.below, LevelState) else []
+    below = _counts(state.below) if isinstance(state.below, DrafterState) else []
     return [state.counts, *below]
 
 

@@ -10,7 +10,7 @@ from mlspecqd_jax import jax_settings
 from mlspecqd_jax.arguments import brief, flag, instance
 from mlspecqd_jax.loading.models import Card, Model
 from mlspecqd_jax.speculation.drafters.prompt_lookup import PromptLookup
-from mlspecqd_jax.speculation.levels import Level
+from mlspecqd_jax.speculation.level import Level
 from mlspecqd_jax.weights.mx import MXArray, MXFP4Array
 from mlspecqd_jax.weights.quantization import EMBEDDING
 

@@ -9,8 +9,8 @@ from jax.sharding import NamedSharding
 
 from mlspecqd_jax.network.transformer import LanguageModel, ModelConfig
 from mlspecqd_jax.speculation import loop
-from mlspecqd_jax.speculation.levels import Level
-from mlspecqd_jax.speculation.sampling import Sampling
+from mlspecqd_jax.speculation.level import Level
+from mlspecqd_jax.speculation.settings import Sampling
 from mlspecqd_jax.stacks import ONE_ALGORITHM
 from mlspecqd_jax.weights import layouts
 from mlspecqd_jax.weights.partition import cache_sharding, weight_sharding

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 from toys import SharedToy, Toy, chain, logprob_rows, ragged, rows, run
 
-from mlspecqd_jax.speculation.sampling import Sampling
+from mlspecqd_jax.speculation.settings import Sampling
 
 V, S, B = 8, 128, 16
 toy = Toy(V)

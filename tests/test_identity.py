@@ -24,7 +24,7 @@ from stacks import (
 )
 from toys import level_counts, quick_jit, ragged, rows
 
-from mlspecqd_jax.speculation import levels
+from mlspecqd_jax.speculation import level as levels
 from mlspecqd_jax.speculation.loop import advance, generate_tokens
 
 jit_advance = quick_jit(advance)
@@ -114,18 +114,18 @@ def test_every_draft_is_accepted_in_full_after_a_resume(name, rule):
         assert rows(state.tokens, state.length) == generate(plain, state.length, sampling)[0]
 
 
-def cut_without_bonus(verdict, length, limit, open_, stop_token_ids, real=levels._cut):
-    kept, ended = real(verdict, length, limit, open_, stop_token_ids)
-    return jnp.where(open_, jnp.clip(verdict.accepted, 1, kept), 0), ended
+def cut_without_bonus(verdict, length, limit, unfinished, stop_token_ids, real=levels._cut):
+    kept, ended = real(verdict, length, limit, unfinished, stop_token_ids)
+    return jnp.where(unfinished, jnp.clip(verdict.accepted, 1, kept), 0), ended
 
 
 def refeeding(drafter_shares, change):
     """Return `run_round` with another number of tokens fed again, for drafters that share their cache or those that do not."""
     real = levels.run_round
 
-    def mutated(level, progress, limit, sampling, number=0, refed=0):
-        changes = number > 0 and level.share_cache == drafter_shares and (refed > 0 or change > 0)
-        return real(level, progress, limit, sampling, number, refed + change if changes else refed)
+    def mutated(level, progress, limit, sampling, depth=0, refeed=0):
+        changes = depth > 0 and level.share_cache == drafter_shares and (refeed > 0 or change > 0)
+        return real(level, progress, limit, sampling, depth, refeed + change if changes else refeed)
 
     return mutated
 

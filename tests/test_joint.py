@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from toys import Markov, chain, count_sequences, filtered_oracle, g_test, level_counts, quick_jit, ragged, softmax
 
-from mlspecqd_jax.speculation import levels
-from mlspecqd_jax.speculation.levels import SLACK
+from mlspecqd_jax.speculation import level as levels
+from mlspecqd_jax.speculation.level import SLACK
 from mlspecqd_jax.speculation.loop import generate_tokens
-from mlspecqd_jax.speculation.sampling import Sampling
+from mlspecqd_jax.speculation.settings import Sampling
 from mlspecqd_jax.speculation.verification import verify
 
 V, NEW = 3, 4

@@ -39,9 +39,10 @@ from toys import (
 )
 
 from mlspecqd_jax.speculation.drafters.prompt_lookup import PromptLookup
-from mlspecqd_jax.speculation.levels import SLACK, Level, Sequences
+from mlspecqd_jax.speculation.level import SLACK, Level
 from mlspecqd_jax.speculation.loop import init
-from mlspecqd_jax.speculation.sampling import Sampling
+from mlspecqd_jax.speculation.protocols import Sequences
+from mlspecqd_jax.speculation.settings import Sampling
 
 slow, exhaustive = pytest.mark.slow, pytest.mark.exhaustive
 OTHERS = [toy.table(1), toy.table(2), toy.table(3)]
@@ -60,9 +61,9 @@ def unlike(name):
 # Law 1
 
 
-@functools.partial(quick_jit, static_argnames=("number", "draft_len"))
-def jit_propose(stack, state, cache, sequences, sampling, limit, number, draft_len):
-    return stack.drafter.propose(state, cache, sequences, sampling, draft_len, limit, number, 0)
+@functools.partial(quick_jit, static_argnames=("depth", "draft_len"))
+def jit_propose(stack, state, cache, sequences, sampling, limit, depth, draft_len):
+    return stack.drafter.propose(state, cache, sequences, sampling, draft_len, limit, depth, 0)
 
 
 @pytest.mark.exhaustive

@@ -29,7 +29,7 @@ from stacks import (
 )
 from toys import MODULUS, Toy, chain, level_counts, ragged, rows, run
 
-from mlspecqd_jax.speculation.levels import SLACK, Level
+from mlspecqd_jax.speculation.level import SLACK, Level
 
 slow = pytest.mark.slow
 FAST = ["own", "shared", "shared>ngram"]

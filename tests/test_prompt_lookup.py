@@ -10,8 +10,8 @@ from stacks import MIXED, PROMPTS, B, V, assert_equal_to_plain, generate, limits
 from toys import Markov, level, lookup_oracle, quick_jit, ragged
 
 from mlspecqd_jax.speculation.drafters.prompt_lookup import PromptLookup
-from mlspecqd_jax.speculation.levels import Sequences
-from mlspecqd_jax.speculation.sampling import Sampling
+from mlspecqd_jax.speculation.protocols import Sequences
+from mlspecqd_jax.speculation.settings import Sampling
 
 SIZE, G = 24, 5
 NGRAMS = [(3, 1), (1, 1), (3, 3), (4, 2)]

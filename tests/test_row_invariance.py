@@ -17,7 +17,8 @@ from mlspecqd_jax.network.matmul import linear
 from mlspecqd_jax.network.norms import rms_norm
 from mlspecqd_jax.network.rope import RopeScaling, inverse_frequencies, rotary, rotate
 from mlspecqd_jax.network.transformer import ACTIVATIONS, LanguageModel, ModelConfig
-from mlspecqd_jax.speculation import sampling
+from mlspecqd_jax.speculation import choosing
+from mlspecqd_jax.speculation.settings import Sampling
 from mlspecqd_jax.weights.mx import quantize
 
 IN_CPP = bool(cpu_kernels.isas("matmul"))
@@ -131,15 +132,15 @@ def test_the_choice_of_a_token_and_its_log_probability(vocab):
 
     def run(logits, seed):
         filters = {"temperature": 0.8, "top_k": 400, "top_p": 0.9, "min_p": 0.001, "repetition_penalty": 1.2}
-        s = sampling.Sampling.create(len(logits), vocab, **filters)
+        s = Sampling.create(len(logits), vocab, **filters)
         position = jnp.full((len(logits), 1), 20, jnp.int32)
-        adjusted = sampling.adjust(logits, tokens[: len(logits)], position, s)
-        chosen = sampling.choose(adjusted, sampling.noise(seed, position, 0, sampling.DRAW), s)
+        adjusted = choosing.adjust(logits, tokens[: len(logits)], position, s)
+        chosen = choosing.choose(adjusted, choosing.noise(seed, position, 0, choosing.DRAW), s)
         return (
-            sampling.log_probability(logits, chosen),
+            choosing.log_probability(logits, chosen),
             adjusted,
             chosen,
-            sampling.gumbel(sampling.noise(seed, position, 0, sampling.DRAW), vocab),
+            choosing.gumbel(choosing.noise(seed, position, 0, choosing.DRAW), vocab),
         )
 
     assert_rows_alike(run, logits, jnp.arange(12, dtype=jnp.uint32), rows=(1, 5, 12))

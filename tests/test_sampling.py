@@ -9,19 +9,9 @@ import numpy as np
 import pytest
 from toys import adjust_oracle, count_sequences, filtered_oracle, g_test, quick_jit, softmax
 
-from mlspecqd_jax.speculation import sampling as module
-from mlspecqd_jax.speculation.sampling import (
-    COIN,
-    DRAW,
-    RESIDUAL,
-    Sampling,
-    adjust,
-    choose,
-    filtered,
-    noise,
-    probabilities,
-    uniform,
-)
+from mlspecqd_jax.speculation import choosing as module
+from mlspecqd_jax.speculation.choosing import COIN, DRAW, RESIDUAL, adjust, choose, filtered, noise, probabilities, uniform
+from mlspecqd_jax.speculation.settings import Sampling
 
 # One row each: temperature, top_k, top_p, min_p.
 SETTINGS = [

@@ -30,9 +30,9 @@ from toys import (
     softmax,
 )
 
-from mlspecqd_jax.speculation.levels import SLACK, Level
+from mlspecqd_jax.speculation.level import SLACK, Level
 from mlspecqd_jax.speculation.loop import advance, buffer_length, finished, generate_tokens, init, step
-from mlspecqd_jax.speculation.sampling import Sampling
+from mlspecqd_jax.speculation.settings import Sampling
 
 V, G, S = 8, 4, 128
 PROMPTS = [[3], [1, 2], [0, 0, 5], [6, 5, 4, 3, 2], [2] * 9, [1, 3, 5] * 6]

@@ -12,7 +12,7 @@ import mlspecqd_jax as mlsd
 from mlspecqd_jax import api, specs, stacks
 from mlspecqd_jax.network.transformer import LanguageModel
 from mlspecqd_jax.speculation.drafters.prompt_lookup import PromptLookup
-from mlspecqd_jax.speculation.levels import Level
+from mlspecqd_jax.speculation.level import Level
 from mlspecqd_jax.weights.mx import quantize
 
 slow, exhaustive = pytest.mark.slow, pytest.mark.exhaustive

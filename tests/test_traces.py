@@ -14,7 +14,7 @@ from mlspecqd_jax import api, stacks
 from mlspecqd_jax.loading import models
 from mlspecqd_jax.network.transformer import LanguageModel, ModelConfig
 from mlspecqd_jax.speculation import loop
-from mlspecqd_jax.speculation.sampling import Sampling
+from mlspecqd_jax.speculation.settings import Sampling
 
 # Sizes that no activation shares, so that a weight or a cache is known by its shape.
 CONFIG = ModelConfig(

@@ -5,8 +5,10 @@ import numpy as np
 import pytest
 from toys import count_sequences, g_test, quick_jit
 
-from mlspecqd_jax.speculation.sampling import DRAW, RESIDUAL, Sampling, choose, noise
-from mlspecqd_jax.speculation.verification import Draft, verify
+from mlspecqd_jax.speculation.choosing import DRAW, RESIDUAL, choose, noise
+from mlspecqd_jax.speculation.protocols import Draft
+from mlspecqd_jax.speculation.settings import Sampling
+from mlspecqd_jax.speculation.verification import verify
 
 ROWS, G, V = 120_000, 2, 4
 

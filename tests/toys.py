@@ -11,12 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 from scipy import stats
 
-from mlspecqd_jax.speculation.buffers import put
+from mlspecqd_jax.speculation.buffers import write_at
+from mlspecqd_jax.speculation.choosing import DRAW, RESIDUAL, choose, gumbel, noise, probabilities
 from mlspecqd_jax.speculation.drafters.prompt_lookup import PromptLookup
-from mlspecqd_jax.speculation.levels import SLACK, Level
+from mlspecqd_jax.speculation.level import SLACK, Level
 from mlspecqd_jax.speculation.loop import generate_tokens
-from mlspecqd_jax.speculation.sampling import DRAW, RESIDUAL, Sampling, choose, gumbel, noise, probabilities
-from mlspecqd_jax.speculation.verification import Draft
+from mlspecqd_jax.speculation.protocols import Draft
+from mlspecqd_jax.speculation.settings import Sampling
 
 MODULUS = 1009
 EMPTY = -1
@@ -62,7 +63,7 @@ class Toy:
         return jnp.full((batch, length), EMPTY, jnp.int32)
 
     def __call__(self, params, tokens, start, cache):
-        cache = put(cache, start, tokens)
+        cache = write_at(cache, start, tokens)
         return self.score(params, cache, start[:, None] + jnp.arange(tokens.shape[1])), cache
 
     def score(self, params, cache, position):
@@ -96,7 +97,7 @@ class Markov:
         return jnp.full((batch, length), EMPTY, jnp.int32)
 
     def __call__(self, params, tokens, start, cache):
-        cache = put(cache, start, tokens)
+        cache = write_at(cache, start, tokens)
         context = 0
         for i in range(self.order):
             at = start[:, None] + jnp.arange(tokens.shape[1]) - i
@@ -129,7 +130,7 @@ class SharedToy:
 
     def __call__(self, params, tokens, start, cache):
         table, mark = params
-        cache = put(cache, start, tokens + self.vocab_size * mark)
+        cache = write_at(cache, start, tokens + self.vocab_size * mark)
         foreign = cache >= self.vocab_size * (mark + 1)
         read = jnp.where(foreign | (cache == EMPTY), EMPTY, cache % self.vocab_size)
         return self.toy.score(table, read, start[:, None] + jnp.arange(tokens.shape[1])), cache
@@ -140,7 +141,7 @@ class SharedToy:
 class Script:
     """A `Drafter` that proposes tokens[r, t] for index t of row r, certain of each; `length` of them at most."""
 
-    has_own_cache = False
+    must_follow = False
 
     tokens: jax.Array  # int32 [B, S]
     length: jax.Array  # int32 [B]
@@ -150,7 +151,7 @@ class Script:
     def init(self, prompts, prefill_width):
         return jnp.zeros_like(prompts.length)  # rounds that it was asked
 
-    def propose(self, state, cache, sequences, sampling, draft_len, limit, number, refed):
+    def propose(self, state, cache, sequences, sampling, draft_len, limit, depth, refeed):
         at = sequences.length[:, None] + jnp.arange(draft_len)
         tokens = jnp.take_along_axis(self.tokens, at, axis=1, mode="clip")
         probs = jax.nn.one_hot(tokens, self.vocab_size) if sampling.rule == "rejection" else None
@@ -162,7 +163,7 @@ class Script:
 class ToyDrafter:
     """A `Drafter` that draws from another toy's table, without a cache of its own."""
 
-    has_own_cache = False
+    must_follow = False
 
     params: jax.Array
     model: Toy = dataclasses.field(metadata={"static": True})
@@ -170,14 +171,14 @@ class ToyDrafter:
     def init(self, prompts, prefill_width):
         return None
 
-    def propose(self, state, cache, sequences, sampling, draft_len, limit, number, refed):
+    def propose(self, state, cache, sequences, sampling, draft_len, limit, depth, refeed):
         coupled = sampling.rule == "coupled"
 
         def one(tokens, g):
             t = sequences.length[:, None] + g
             logits = self.model.score(self.params, tokens, t - 1)
             drawn = choose(logits, noise(sampling.seed, t, 0 if coupled else 1, DRAW), sampling)
-            return put(tokens, t[:, 0], drawn), (drawn[:, 0], probabilities(logits, sampling)[:, 0])
+            return write_at(tokens, t[:, 0], drawn), (drawn[:, 0], probabilities(logits, sampling)[:, 0])
 
         _, (drawn, probs) = jax.lax.scan(one, sequences.tokens, jnp.arange(draft_len))
         return Draft(drawn.T, None if coupled else jnp.swapaxes(probs, 0, 1), limit), state, cache

@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 
 
-def put(buffer: jax.Array, start: jax.Array, values: jax.Array) -> jax.Array:
+def write_at(buffer: jax.Array, start: jax.Array, values: jax.Array) -> jax.Array:
     """Write values [B, n, ...] into buffer [B, S, ...] at start[r] + 0..n-1; what falls beyond the buffer is dropped."""
     row = jnp.arange(buffer.shape[0])[:, None]
     return buffer.at[row, start[:, None] + jnp.arange(values.shape[1])[None, :]].set(values, mode="drop")
 
 
-def read(buffer: jax.Array, start: jax.Array, n: int) -> jax.Array:
+def read_at(buffer: jax.Array, start: jax.Array, n: int) -> jax.Array:
     """Return buffer [B, S, ...] at start[r] + 0..n-1, [B, n, ...]; beyond the buffer its last entry is repeated."""
     row = jnp.arange(buffer.shape[0])[:, None]
     return buffer.at[row, start[:, None] + jnp.arange(n)[None, :]].get(mode="clip")

@@ -14,11 +14,11 @@ import numpy as np
 
 from mlspecqd_jax import jax_settings
 from mlspecqd_jax.arguments import LARGEST_INT, instance, integers, is_array, number
-from mlspecqd_jax.speculation.levels import SLACK, Level, LevelState, Progress, Sequences, is_open, run_round
-from mlspecqd_jax.speculation.sampling import Sampling
+from mlspecqd_jax.speculation.level import SLACK, DrafterState, Level, State, is_unfinished, run_round
+from mlspecqd_jax.speculation.protocols import Sequences
+from mlspecqd_jax.speculation.settings import Sampling
 
 PREFILL_WIDTH = 256
-State = Progress  # of the outermost level; `begin` is the prompts' length
 
 
 def buffer_length(longest: int, multiple: int = 256) -> int:
@@ -79,7 +79,7 @@ def feed(
 ) -> State:
     """Feed the prompts' pieces `first` to `first + pieces - 1` (None: all from `first` on), each of (at most) prefill_width."""
     fed = stack.feed(
-        LevelState(state.cache, state.below, state.counts), Sequences(state.tokens, state.begin), prefill_width, first, pieces
+        DrafterState(state.cache, state.below, state.counts), Sequences(state.tokens, state.begin), prefill_width, first, pieces
     )
     return state._replace(cache=fed.cache, below=fed.below, counts=fed.counts)
 
@@ -110,7 +110,7 @@ def check_stack(stack: Level) -> None:
 @jax_settings.held
 def finished(state: State, limit: jax.Array) -> jax.Array:
     """Return bool [B]: which rows have ended, broken or reached their limit (or the end of the buffer)."""
-    return ~is_open(state, _clipped(limit, state))
+    return ~is_unfinished(state, _clipped(limit, state))
 
 
 @jax_settings.held

@@ -16,21 +16,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mlspecqd_jax.speculation import sampling as sampling_
-from mlspecqd_jax.speculation.sampling import Sampling
-
-
-class Draft(NamedTuple):
-    """Proposed tokens; each was drawn from exactly the distribution handed up with it (the drafter's law)."""
-
-    tokens: jax.Array  # int32 [B, G]
-    probs: jax.Array | None  # f32 [B, G, V]; None under the coupled rule
-    length: jax.Array  # int32 [B], how many of the G are proposed
-
-    @staticmethod
-    def empty(batch: int, vocab_size: int) -> "Draft":
-        """Return the draft of no tokens: verifying it is plain decoding."""
-        return Draft(jnp.zeros((batch, 0), jnp.int32), jnp.zeros((batch, 0, vocab_size)), jnp.zeros((batch,), jnp.int32))
+from mlspecqd_jax.speculation import choosing
+from mlspecqd_jax.speculation.protocols import Draft
+from mlspecqd_jax.speculation.settings import Sampling
 
 
 class Verdict(NamedTuple):
@@ -60,13 +48,13 @@ def verify(logits: jax.Array, draft: Draft, position: jax.Array, sampling: Sampl
 
 
 def _coupled(logits, draft, t, sampling, level):
-    own = sampling_.choose(logits, sampling_.noise(sampling.seed, t, 0, sampling_.DRAW), sampling)
+    own = choosing.choose(logits, choosing.noise(sampling.seed, t, 0, choosing.DRAW), sampling)
     accepted = _prefix(draft.tokens == own[:, :-1], draft.length)
     return Verdict(own, accepted, None)
 
 
 def _rejection(logits, draft, t, sampling, level):
-    p = sampling_.probabilities(logits, sampling)
+    p = choosing.probabilities(logits, sampling)
     q = jnp.pad(draft.probs, ((0, 0), (0, 1), (0, 0)))
     g = jnp.arange(logits.shape[1])[None, :]
     q = jnp.where((g < draft.length[:, None])[..., None], q, 0)
@@ -74,7 +62,7 @@ def _rejection(logits, draft, t, sampling, level):
     def of_drafted(x):  # [B, G + 1, V] -> [B, G]
         return jnp.take_along_axis(x[:, :-1], draft.tokens[..., None], axis=-1)[..., 0]
 
-    coins = sampling_.uniform(sampling_.noise(sampling.seed, t[:, :-1], level, sampling_.COIN))
+    coins = choosing.uniform(choosing.noise(sampling.seed, t[:, :-1], level, choosing.COIN))
     accepted = _prefix(coins * of_drafted(q) < of_drafted(p), draft.length)
 
     def at_end(x):  # the row after the accepted prefix: [B, G + 1, V] -> [B, 1, V]
@@ -83,10 +71,10 @@ def _rejection(logits, draft, t, sampling, level):
     p_end = at_end(p)
     residual = jnp.maximum(p_end - at_end(q), 0)
     residual = jnp.where(jnp.sum(residual, axis=-1, keepdims=True) > 0, residual, p_end)
-    keys = sampling_.noise(sampling.seed, jnp.take_along_axis(t, accepted[:, None], axis=1), level, sampling_.RESIDUAL)
+    keys = choosing.noise(sampling.seed, jnp.take_along_axis(t, accepted[:, None], axis=1), level, choosing.RESIDUAL)
     drawn = jax.lax.cond(
         jnp.any(sampling.temperature > 0),
-        lambda r: jnp.argmax(jnp.log(r) + sampling_.gumbel(keys, r.shape[-1]), axis=-1),
+        lambda r: jnp.argmax(jnp.log(r) + choosing.gumbel(keys, r.shape[-1]), axis=-1),
         lambda r: jnp.argmax(r, axis=-1),
         residual,
     )
@@ -96,7 +84,7 @@ def _rejection(logits, draft, t, sampling, level):
 
 def _synthetic(verdict, draft, t, sampling, level):
     """Let coins decide: the same work and the same shapes, at a token acceptance that a benchmark chooses."""
-    coins = sampling_.uniform(sampling_.noise(sampling.seed, t[:, :-1], level, sampling_.COIN))
+    coins = choosing.uniform(choosing.noise(sampling.seed, t[:, :-1], level, choosing.COIN))
     accepted = _prefix(coins < sampling.synthetic_acceptance[level], draft.length)
     drafted = jnp.arange(t.shape[1])[None, :] < accepted[:, None]
     tokens = jnp.where(drafted, jnp.pad(draft.tokens, ((0, 0), (0, 1))), verdict.tokens)

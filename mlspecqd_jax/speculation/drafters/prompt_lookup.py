@@ -11,8 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from mlspecqd_jax.arguments import number
-from mlspecqd_jax.speculation.levels import Sequences
-from mlspecqd_jax.speculation.verification import Draft
+from mlspecqd_jax.speculation.protocols import Draft, Sequences
 
 
 @jax.tree_util.register_dataclass
@@ -25,7 +24,7 @@ class PromptLookup:
     drafted, on the solutions of HumanEval: 1.84; 1.76 without the repetition, 1.57 from the first occurrence.)
     """
 
-    has_own_cache = False
+    must_follow = False
 
     max_ngram: int = dataclasses.field(metadata={"static": True}, default=3)
     min_ngram: int = dataclasses.field(metadata={"static": True}, default=1)
@@ -41,7 +40,7 @@ class PromptLookup:
     def init(self, prompts: Sequences, prefill_width: int) -> None:
         """Return None: there is no state."""
 
-    def propose(self, state, cache, sequences, sampling, draft_len, limit, number, refed):
+    def propose(self, state, cache, sequences, sampling, draft_len, limit, depth, refeed):
         """Propose what followed the last tokens before (see `Drafter`)."""
         found, source = jax.vmap(self._search)(*sequences)  # bool [B], int32 [B]
         if sampling.synthetic_acceptance is not None:  # coins decide what is accepted, so there must be something to accept

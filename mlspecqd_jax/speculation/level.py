@@ -11,80 +11,21 @@ length is neither read nor trimmed. Rows that are finished go around with the ot
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Hashable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from mlspecqd_jax.speculation.buffers import put, read
-from mlspecqd_jax.speculation.sampling import Sampling, adjust, log_probability
-from mlspecqd_jax.speculation.verification import Draft, Verdict, verify
+from mlspecqd_jax.speculation.buffers import read_at, write_at
+from mlspecqd_jax.speculation.choosing import adjust, log_probability
+from mlspecqd_jax.speculation.counts import Counts, count
+from mlspecqd_jax.speculation.protocols import Draft, Drafter, Scorer, Sequences
+from mlspecqd_jax.speculation.settings import Sampling
+from mlspecqd_jax.speculation.verification import Verdict, verify
 
 SLACK = 64  # buffer positions beyond the last token, for the window of one round of any level
-
-
-class Model(Protocol):
-    """A pure, hashable scoring function of parameters.
-
-    Law: logits[:, w] depend on the tokens at absolute positions up to start + w alone, as fed in this call and, below start, as
-    last fed in earlier ones. Entries of the cache beyond them, and other rows, change nothing.
-    """
-
-    vocab_size: int
-
-    def init_cache(self, batch: int, length: int, params: Any) -> Any:
-        """Return an empty cache of `length` positions."""
-
-    def __call__(self, params: Any, tokens: jax.Array, start: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
-        """Feed tokens [B, W] at positions start[r] + 0..W-1; return (logits f32 [B, W, V], cache)."""
-
-
-class Sequences(NamedTuple):
-    """Left-aligned rows of tokens."""
-
-    tokens: jax.Array  # int32 [B, S]
-    length: jax.Array  # int32 [B]
-
-
-class Drafter(Protocol):
-    """A pytree that proposes what comes next.
-
-    Law: each proposed token was drawn from exactly the distribution handed up with it.
-    """
-
-    has_own_cache: bool  # here or in what drafts for it: then it is asked in every round, to be fed what was appended above
-
-    def init(self, prompts: Sequences, prefill_width: int) -> Any:
-        """Return the drafter's state, a cache of its own fed with all prompt tokens but the last."""
-
-    def propose(
-        self,
-        state: Any,
-        cache: Any,
-        sequences: Sequences,
-        sampling: Sampling,
-        draft_len: int,
-        limit: jax.Array,
-        number: int,
-        refed: int,
-    ) -> tuple[Draft, Any, Any]:
-        """Propose up to limit[r] <= draft_len tokens a row; return (draft, state, the verifier's cache).
-
-        Args:
-          state: the drafter's own state.
-          cache: the verifier's cache, handed down for drafters that share it and handed back.
-          sequences: what is committed so far, and drafted by the levels above.
-          sampling: the rows' settings; the only noise is a function of its seeds, positions, levels and purposes.
-          draft_len: static maximum G.
-          limit: int32 [B], how many tokens are of use this round.
-          number: how many levels above it there are. A cache of its own may lack as many tokens before the pending one, since
-            each level above may have appended one that this drafter never ran.
-          refed: how many tokens before the pending one the verifier feeds again this round. A drafter that shares its cache
-            feeds these and must not write below them.
-        """
 
 
 @jax.tree_util.register_dataclass
@@ -95,7 +36,7 @@ class Level:
     The outermost level is the *stack* that the public functions take. Any other is a `Drafter`.
     """
 
-    model: Model = dataclasses.field(metadata={"static": True})
+    model: Scorer = dataclasses.field(metadata={"static": True})
     params: Any
     drafter: Drafter | None = None
     draft_len: int = dataclasses.field(metadata={"static": True}, default=0)
@@ -112,10 +53,10 @@ class Level:
                 f"draft_len is {self.draft_len} {'without' if self.drafter is None else 'with'} a drafter; "
                 "give both, or neither for plain decoding"
             )
-        for number, level in enumerate(self.levels):
-            if level.window(number) > SLACK:
+        for depth, level in enumerate(self.levels):
+            if level.window(depth) > SLACK:
                 raise ValueError(
-                    f"draft_len {level.draft_len} needs a window of {level.window(number)} positions; at most {SLACK} are supported"
+                    f"draft_len {level.draft_len} needs a window of {level.window(depth)} positions; at most {SLACK} are supported"
                 )
         if isinstance(self.drafter, Level) and self.drafter.share_cache and self.drafter.model != self.model:
             raise ValueError("a drafter can share its verifier's cache only if it is the same model with other weights")
@@ -126,35 +67,35 @@ class Level:
         return (self, *(self.drafter.levels if isinstance(self.drafter, Level) else ()))
 
     @property
-    def has_own_cache(self) -> bool:
+    def must_follow(self) -> bool:
         """Whether this level, as a drafter, or what drafts for it keeps a cache that must be fed what was appended above."""
-        return not self.share_cache or (self.drafter is not None and self.drafter.has_own_cache)
+        return not self.share_cache or (self.drafter is not None and self.drafter.must_follow)
 
-    def window(self, refed: int = 0) -> int:
-        """Return the number of positions that one round feeds to the model, `refed` of them for the second time."""
-        return -(-(refed + self.draft_len + 1) // self.window_multiple) * self.window_multiple
+    def window(self, refeed: int = 0) -> int:
+        """Return the depth of positions that one round feeds to the model, `refeed` of them for the second time."""
+        return -(-(refeed + self.draft_len + 1) // self.window_multiple) * self.window_multiple
 
-    def init(self, prompts: Sequences, prefill_width: int) -> "LevelState":
+    def init(self, prompts: Sequences, prefill_width: int) -> "DrafterState":
         """Feed all prompt tokens but the last to every cache of this level and those below."""
         return self.feed(self.begin(prompts, prefill_width), prompts, prefill_width)
 
-    def begin(self, prompts: Sequences, prefill_width: int) -> "LevelState":
+    def begin(self, prompts: Sequences, prefill_width: int) -> "DrafterState":
         """Return empty caches for `feed`; what drafts and is no level is fed here."""
         batch, size = prompts.tokens.shape
         below = self.drafter
         if below is not None:
             below = (below.begin if isinstance(below, Level) else below.init)(prompts, prefill_width)
         cache = None if self.share_cache else self.model.init_cache(batch, size, self.params)
-        return LevelState(cache, below, Counts.zeros(batch, self.draft_len))
+        return DrafterState(cache, below, Counts.zeros(batch, self.draft_len))
 
     def feed(
         self,
-        state: "LevelState",
+        state: "DrafterState",
         prompts: Sequences,
         prefill_width: int,
         first: jax.Array | int = 0,
         pieces: jax.Array | int | None = None,
-    ) -> "LevelState":
+    ) -> "DrafterState":
         """Feed the prompts' pieces `first` to `first + pieces - 1` (None: all from `first` on) to every cache of levels."""
         cache, below = state.cache, state.below
         if not self.share_cache:
@@ -163,12 +104,12 @@ class Level:
             below = self.drafter.feed(below, prompts, prefill_width, first, pieces)
         return state._replace(cache=cache, below=below)
 
-    def propose(self, state, cache, sequences, sampling, draft_len, limit, number, refed):
+    def propose(self, state, cache, sequences, sampling, draft_len, limit, depth, refeed):
         """Run rounds until every row has limit[r] tokens or drafted a stop token (see `Drafter`)."""
         batch = sequences.length.shape[0]
         probs = jnp.zeros((batch, draft_len, sampling.vocab_size)) if sampling.rule == "rejection" else None
         limit = sequences.length + limit
-        begun = Progress(
+        begun = State(
             tokens=sequences.tokens,
             length=sequences.length,
             begin=sequences.length,
@@ -181,42 +122,26 @@ class Level:
             logprobs=None,
         )
 
-        def run(progress, refed):
-            return run_round(self, progress, limit, sampling, number, refed)
+        def run(progress, refeed):
+            return run_round(self, progress, limit, sampling, depth, refeed)
 
-        refed = refed if self.share_cache else number
-        if refed:
-            begun = run(begun, refed)
+        refeed = refeed if self.share_cache else depth
+        if refeed:
+            begun = run(begun, refeed)
 
         def more(progress):
             # A cache of its own, here or below, must catch up in every round of the verifier, also where no draft is of use.
-            first = self.has_own_cache & (progress.counts.passes == state.counts.passes)
-            return first | jnp.any(is_open(progress, limit))
+            first = self.must_follow & (progress.counts.passes == state.counts.passes)
+            return first | jnp.any(is_unfinished(progress, limit))
 
         end = jax.lax.while_loop(more, lambda progress: run(progress, 0), begun)
-        draft = Draft(read(end.tokens, end.begin, draft_len), end.probs, end.length - end.begin)
+        draft = Draft(read_at(end.tokens, end.begin, draft_len), end.probs, end.length - end.begin)
         if self.share_cache:
-            return draft, LevelState(None, end.below, end.counts), end.cache
-        return draft, LevelState(end.cache, end.below, end.counts), cache
+            return draft, DrafterState(None, end.below, end.counts), end.cache
+        return draft, DrafterState(end.cache, end.below, end.counts), cache
 
 
-class Counts(NamedTuple):
-    """What happened to the drafts that a level judged, over unfinished rows."""
-
-    rounds: jax.Array  # int32 [B]
-    drafted: jax.Array  # int32 [B]
-    accepted: jax.Array  # int32 [B, G], by position in the draft
-    judged: jax.Array  # int32 [B, G]
-    passes: jax.Array  # int32, passes of the level's model in rounds (prefill apart)
-
-    @staticmethod
-    def zeros(batch: int, draft_len: int) -> "Counts":
-        """Return the counts before the first round."""
-        zeros = functools.partial(jnp.zeros, dtype=jnp.int32)
-        return Counts(zeros((batch,)), zeros((batch,)), zeros((batch, draft_len)), zeros((batch, draft_len)), zeros(()))
-
-
-class LevelState(NamedTuple):
+class DrafterState(NamedTuple):
     """What a level keeps between rounds of the level above it."""
 
     cache: Any  # None where it shares its verifier's
@@ -224,7 +149,7 @@ class LevelState(NamedTuple):
     counts: Counts
 
 
-class Progress(NamedTuple):
+class State(NamedTuple):
     """Everything that a round of a level reads and writes."""
 
     tokens: jax.Array  # int32 [B, S]
@@ -239,12 +164,12 @@ class Progress(NamedTuple):
     logprobs: jax.Array | None  # f32 [B, S], of the tokens chosen, when asked for
 
 
-def is_open(progress: Progress, limit: jax.Array) -> jax.Array:
+def is_unfinished(progress: State, limit: jax.Array) -> jax.Array:
     """Return bool [B]: which rows have neither ended, nor broken, nor reached their limit."""
     return ~progress.ended & ~progress.broken & (progress.length < limit)
 
 
-def run_round(level: Level, progress: Progress, limit: jax.Array, sampling: Sampling, number: int = 0, refed: int = 0) -> Progress:
+def run_round(level: Level, progress: State, limit: jax.Array, sampling: Sampling, depth: int = 0, refeed: int = 0) -> State:
     """Draft, score, verify: append 1 to draft_len + 1 tokens to every open row.
 
     Args:
@@ -252,40 +177,40 @@ def run_round(level: Level, progress: Progress, limit: jax.Array, sampling: Samp
       progress: where the rows stand.
       limit: int32 [B], the length at which a row is finished.
       sampling: the rows' settings.
-      number: how many levels above it there are.
-      refed: how many tokens before the pending one to feed again (fewer where a row has fewer).
+      depth: how many levels above it there are.
+      refeed: how many tokens before the pending one to feed again (fewer where a row has fewer).
     """
-    open_ = is_open(progress, limit)
+    unfinished = is_unfinished(progress, limit)
     length, rows = progress.length, level.draft_len + 1
-    draft, below, cache = _drafted(level, progress, limit, open_, sampling, number, refed)
-    tokens = put(progress.tokens, length, draft.tokens)
-    start = jnp.maximum(length - 1 - refed, 0)
-    logits, cache = level.model(level.params, read(tokens, start, level.window(refed)), start, cache)
-    logits = read(logits, length - 1 - start, rows) if refed else logits[:, :rows]
+    draft, below, cache = _drafted(level, progress, limit, unfinished, sampling, depth, refeed)
+    tokens = write_at(progress.tokens, length, draft.tokens)
+    start = jnp.maximum(length - 1 - refeed, 0)
+    logits, cache = level.model(level.params, read_at(tokens, start, level.window(refeed)), start, cache)
+    logits = read_at(logits, length - 1 - start, rows) if refeed else logits[:, :rows]
     logits = _fitted(logits, sampling.vocab_size)
     adjusted = adjust(logits, tokens, length[:, None] + jnp.arange(rows), sampling)
-    verdict = verify(_lawful(adjusted) if number else adjusted, draft, length, sampling, number)
-    appended, ended = _cut(verdict, length, limit, open_, sampling.stop_token_ids)
+    verdict = verify(_lawful(adjusted) if depth else adjusted, draft, length, sampling, depth)
+    appended, ended = _cut(verdict, length, limit, unfinished, sampling.stop_token_ids)
     broken = progress.broken
-    if number == 0:  # a draft's are replaced by lawful ones
+    if depth == 0:  # a draft's are replaced by lawful ones
         lawful = _lawful_rows(adjusted, verdict, sampling)
-        broken |= open_ & (lawful < appended)
+        broken |= unfinished & (lawful < appended)
         ended &= ~broken
         appended = jnp.minimum(appended, lawful)
     probs, logprobs = progress.probs, progress.logprobs
     if probs is not None:
-        probs = put(probs, length - progress.begin, verdict.probs)
+        probs = write_at(probs, length - progress.begin, verdict.probs)
     if logprobs is not None:
-        logprobs = put(logprobs, length, log_probability(logits, verdict.tokens))
-    return Progress(
-        tokens=put(tokens, length, verdict.tokens),
+        logprobs = write_at(logprobs, length, log_probability(logits, verdict.tokens))
+    return State(
+        tokens=write_at(tokens, length, verdict.tokens),
         length=length + appended,
         begin=progress.begin,
         ended=progress.ended | ended,
         broken=broken,
         cache=cache,
         below=below,
-        counts=_count(progress.counts, draft, verdict, appended, open_),
+        counts=count(progress.counts, draft, verdict, appended, unfinished),
         probs=probs,
         logprobs=logprobs,
     )
@@ -313,15 +238,15 @@ def _fed(level: Level, cache: Any, prompts: Sequences, prefill_width: int, first
     return jax.lax.fori_loop(first, end, feed, cache)
 
 
-def _drafted(level, progress, limit, open_, sampling, number, refed):
+def _drafted(level, progress, limit, unfinished, sampling, depth, refeed):
     if level.drafter is None:
-        return Draft.empty(open_.shape[0], sampling.vocab_size), progress.below, progress.cache
+        return Draft.empty(unfinished.shape[0], sampling.vocab_size), progress.below, progress.cache
     # The token after the draft comes from the verifier, so one less than what is missing is of use.
-    useful = jnp.where(open_, jnp.clip(limit - progress.length - 1, 0, level.draft_len), 0)
-    if number == 0:
+    useful = jnp.where(unfinished, jnp.clip(limit - progress.length - 1, 0, level.draft_len), 0)
+    if depth == 0:
         useful = jnp.minimum(useful, sampling.draft_limit)
     sequences = Sequences(progress.tokens, progress.length)
-    return level.drafter.propose(progress.below, progress.cache, sequences, sampling, level.draft_len, useful, number + 1, refed)
+    return level.drafter.propose(progress.below, progress.cache, sequences, sampling, level.draft_len, useful, depth + 1, refeed)
 
 
 def _fitted(logits: jax.Array, vocab_size: int) -> jax.Array:
@@ -343,7 +268,7 @@ def _lawful(logits: jax.Array) -> jax.Array:
 def _lawful_rows(logits: jax.Array, verdict: Verdict, sampling: Sampling) -> jax.Array:
     """Return int32 [B], how many leading rows of logits [B, W, V] can be chosen from: no NaN, no +inf, not -inf throughout.
 
-    NaN and +inf come before every number in an argmax, so greedy tokens tell of them without another pass over V.
+    NaN and +inf come before every depth in an argmax, so greedy tokens tell of them without another pass over V.
     """
 
     def of_chosen(logits):
@@ -359,27 +284,11 @@ def _lawful_rows(logits: jax.Array, verdict: Verdict, sampling: Sampling) -> jax
     return jnp.sum(jnp.cumprod(jnp.isfinite(largest).astype(jnp.int32), axis=1), axis=1)
 
 
-def _cut(verdict: Verdict, length, limit, open_, stop_token_ids):
+def _cut(verdict: Verdict, length, limit, unfinished, stop_token_ids):
     """Return how many of the verdict's tokens each row keeps, and whether the last kept one is a stop token."""
     g = jnp.arange(verdict.tokens.shape[1])[None, :]
     stops = jnp.any(verdict.tokens[..., None] == stop_token_ids, axis=-1)
     to_stop = jnp.min(jnp.where(stops, g + 1, verdict.tokens.shape[1] + 1), axis=1)
     kept = jnp.minimum(jnp.minimum(verdict.accepted + 1, limit - length), to_stop)
-    kept = jnp.where(open_, kept, 0)
-    return kept, open_ & (kept == to_stop)
-
-
-def _count(counts: Counts, draft: Draft, verdict: Verdict, appended, open_) -> Counts:
-    g = jnp.arange(draft.tokens.shape[1])[None, :]
-    # A draft cut by a stop token or a limit counts what was kept of it, any other counts whole.
-    whole = appended == verdict.accepted + 1
-    kept = jnp.where(open_, jnp.where(whole, draft.length, jnp.minimum(draft.length, appended)), 0)
-    accepted = g < jnp.minimum(kept, verdict.accepted)[:, None]
-    judged = g < jnp.minimum(kept, verdict.accepted + 1)[:, None]
-    return Counts(
-        rounds=counts.rounds + open_,
-        drafted=counts.drafted + kept,
-        accepted=counts.accepted + accepted,
-        judged=counts.judged + judged,
-        passes=counts.passes + 1,
-    )
+    kept = jnp.where(unfinished, kept, 0)
+    return kept, unfinished & (kept == to_stop)

@@ -1,0 +1,51 @@
+"""`Counts`: what happened to the drafts that a level judged, row by row."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from mlspecqd_jax.speculation.protocols import Draft
+from mlspecqd_jax.speculation.verification import Verdict
+
+
+class Counts(NamedTuple):
+    """What happened to the drafts that a level judged, over unfinished rows."""
+
+    rounds: jax.Array  # int32 [B]
+    drafted: jax.Array  # int32 [B]
+    accepted: jax.Array  # int32 [B, G], by position in the draft
+    judged: jax.Array  # int32 [B, G]
+    passes: jax.Array  # int32, passes of the level's model in rounds (prefill apart)
+
+    @staticmethod
+    def zeros(batch: int, draft_len: int) -> "Counts":
+        """Return the counts before the first round."""
+        zeros = functools.partial(jnp.zeros, dtype=jnp.int32)
+        return Counts(zeros((batch,)), zeros((batch,)), zeros((batch, draft_len)), zeros((batch, draft_len)), zeros(()))
+
+
+def count(counts: Counts, draft: Draft, verdict: Verdict, appended: jax.Array, unfinished: jax.Array) -> Counts:
+    """Add what a round did.
+
+    Args:
+      counts: before the round.
+      draft: what was judged.
+      verdict: how.
+      appended: int32 [B], tokens that each row kept.
+      unfinished: bool [B], which rows the round was for.
+    """
+    g = jnp.arange(draft.tokens.shape[1])[None, :]
+    # A draft cut by a stop token or a limit counts what was kept of it, any other counts whole.
+    whole = appended == verdict.accepted + 1
+    kept = jnp.where(unfinished, jnp.where(whole, draft.length, jnp.minimum(draft.length, appended)), 0)
+    accepted = g < jnp.minimum(kept, verdict.accepted)[:, None]
+    judged = g < jnp.minimum(kept, verdict.accepted + 1)[:, None]
+    return Counts(
+        rounds=counts.rounds + unfinished,
+        drafted=counts.drafted + kept,
+        accepted=counts.accepted + accepted,
+        judged=counts.judged + judged,
+        passes=counts.passes + 1,
+    )
