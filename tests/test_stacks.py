@@ -311,9 +311,9 @@ def test_a_limit_of_drafts_for_each_row(quick):
     stack = mlsd.stack(quick, (quick.quantized(), 4))
     arguments = {"max_new_tokens": 20, "stop_token_ids": [], "temperature": 0.6}
     free = mlsd.generate(stack, PROMPTS * 2, **arguments)
-    before = api._advance._cache_size()
+    before = api._programs(stack).advance._cache_size()
     out = mlsd.generate(stack, PROMPTS * 2, draft_limit=[0, 2, 99, 4, 4, 4], **arguments)
-    assert api._advance._cache_size() == before
+    assert api._programs(stack).advance._cache_size() == before
     assert out.tokens == free.tokens
     none, two, all_ = out.report["requests"][:3]
     assert (none["rounds"], none["drafted"]) == (20, 0)
