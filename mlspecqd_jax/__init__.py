@@ -7,8 +7,9 @@ out = mlsd.generate(stack, "def fibonacci(n):")
 print(out.text[0])
 """
 
-from mlspecqd_jax.api import Arguments, Batch, Generation, Stream, compare, generate, prepare, stream
+from mlspecqd_jax.generation import Generation, Stream, compare, generate, stream
 from mlspecqd_jax.loading.models import Card, Model, convert, load
+from mlspecqd_jax.requests import Arguments, Batch, prepare
 from mlspecqd_jax.speculation.level import Level
 from mlspecqd_jax.speculation.loop import State, advance, buffer_length, finished, generate_tokens, init, step
 from mlspecqd_jax.speculation.settings import Sampling

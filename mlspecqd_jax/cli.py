@@ -146,7 +146,7 @@ def _generate(a: argparse.Namespace) -> None:
     prompts = a.prompt or prompt_files.read(a.prompt_file)
     a.logit_bias = _biases(a.logit_bias)
 
-    from mlspecqd_jax import api, planner, specs, stacks
+    from mlspecqd_jax import generation, planner, specs, stacks
     from mlspecqd_jax.loading import models
 
     load = functools.cache(functools.partial(models.load, dtype=a.dtype))
@@ -157,24 +157,24 @@ def _generate(a: argparse.Namespace) -> None:
     stack = stacks.stack(target, *drafters, exact=not a.inexact, share_cache=not a.own_cache)
     arguments = {name: getattr(a, name) for name in PASSED_ON if hasattr(a, name)}
     if a.json or a.compare or len(prompts) > 1:
-        generation = (api.compare if a.compare else api.generate)(stack, prompts, **arguments)
+        out = (generation.compare if a.compare else generation.generate)(stack, prompts, **arguments)
         if a.json:
             keys = ["text", "tokens", "prompt_tokens", "finish_reason", "report"] + ["logprobs"] * a.logprobs
-            console.put(json.dumps({key: _finite(getattr(generation, key)) for key in keys}, allow_nan=False) + "\n")
+            console.put(json.dumps({key: _finite(getattr(out, key)) for key in keys}, allow_nan=False) + "\n")
             return
-        for prompt, text in zip(prompts, generation.text, strict=True):
+        for prompt, text in zip(prompts, out.text, strict=True):
             _print_prompt(prompt)
             console.put(text + "\n")
     else:
-        stream = api.stream(stack, prompts[0], **arguments)
+        stream = generation.stream(stack, prompts[0], **arguments)
         _print_prompt(prompts[0])
         try:
             for piece in stream:
                 console.put(piece)
         finally:
             console.put("\n")
-        generation = stream.generation
-    _print_summary(generation.report)
+        out = stream.generation
+    _print_summary(out.report)
     if not a.draft:
         console.say(f"[by default drafted with --draft {' --draft '.join(drafts)}; --draft none decodes plainly]")
 

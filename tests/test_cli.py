@@ -14,7 +14,7 @@ import pytest
 
 import cpu_kernels
 import mlspecqd_jax as mlsd
-from mlspecqd_jax import api, cli, prompt_files, report
+from mlspecqd_jax import cli, generation, prompt_files, report
 from mlspecqd_jax.loading import checkpoint
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -335,8 +335,8 @@ def test_stop_ids_biases_and_the_draft_limit(capsys):
 
 
 def test_what_is_no_number_is_null_in_json(capsys, monkeypatch):
-    nothing = api.Generation(["x"], [[1]], [[2]], ["stop"], [[-math.inf]], {"a": [math.nan, {"b": math.inf}], "c": 1.5})
-    monkeypatch.setattr(api, "generate", lambda *_, **__: nothing)
+    nothing = generation.Generation(["x"], [[1]], [[2]], ["stop"], [[-math.inf]], {"a": [math.nan, {"b": math.inf}], "c": 1.5})
+    monkeypatch.setattr(generation, "generate", lambda *_, **__: nothing)
     code, out, _ = run(capsys, "generate", *SHORT, "--draft", "none", "--json", "--logprobs")
     assert code == 0
     value = json.loads(out, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
@@ -396,13 +396,13 @@ def test_ctrl_c_ends_a_generation_of_any_form(options):
     child = (
         "import signal, sys, time\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background job ignores it
-        "from mlspecqd_jax import api, cli\n"
-        "api.SLICE_SECONDS, whole = 0.0, api._slice\n"
+        "from mlspecqd_jax import generation, cli\n"
+        "generation.SLICE_SECONDS, whole = 0.0, generation._slice\n"
         "def rested(*arguments):\n"
         "    print('slice', file=sys.stderr, flush=True)\n"
         "    time.sleep(0.5)\n"
         "    return whole(*arguments)\n"
-        "api._slice = rested\n"
+        "generation._slice = rested\n"
         f"options = ['--prompt', 'def f():', '--draft', 'none', '--max-new-tokens', '900', *{options!r}]\n"
         "sys.argv = ['mlspecqd', 'generate', 'demo', *options]\n"
         "cli.run()\n"

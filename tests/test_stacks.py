@@ -9,7 +9,7 @@ import pytest
 
 import cpu_kernels
 import mlspecqd_jax as mlsd
-from mlspecqd_jax import api, specs, stacks
+from mlspecqd_jax import generation, specs, stacks
 from mlspecqd_jax.network.transformer import LanguageModel
 from mlspecqd_jax.speculation.drafters.prompt_lookup import PromptLookup
 from mlspecqd_jax.speculation.level import Level
@@ -311,9 +311,9 @@ def test_a_limit_of_drafts_for_each_row(quick):
     stack = mlsd.stack(quick, (quick.quantized(), 4))
     arguments = {"max_new_tokens": 20, "stop_token_ids": [], "temperature": 0.6}
     free = mlsd.generate(stack, PROMPTS * 2, **arguments)
-    before = api._programs(stack).advance._cache_size()
+    before = generation._programs(stack).advance._cache_size()
     out = mlsd.generate(stack, PROMPTS * 2, draft_limit=[0, 2, 99, 4, 4, 4], **arguments)
-    assert api._programs(stack).advance._cache_size() == before
+    assert generation._programs(stack).advance._cache_size() == before
     assert out.tokens == free.tokens
     none, two, all_ = out.report["requests"][:3]
     assert (none["rounds"], none["drafted"]) == (20, 0)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hlo import HOST_OPERATIONS, aliased, cache_copies, widened
 
-from mlspecqd_jax import api, stacks
+from mlspecqd_jax import generation, requests, stacks
 from mlspecqd_jax.loading import models
 from mlspecqd_jax.network.transformer import LanguageModel, ModelConfig
 from mlspecqd_jax.speculation import loop
@@ -41,7 +41,7 @@ def weight_shapes():
 
 def request(stack, prompt=PROMPT, max_new_tokens=20, **settings):
     """The arguments of `generate_tokens`, as `generate` makes them."""
-    batch = api.prepare(stack, [prompt], max_new_tokens=max_new_tokens)
+    batch = requests.prepare(stack, [prompt], max_new_tokens=max_new_tokens)
     return batch.tokens, batch.length, batch.limit, Sampling.create(1, CONFIG.vocab_size, **settings)
 
 
@@ -70,8 +70,10 @@ def program(stack):
     state = jax.eval_shape(lambda *arguments: loop.init(*arguments, prefill_width=16), stack, tokens, length, sampling)
     whole = jax.jit(loop.generate_tokens, static_argnames="prefill_width")
     lowered = {
-        "feed": lambda: api._programs(stack).feed.lower(stack, state, prefill_width=16, first=np.int32(0), pieces=np.int32(1)),
-        "advance": lambda: api._programs(stack).advance.lower(stack, state, limit, sampling, np.int32(1)),
+        "feed": lambda: generation._programs(stack).feed.lower(
+            stack, state, prefill_width=16, first=np.int32(0), pieces=np.int32(1)
+        ),
+        "advance": lambda: generation._programs(stack).advance.lower(stack, state, limit, sampling, np.int32(1)),
         "generate_tokens": lambda: whole.lower(stack, tokens, length, limit, sampling, prefill_width=16),
     }
     return functools.cache(lambda name: lowered[name]().compile().as_text())
@@ -167,9 +169,9 @@ def test_generate_tokens_traces_once_for_many_requests(stack):
 
 
 def test_generate_traces_once_for_many_requests(stack):
-    before = [f._cache_size() for f in api._programs(stack)]
+    before = [f._cache_size() for f in generation._programs(stack)]
     for settings in REQUESTS:
         arguments = {"max_new_tokens": 20} | settings
-        out = api.generate(stack, [arguments.pop("prompt", PROMPT)], **arguments)
+        out = generation.generate(stack, [arguments.pop("prompt", PROMPT)], **arguments)
         assert 1 <= len(out.tokens[0]) <= 25
-    assert [f._cache_size() for f in api._programs(stack)] == [n + 1 for n in before]
+    assert [f._cache_size() for f in generation._programs(stack)] == [n + 1 for n in before]

@@ -4,25 +4,22 @@ import dataclasses
 import functools
 import time
 import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, TypedDict, Unpack
+from collections.abc import Iterator
+from typing import Any, NamedTuple, Unpack
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from mlspecqd_jax import jax_settings, report
-from mlspecqd_jax.arguments import LARGEST_INT, each_row, flag, instance, is_array, texts
-from mlspecqd_jax.loading.models import Card
+from mlspecqd_jax.arguments import LARGEST_INT, is_array
+from mlspecqd_jax.requests import Arguments, Batch, request
 from mlspecqd_jax.speculation import loop
 from mlspecqd_jax.speculation.level import Level, piece_width
 from mlspecqd_jax.speculation.loop import State
 from mlspecqd_jax.speculation.settings import Sampling
 from mlspecqd_jax.stacks import compiler_options
-from mlspecqd_jax.text.detokenizer import Decoder, encode
+from mlspecqd_jax.text.detokenizer import Decoder
 
-DEFAULT_NEW_TOKENS = 128
-PREFILL_WIDTHS = (16, 64, loop.PREFILL_WIDTH)
 ROUNDS_TO_STOP_STRINGS = 16  # rounds between looks at the text when stop strings are given
 SLICE_SECONDS = 0.2  # of work in one call, after which an interrupt is heeded
 
@@ -49,37 +46,6 @@ def _programs(stack: Level) -> Programs:
     return _jitted(tuple(compiler_options(stack).items()))
 
 
-class Arguments(TypedDict, total=False):
-    """What may be asked of a generation; anything else is refused by name. A list gives one value a row."""
-
-    max_new_tokens: int | Sequence[int] | None  # None (default): 128, or what the positions leave
-    chat: bool  # wrap each text as a user's message by the tokenizer's chat template; default False
-    temperature: float | Sequence[float]  # default 0: greedy
-    top_k: int | Sequence[int]  # default 0: off
-    top_p: float | Sequence[float]  # default 1: off
-    min_p: float | Sequence[float]  # default 0: off
-    seed: int | Sequence[int]  # default 0; an int s means s, s + 1, ... for rows 0, 1, ...
-    draft_limit: int | Sequence[int]  # drafted tokens a round for the target, at most; default the stack's draft_len; 0: plain
-    rule: str  # "coupled" (default) or "rejection"
-    repetition_penalty: float | Sequence[float]  # default 1: off
-    presence_penalty: float | Sequence[float]  # default 0: off
-    frequency_penalty: float | Sequence[float]  # default 0: off
-    logit_bias: Mapping[int, float] | Sequence[Mapping[int, float]] | None  # token id to what is added to its logit
-    stop_token_ids: Collection[int] | None  # ids that end a row, in place of the model's own; None (default): the model's own
-    stop: str | Sequence[str] | None  # text ends before the first of these that is completed; may be or hold special tokens
-    logprobs: bool  # record the log-probability of each new token under the model's own logits; default False
-    synthetic_acceptance: Sequence[float] | None  # for benchmarks: coins accept drafts, one rate a level; meaningless output
-
-
-class Batch(NamedTuple):
-    """Prompts as the pure functions take them."""
-
-    tokens: jax.Array  # int32 [B, S]
-    length: jax.Array  # int32 [B]
-    limit: jax.Array  # int32 [B], final lengths
-    prefill_width: int  # static
-
-
 @dataclasses.dataclass(frozen=True)
 class Generation:
     """What `generate` returns, one entry a prompt."""
@@ -90,52 +56,6 @@ class Generation:
     finish_reason: list[str]  # "stop" (an EOS id or a stop string) or "length"
     logprobs: list[list[float]] | None  # of each new token under the model's own, unadjusted logits
     report: dict[str, Any]
-
-
-@jax_settings.held
-def prepare(stack: Level, prompts, *, max_new_tokens: int | Sequence[int] | None = None, chat: bool = False) -> Batch:
-    """Encode prompts and lay them out in a buffer whose size is a bucket, so that another prompt is rarely another trace.
-
-    Args:
-      stack: from `stack`.
-      prompts: a text, or a list or tuple of texts and of token ids (lists, tuples or integer arrays), or an integer array of a row
-        a prompt. Nothing else is iterated: make a list of what a generator yields.
-      max_new_tokens: at most this many new tokens, one number or one a row; None is 128, or what the positions leave.
-      chat: wrap each text as a user's message by the tokenizer's chat template.
-
-    Raises:
-      ValueError: a prompt is empty, or prompt and new tokens exceed the positions of the target or of a draft.
-    """
-    card = _card(stack)
-    rows = encode(card, prompts, chat=flag("chat", chat))
-    explicit = max_new_tokens is not None
-    wanted = each_row("max_new_tokens", max_new_tokens if explicit else DEFAULT_NEW_TOKENS, len(rows))
-    wanted = np.array([min(n, LARGEST_INT) for n in wanted], np.int64)
-    length = np.array([len(row) for row in rows], np.int64)
-    if np.any(length >= card.max_positions):
-        raise ValueError(
-            f"a prompt has {max(length)} tokens, but {card.name} has {card.max_positions} positions and needs one for a new token; "
-            "shorten the prompt"
-        )
-    limit = length + wanted
-    if explicit and np.any(limit > card.max_positions):
-        worst = np.argmax(limit)
-        raise ValueError(
-            f"{length[worst]} prompt tokens and {limit[worst] - length[worst]} new tokens exceed the {card.max_positions} "
-            f"positions of {card.name}; lower max_new_tokens or shorten the prompt"
-        )
-    limit = np.minimum(limit, card.max_positions)
-    for draft in (level.card for level in stack.levels[1:]):
-        if limit.max() > draft.max_positions:
-            raise ValueError(
-                f"{draft.name} has {draft.max_positions} positions, but prompt and new tokens take {limit.max()}; "
-                "lower max_new_tokens or draft with a model of more positions"
-            )
-    tokens = np.zeros((len(rows), loop.buffer_length(int(limit.max()))), np.int32)
-    for r, row in enumerate(rows):
-        tokens[r, : len(row)] = row
-    width = next((w for w in PREFILL_WIDTHS if w >= length.max() - 1), PREFILL_WIDTHS[-1])
-    return Batch(jnp.asarray(tokens), jnp.asarray(length, jnp.int32), jnp.asarray(limit, jnp.int32), width)
 
 
 def generate(stack: Level, prompts, **arguments: Unpack[Arguments]) -> Generation:
@@ -208,7 +128,7 @@ def _run(stack: Level, prompts, most_rounds: int, arguments: dict[str, Any]):
 
     The first yield comes before anything is generated.
     """
-    batch, sampling, stops = _request(stack, prompts, dict(arguments))
+    batch, sampling, stops = request(stack, prompts, dict(arguments))
     state, compile_seconds = _compile(stack, batch, sampling)
     rows, begin, limit = range(len(batch.length)), np.asarray(batch.length), np.array(batch.limit)
     prompt_tokens = [np.asarray(batch.tokens)[r, : begin[r]].tolist() for r in rows]
@@ -249,29 +169,6 @@ def _run(stack: Level, prompts, most_rounds: int, arguments: dict[str, Any]):
         logprobs=logprobs,
         report=summary,
     )
-
-
-def _request(stack: Level, prompts, arguments: dict[str, Any]) -> tuple[Batch, Sampling, tuple[str, ...]]:
-    """Check all arguments and turn them into a batch, its sampling and its stop strings."""
-    unknown = sorted(set(arguments) - set(Arguments.__annotations__))
-    if unknown:
-        raise ValueError(f"'{unknown[0]}' is not supported; supported: {', '.join(sorted(Arguments.__annotations__))}")
-    card, stops = _card(stack), texts("stop", arguments.pop("stop", None))
-    if stops and card.tokenizer is None:
-        raise ValueError(f"{card.name} has no tokenizer, which stop strings need; use stop_token_ids")
-    batch_arguments = {name: arguments.pop(name) for name in ("max_new_tokens", "chat") if name in arguments}
-    batch = prepare(stack, prompts, **batch_arguments)
-    if arguments.get("stop_token_ids") is None:
-        ends = card.chat_end_token_ids if batch_arguments.get("chat") else ()
-        arguments["stop_token_ids"] = tuple(dict.fromkeys((*card.eos_token_ids, *ends)))
-    sampling = Sampling.create(len(batch.length), stack.model.vocab_size, **arguments)
-    loop.check(stack, sampling)
-    return batch, sampling, stops
-
-
-def _card(stack: Level) -> Card:
-    loop.check_stack(stack)
-    return instance("the stack's card", stack.card, Card, "one of name, tokenizer and positions: build the stack with mlsd.stack")
 
 
 @jax_settings.held

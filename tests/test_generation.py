@@ -9,7 +9,7 @@ import pytest
 from tiny import FAMILIES, weights, write_checkpoint, write_family
 
 import mlspecqd_jax as mlsd
-from mlspecqd_jax import api
+from mlspecqd_jax import generation, requests
 
 PROMPTS = ["def fibonacci(n):\n", "import os\n", "class Stack:\n    def push(self, item):\n"]
 NEW = 24
@@ -66,9 +66,9 @@ def test_row_r_of_a_batch_at_seed_s_is_that_prompt_alone_at_seed_s_plus_r(stack,
 
 def test_a_stack_built_again_is_not_traced_again(demo, stack):
     mlsd.generate(stack, PROMPTS[0], max_new_tokens=4)
-    before = [f._cache_size() for f in api._programs(stack)]
+    before = [f._cache_size() for f in generation._programs(stack)]
     mlsd.generate(mlsd.stack(demo), PROMPTS[1], max_new_tokens=5, temperature=0.5, seed=9)
-    assert [f._cache_size() for f in api._programs(stack)] == before
+    assert [f._cache_size() for f in generation._programs(stack)] == before
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
@@ -195,11 +195,11 @@ def test_positions_limit_the_text(demo, stack):
     ],
 )
 def test_bad_arguments_are_one_sentence(stack, arguments, message):
-    before = api._programs(stack).advance._cache_size()
+    before = generation._programs(stack).advance._cache_size()
     with pytest.raises(ValueError, match=message) as caught:
         mlsd.generate(stack, "x", **arguments)
     assert "\n" not in str(caught.value)
-    assert api._programs(stack).advance._cache_size() == before  # refused before tracing
+    assert generation._programs(stack).advance._cache_size() == before  # refused before tracing
 
 
 def test_arguments_are_those_of_the_batch_and_of_sampling():
@@ -264,7 +264,7 @@ def test_a_chat_ends_at_the_templates_end_of_turn_too(demo, monkeypatch):
     stack = mlsd.stack(dataclasses.replace(demo, card=dataclasses.replace(demo.card, chat_end_token_ids=(7, *eos))))
 
     def stops(**arguments):
-        return [i for i in api._request(stack, "x", arguments)[1].stop_token_ids.tolist() if i >= 0]
+        return [i for i in requests.request(stack, "x", arguments)[1].stop_token_ids.tolist() if i >= 0]
 
     assert stops() == list(eos)
     assert stops(chat=True) == [*eos, 7]
@@ -300,58 +300,58 @@ def test_a_stop_string_may_be_a_special_token(small):
 
 
 def test_slices_of_any_size_give_one_text_and_one_trace(small, monkeypatch):
-    stack, calls, sliced = mlsd.stack(small), [], api._slice
+    stack, calls, sliced = mlsd.stack(small), [], generation._slice
 
     def counted(*arguments):
         calls.append(arguments[-1])
         return sliced(*arguments)
 
-    monkeypatch.setattr(api, "_slice", counted)
+    monkeypatch.setattr(generation, "_slice", counted)
     arguments = {"max_new_tokens": [NEW, 5, 1], "temperature": 0.7, "stop_token_ids": [], "logprobs": True}
     found, traces = [], []
     for seconds in (0.0, 1e9):
-        monkeypatch.setattr(api, "SLICE_SECONDS", seconds)
+        monkeypatch.setattr(generation, "SLICE_SECONDS", seconds)
         calls.clear()
         found.append(mlsd.generate(stack, IDS, **arguments))
-        traces.append(api._programs(stack).advance._cache_size())
+        traces.append(generation._programs(stack).advance._cache_size())
         assert calls == ([1] * NEW if seconds == 0 else [1, 2, 4, 8, 16])
     assert traces[0] == traces[1]
     assert (found[0].tokens, found[0].logprobs) == (found[1].tokens, found[1].logprobs)
 
 
 def test_a_slice_takes_about_its_time():
-    assert api._next(1, 0.001, 10**9) == 2  # growing by no more than twice
-    assert api._next(64, 0.05, 10**9) == 128
-    assert api._next(64, 0.2, 10**9) == 64
-    assert api._next(64, 0.8, 10**9) == 16
-    assert api._next(1, 30, 10**9) == 1
-    assert api._next(64, 0.001, 16) == 16
+    assert generation._next(1, 0.001, 10**9) == 2  # growing by no more than twice
+    assert generation._next(64, 0.05, 10**9) == 128
+    assert generation._next(64, 0.2, 10**9) == 64
+    assert generation._next(64, 0.8, 10**9) == 16
+    assert generation._next(1, 30, 10**9) == 1
+    assert generation._next(64, 0.001, 16) == 16
 
 
 def test_a_long_prompt_is_fed_in_slices(small, monkeypatch):
-    monkeypatch.setattr(api, "PREFILL_WIDTHS", (16,))
-    monkeypatch.setattr(api, "SLICE_SECONDS", 1e9)
+    monkeypatch.setattr(requests, "PREFILL_WIDTHS", (16,))
+    monkeypatch.setattr(generation, "SLICE_SECONDS", 1e9)
     stack, fed = mlsd.stack(small), []
-    programs = api._programs(stack)
+    programs = generation._programs(stack)
 
     def counted(*arguments, **pieces):
         fed.append((int(pieces["first"]), int(pieces["pieces"])))
         return programs.feed(*arguments, **pieces)
 
-    monkeypatch.setattr(api, "_programs", lambda stack: programs._replace(feed=counted))
+    monkeypatch.setattr(generation, "_programs", lambda stack: programs._replace(feed=counted))
     prompts = [np.arange(5, 75).tolist(), [9]]
     out = mlsd.generate(stack, prompts, max_new_tokens=4, stop_token_ids=[])
     assert fed == [(0, 0), (0, 1), (1, 2), (3, 4)]
-    monkeypatch.setattr(api, "SLICE_SECONDS", 0.0)
+    monkeypatch.setattr(generation, "SLICE_SECONDS", 0.0)
     assert mlsd.generate(stack, prompts, max_new_tokens=4, stop_token_ids=[]).tokens == out.tokens
     assert fed[4:] == [(0, 0), *((i, 1) for i in range(5))]
-    monkeypatch.setattr(api, "PREFILL_WIDTHS", (128,))
+    monkeypatch.setattr(requests, "PREFILL_WIDTHS", (128,))
     assert mlsd.generate(stack, prompts, max_new_tokens=4, stop_token_ids=[]).tokens == out.tokens
     assert len(fed) == 4 + 6 + 2  # in one piece
 
 
 def test_an_interrupt_is_heeded_after_a_slice(small, monkeypatch):
-    stack, calls, sliced = mlsd.stack(small), [], api._slice
+    stack, calls, sliced = mlsd.stack(small), [], generation._slice
 
     def interrupted(*arguments):
         calls.append(1)
@@ -359,8 +359,8 @@ def test_an_interrupt_is_heeded_after_a_slice(small, monkeypatch):
             signal.raise_signal(signal.SIGINT)
         return sliced(*arguments)
 
-    monkeypatch.setattr(api, "_slice", interrupted)
-    monkeypatch.setattr(api, "SLICE_SECONDS", 0.0)
+    monkeypatch.setattr(generation, "_slice", interrupted)
+    monkeypatch.setattr(generation, "SLICE_SECONDS", 0.0)
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         for run in (mlsd.generate, mlsd.compare):
