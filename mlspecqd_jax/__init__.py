@@ -7,6 +7,7 @@ out = mlsd.generate(stack, "def fibonacci(n):")
 print(out.text[0])
 """
 
+from mlspecqd_jax.errors import InputError
 from mlspecqd_jax.generation import Generation, Stream, compare, generate, stream
 from mlspecqd_jax.loading.models import Card, Model, convert, load
 from mlspecqd_jax.requests import Arguments, Batch, prepare
@@ -22,6 +23,7 @@ __all__ = [
     "Batch",
     "Card",
     "Generation",
+    "InputError",
     "Level",
     "Model",
     "Sampling",

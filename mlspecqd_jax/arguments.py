@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mlspecqd_jax.errors import InputError
+
 LARGEST, LEAST = (float(x) for x in (np.finfo(np.float32).max, np.finfo(np.float32).tiny))
 LARGEST_INT = int(np.iinfo(np.int32).max)
 ROWS = 2**24  # more than this of anything is a mistake
@@ -62,9 +64,9 @@ NUMBERS = {
 
 
 def number(name: str, value: Any) -> int | float:
-    """Return a number if it is one that the table allows, or raise a ValueError."""
+    """Return a number if it is one that the table allows, or raise an InputError."""
     kind = NUMBERS[name]
-    refusal = ValueError(f"{name} is {brief(value)}, but must be {kind.needed}")
+    refusal = InputError(f"{name} is {brief(value)}, but must be {kind.needed}")
     if is_array(value) and value.ndim == 0:
         value = _listed(value)
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, numbers.Integral if kind.whole else numbers.Real):
@@ -82,12 +84,12 @@ def sequence(name: str, value: Any, most: int | None = None) -> list | None:
     """Return the numbers of a list, tuple, range or array [n], not yet checked, or None for anything else.
 
     Raises:
-      ValueError: there are more than `most`.
+      InputError: there are more than `most`.
     """
     if not isinstance(value, (list, tuple, range)) and not (is_array(value) and value.ndim == 1):
         return None
     if most is not None and len(value) > most:
-        raise ValueError(f"{name} has {len(value)} entries, but can have at most {most}")
+        raise InputError(f"{name} has {len(value)} entries, but can have at most {most}")
     return _listed(value) if is_array(value) else list(value)
 
 
@@ -95,58 +97,58 @@ def each_row(name: str, value: Any, rows: int) -> list[int | float]:
     """Return one checked number a row, from one for all rows or from a sequence of one for each."""
     given = sequence(name, value, ROWS)
     if given is None and is_array(value) and value.ndim > 1:
-        raise ValueError(f"{name} has shape {list(value.shape)}, but must be a number or one for each of {rows} rows")
+        raise InputError(f"{name} has shape {list(value.shape)}, but must be a number or one for each of {rows} rows")
     if given is None:
         return [number(name, value)] * rows
     if len(given) != rows:
-        raise ValueError(f"{name} has {len(given)} entries, but must be a number or one for each of {rows} rows")
+        raise InputError(f"{name} has {len(given)} entries, but must be a number or one for each of {rows} rows")
     return [number(name, entry) for entry in given]
 
 
 def flag(name: str, value: Any) -> bool:
-    """Return a bool that is one, or raise a ValueError."""
+    """Return a bool that is one, or raise an InputError."""
     if not isinstance(value, (bool, np.bool_)):
-        raise ValueError(f"{name} is {brief(value)}, but must be True or False")
+        raise InputError(f"{name} is {brief(value)}, but must be True or False")
     return bool(value)
 
 
 def choice(name: str, value: Any, allowed: Sequence[str]) -> str:
-    """Return a text that is one of those allowed, or raise a ValueError."""
+    """Return a text that is one of those allowed, or raise an InputError."""
     if not isinstance(value, str) or value not in allowed:
-        raise ValueError(f"{name} is {brief(value)}, but must be one of {', '.join(allowed)}")
+        raise InputError(f"{name} is {brief(value)}, but must be one of {', '.join(allowed)}")
     return value
 
 
 def texts(name: str, value: Any) -> tuple[str, ...]:
-    """Return texts from one, several or None, or raise a ValueError where one is empty or none."""
+    """Return texts from one, several or None, or raise an InputError where one is empty or none."""
     given = () if value is None else (value,) if isinstance(value, str) else value
     if not isinstance(given, (list, tuple)) or not all(isinstance(text, str) and text for text in given):
-        raise ValueError(f"{name} is {brief(value)}, but must be a non-empty text or a list of them")
+        raise InputError(f"{name} is {brief(value)}, but must be a non-empty text or a list of them")
     return tuple(given)
 
 
 def instance(name: str, value: Any, kind: type, needed: str) -> Any:
-    """Return a value of a type, or raise a ValueError that says how to come by one."""
+    """Return a value of a type, or raise an InputError that says how to come by one."""
     if not isinstance(value, kind):
-        raise ValueError(f"{name} is {brief(value)}, but must be {needed}")
+        raise InputError(f"{name} is {brief(value)}, but must be {needed}")
     return value
 
 
 def recipe(format: Any, policy: Any, scale_rule: Any) -> None:
-    """Raise a ValueError unless these are of the types that quantizing takes; what formats and rules there are is checked there."""
+    """Raise an InputError unless these are of the types that quantizing takes; what formats and rules there are is checked there."""
     instance("format", format, str, "the name of a format, such as mxfp4")
     instance("scale_rule", scale_rule, str, "the name of a scale rule, such as floor")
     entries = policy.items() if isinstance(policy, Mapping) else None if policy is not None else ()
     if entries is None or not all(isinstance(glob, str) and isinstance(to, (str, type(None))) for glob, to in entries):
-        raise ValueError(f"policy is {brief(policy)}, but must be a mapping from globs over tensor names to a format or None")
+        raise InputError(f"policy is {brief(policy)}, but must be a mapping from globs over tensor names to a format or None")
 
 
 def integers(name: str, value: Any, axes: str) -> jax.Array:
-    """Return an integer array, perhaps traced, that has the axes named by single letters, such as "BS"; or raise a ValueError."""
+    """Return an integer array, perhaps traced, that has the axes named by single letters, such as "BS"; or raise an InputError."""
     rank = len(axes)
     whole = isinstance(value, (np.ndarray, jax.Array)) and jnp.issubdtype(value.dtype, jnp.integer)
     if not whole or value.ndim != rank or 0 in value.shape:
-        raise ValueError(f"{name} is {brief(value)}, but must be an int32 array [{', '.join(axes)}]")
+        raise InputError(f"{name} is {brief(value)}, but must be an int32 array [{', '.join(axes)}]")
     return value
 
 

@@ -16,6 +16,7 @@ import warnings
 
 from mlspecqd_jax import console, prompt_files
 from mlspecqd_jax.arguments import NUMBERS
+from mlspecqd_jax.errors import InputError
 
 INTERRUPTED = 130
 # Options of `generate` that go to the API under their own names, where they are given.
@@ -50,7 +51,7 @@ class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line."""
 
     def error(self, message):
-        raise ValueError(f"{message}; see '{self.prog} --help'")
+        raise InputError(f"{message}; see '{self.prog} --help'")
 
 
 def run() -> None:
@@ -72,25 +73,15 @@ def main(argv: list[str] | None = None) -> int:
             arguments.run(arguments)
         console.put("")
         return 0
-    except ValueError as error:
-        if _is_ours(error):
-            console.say(f"mlspecqd: {' '.join(str(error).split())}")
-            return 2
-        raise
+    except InputError as error:
+        console.say(f"mlspecqd: {' '.join(str(error).split())}")
+        return 2
     except KeyboardInterrupt:
         console.say("\nmlspecqd: interrupted")
         return INTERRUPTED
     except BrokenPipeError:  # the reader of stdout left, as `| head` does
         console.drop_output()
         return 0
-
-
-def _is_ours(error: ValueError) -> bool:
-    """Whether this project raised the error: one of jax's or numpy's is a bug of ours, not bad input."""
-    trace = error.__traceback__
-    while trace.tb_next is not None:
-        trace = trace.tb_next
-    return trace.tb_frame.f_globals.get("__name__", "").split(".")[0] in ("mlspecqd_jax", "__main__")
 
 
 def _show_warning(message, *details, **more):
@@ -142,7 +133,7 @@ def _parser() -> Parser:
 
 def _generate(a: argparse.Namespace) -> None:
     if a.logprobs and not a.json:
-        raise ValueError("--logprobs needs --json to print them; add --json")
+        raise InputError("--logprobs needs --json to print them; add --json")
     prompts = a.prompt or prompt_files.read(a.prompt_file)
     a.logit_bias = _biases(a.logit_bias)
 
@@ -230,7 +221,7 @@ def _biases(pairs: list[tuple[int, float]] | None) -> dict[int, float] | None:
     given = collections.Counter(token for token, _ in pairs or ())
     twice = next((token for token, n in given.items() if n > 1), None)
     if twice is not None:
-        raise ValueError(f"--logit-bias names token {twice} more than once; give it one value")
+        raise InputError(f"--logit-bias names token {twice} more than once; give it one value")
     return dict(pairs) if pairs else None
 
 

@@ -4,6 +4,8 @@ import errno
 import os
 import sys
 
+from mlspecqd_jax.errors import InputError
+
 
 def prepare() -> None:
     """Give up streams that are closed, and escape what a stream's encoding cannot spell."""
@@ -18,7 +20,7 @@ def put(text: str) -> None:
 
     Raises:
       BrokenPipeError: its reader left.
-      ValueError: it takes no more.
+      InputError: it takes no more.
     """
     try:
         print(text, end="", flush=True)
@@ -26,7 +28,7 @@ def put(text: str) -> None:
         raise
     except OSError as error:
         drop_output()
-        raise ValueError(f"the output cannot be written ({error.strerror}); check where stdout goes") from error
+        raise InputError(f"the output cannot be written ({error.strerror}); check where stdout goes") from error
 
 
 def say(text: str, end: str = "\n") -> None:

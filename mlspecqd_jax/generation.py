@@ -12,6 +12,7 @@ import numpy as np
 
 from mlspecqd_jax import jax_settings, report
 from mlspecqd_jax.arguments import LARGEST_INT, is_array
+from mlspecqd_jax.errors import InputError
 from mlspecqd_jax.requests import Arguments, Batch, request
 from mlspecqd_jax.speculation import loop
 from mlspecqd_jax.speculation.level import Level, piece_width
@@ -69,7 +70,7 @@ def generate(stack: Level, prompts, **arguments: Unpack[Arguments]) -> Generatio
     An interrupt (Ctrl-C) is heeded after at most some SLICE_SECONDS of work, one pass of the model, or a compilation.
 
     Raises:
-      ValueError: before anything is compiled, one sentence on what is wrong; or as soon as the model's logits for a row are no
+      InputError: before anything is compiled, one sentence on what is wrong; or as soon as the model's logits for a row are no
         numbers, which dtype to load it in.
     """
     run = _run(stack, prompts, LARGEST_INT if arguments.get("stop") is None else ROUNDS_TO_STOP_STRINGS, arguments)
@@ -104,10 +105,10 @@ def stream(stack: Level, prompt, **arguments: Unpack[Arguments]) -> Stream:
     A piece never ends within a character, nor within what may become a stop string.
 
     Raises:
-      ValueError: as `generate`, or more than one prompt is given.
+      InputError: as `generate`, or more than one prompt is given.
     """
     if (isinstance(prompt, (list, tuple)) or (is_array(prompt) and prompt.ndim)) and len(prompt) != 1:
-        raise ValueError(f"stream continues one prompt, but {len(prompt)} were given; call generate for several")
+        raise InputError(f"stream continues one prompt, but {len(prompt)} were given; call generate for several")
     run = _run(stack, prompt, 1, arguments)
     next(run)  # check the arguments and compile now rather than at the first piece
     return Stream(run)
@@ -148,7 +149,7 @@ def _run(stack: Level, prompts, most_rounds: int, arguments: dict[str, Any]):
         done = ended | broken | (length >= limit)
         yield [piece + d.finish() if d and over else piece for piece, d, over in zip(pieces, decoders, done, strict=True)]
         if np.any(broken & ~stopped):
-            raise ValueError(_broken_sentence(stack, int(np.argmax(broken & ~stopped)), length - begin))
+            raise InputError(_broken_sentence(stack, int(np.argmax(broken & ~stopped)), length - begin))
         if done.all():
             break
     timing = report.Timing(time.perf_counter() - began, compile_seconds)

@@ -12,6 +12,7 @@ import numpy as np
 
 from mlspecqd_jax import jax_settings
 from mlspecqd_jax.arguments import LARGEST_INT, each_row, flag, instance, texts
+from mlspecqd_jax.errors import InputError
 from mlspecqd_jax.loading.models import Card
 from mlspecqd_jax.speculation import loop
 from mlspecqd_jax.speculation.level import Level
@@ -65,7 +66,7 @@ def prepare(stack: Level, prompts, *, max_new_tokens: int | Sequence[int] | None
       chat: wrap each text as a user's message by the tokenizer's chat template.
 
     Raises:
-      ValueError: a prompt is empty, or prompt and new tokens exceed the positions of the target or of a draft.
+      InputError: a prompt is empty, or prompt and new tokens exceed the positions of the target or of a draft.
     """
     card = card_of(stack)
     rows = encode(card, prompts, chat=flag("chat", chat))
@@ -74,21 +75,21 @@ def prepare(stack: Level, prompts, *, max_new_tokens: int | Sequence[int] | None
     wanted = np.array([min(n, LARGEST_INT) for n in wanted], np.int64)
     length = np.array([len(row) for row in rows], np.int64)
     if np.any(length >= card.max_positions):
-        raise ValueError(
+        raise InputError(
             f"a prompt has {max(length)} tokens, but {card.name} has {card.max_positions} positions and needs one for a new token; "
             "shorten the prompt"
         )
     limit = length + wanted
     if explicit and np.any(limit > card.max_positions):
         worst = np.argmax(limit)
-        raise ValueError(
+        raise InputError(
             f"{length[worst]} prompt tokens and {limit[worst] - length[worst]} new tokens exceed the {card.max_positions} "
             f"positions of {card.name}; lower max_new_tokens or shorten the prompt"
         )
     limit = np.minimum(limit, card.max_positions)
     for draft in (level.card for level in stack.levels[1:]):
         if limit.max() > draft.max_positions:
-            raise ValueError(
+            raise InputError(
                 f"{draft.name} has {draft.max_positions} positions, but prompt and new tokens take {limit.max()}; "
                 "lower max_new_tokens or draft with a model of more positions"
             )
@@ -103,10 +104,10 @@ def request(stack: Level, prompts, arguments: dict[str, Any]) -> tuple[Batch, Sa
     """Check all arguments and turn them into a batch, its sampling and its stop strings."""
     unknown = sorted(set(arguments) - set(Arguments.__annotations__))
     if unknown:
-        raise ValueError(f"'{unknown[0]}' is not supported; supported: {', '.join(sorted(Arguments.__annotations__))}")
+        raise InputError(f"'{unknown[0]}' is not supported; supported: {', '.join(sorted(Arguments.__annotations__))}")
     card, stops = card_of(stack), texts("stop", arguments.pop("stop", None))
     if stops and card.tokenizer is None:
-        raise ValueError(f"{card.name} has no tokenizer, which stop strings need; use stop_token_ids")
+        raise InputError(f"{card.name} has no tokenizer, which stop strings need; use stop_token_ids")
     batch_arguments = {name: arguments.pop(name) for name in ("max_new_tokens", "chat") if name in arguments}
     batch = prepare(stack, prompts, **batch_arguments)
     if arguments.get("stop_token_ids") is None:

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from mlspecqd_jax.errors import InputError
 from mlspecqd_jax.loading.models import Model, is_known
 from mlspecqd_jax.speculation.drafters.prompt_lookup import PromptLookup
 from mlspecqd_jax.stacks import check_draft_len, default_draft_len
@@ -31,11 +32,11 @@ def parse(specs: Sequence[str]) -> list[Spec]:
     """Read SPECs; no model is loaded and no network used.
 
     Raises:
-      ValueError: a SPEC that is none, or a twin where there are no weights to cast.
+      InputError: a SPEC that is none, or a twin where there are no weights to cast.
     """
     if NONE in specs:
         if len(specs) > 1:
-            raise ValueError("--draft none is plain decoding and stands alone; leave the other drafts out")
+            raise InputError("--draft none is plain decoding and stands alone; leave the other drafts out")
         return []
     return [_parse(spec, above) for spec, above in zip(specs, [None, *specs], strict=False)]
 
@@ -44,7 +45,7 @@ def _parse(spec: str, above: str | None) -> Spec:
     base, _, digits = re.fullmatch(r"(.*?)(:(\d+))?", spec, re.DOTALL).groups()
     draft_len = None if digits is None else check_draft_len(int(digits))
     if above is not None and above.partition(":")[0] == NGRAM:
-        raise ValueError(f"--draft {spec} cannot draft for ngram, which has no weights; put ngram last")
+        raise InputError(f"--draft {spec} cannot draft for ngram, which has no weights; put ngram last")
     if base == NGRAM:
         return LOOKUP._replace(draft_len=draft_len)
     if base in FORMATS:
@@ -54,7 +55,7 @@ def _parse(spec: str, above: str | None) -> Spec:
         return Spec(model, format_, draft_len)
     if is_known(base):
         return Spec(base, None, draft_len)
-    raise ValueError(
+    raise InputError(
         f"--draft {spec} is no draft: give a format ({', '.join(FORMATS)}) for the twin of the level above, ngram, none, or a "
         "model (an existing folder, an owner/name id, demo or demo-small) with @ and a format or without; a colon and a length may "
         "end it"

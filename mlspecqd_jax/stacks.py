@@ -8,6 +8,7 @@ import jax
 import cpu_kernels
 from mlspecqd_jax import jax_settings
 from mlspecqd_jax.arguments import brief, flag, instance
+from mlspecqd_jax.errors import InputError
 from mlspecqd_jax.loading.models import Card, Model
 from mlspecqd_jax.speculation.drafters.prompt_lookup import PromptLookup
 from mlspecqd_jax.speculation.level import Level
@@ -38,7 +39,7 @@ def stack(target: Model, *drafters: Any, exact: bool = True, share_cache: bool =
       share_cache: let twins read and write their verifier's cache; False gives each a cache of its own.
 
     Raises:
-      ValueError: a drafter does not fit the level above it; one sentence on how.
+      InputError: a drafter does not fit the level above it; one sentence on how.
     """
     instance("target", target, Model, "a Model, as mlsd.load returns it")
     exact, share_cache = flag("exact", exact), flag("share_cache", share_cache)
@@ -52,7 +53,7 @@ def stack(target: Model, *drafters: Any, exact: bool = True, share_cache: bool =
             _check_fits(drafter, target)
             models.append(drafter)
         elif i + 1 < len(pairs):
-            raise ValueError(f"{name_of(drafter)} has no weights that {name_of(pairs[i + 1][0])} could draft for; put it last")
+            raise InputError(f"{name_of(drafter)} has no weights that {name_of(pairs[i + 1][0])} could draft for; put it last")
     below = None if not pairs or isinstance(pairs[-1][0], Model) else pairs[-1][0]
     lengths = [draft_len for _, draft_len in pairs] + [0] * (len(models) > len(pairs))
     for i in reversed(range(len(models))):
@@ -90,18 +91,18 @@ def exact_rows(platform: str, dtype: str, draft_len: int, apart: bool = False) -
       apart: whether it computes every row by itself.
 
     Raises:
-      ValueError: a window of draft_len + 1 would be wider than plain decoding's, where that is not known to be alike, or no
+      InputError: a window of draft_len + 1 would be wider than plain decoding's, where that is not known to be alike, or no
         width at which a row is known to be.
     """
     if platform == "cpu" and apart:
         return 1
     if platform == "cpu" and dtype != "bfloat16":
-        raise ValueError(
+        raise InputError(
             f"exact=True cannot be promised for {dtype} on CPU without the C++ kernels, which take weights on one device; "
             "install a C++ compiler such as g++ if that is what is missing, use bfloat16, or pass exact=False (--inexact)"
         )
     if platform != "cpu" and draft_len >= ROWS:
-        raise ValueError(
+        raise InputError(
             f"draft_len {draft_len} is more than the {ROWS - 1} that exact=True allows on {platform}; pass exact=False"
         )
     return CPU_ROWS if platform == "cpu" else ROWS
@@ -131,9 +132,9 @@ def default_draft_len(drafter: Any, nested: bool) -> int:
 
 
 def check_draft_len(draft_len: Any) -> int:
-    """Return a draft_len that is a whole number of at least 1, or raise a ValueError."""
+    """Return a draft_len that is a whole number of at least 1, or raise an InputError."""
     if not isinstance(draft_len, int) or isinstance(draft_len, bool) or draft_len < 1:
-        raise ValueError(
+        raise InputError(
             f"draft_len is {brief(draft_len)}, but must be a whole number of at least 1; leave the drafter out to decode plainly"
         )
     return draft_len
@@ -143,28 +144,28 @@ def _pair(given: Any, nested: bool) -> tuple[Any, int]:
     drafter, *rest = given if isinstance(given, (tuple, list)) and given else (given,)
     drafts = hasattr(drafter, "init") and hasattr(drafter, "propose") and not isinstance(drafter, type)
     if not isinstance(drafter, Model) and not drafts:
-        raise ValueError(
+        raise InputError(
             f"a drafter is {brief(drafter)}, but must be a Model, prompt_lookup(), or a pair of one of them and its draft_len"
         )
     if len(rest) > 1:
-        raise ValueError(f"{name_of(drafter)} comes with {len(rest)} values, but needs one, its draft_len")
+        raise InputError(f"{name_of(drafter)} comes with {len(rest)} values, but needs one, its draft_len")
     return drafter, check_draft_len(rest[0]) if rest else default_draft_len(drafter, nested)
 
 
 def _check_fits(draft: Model, target: Model) -> None:
     ours, theirs = draft.params[EMBEDDING], target.params[EMBEDDING]
     if ours.dtype != theirs.dtype:
-        raise ValueError(
+        raise InputError(
             f"{draft.card.name} is in {ours.dtype.name} and {target.card.name} in {theirs.dtype.name}; load both in one dtype"
         )
     if draft.network.mesh != target.network.mesh or ours.devices() != theirs.devices():
-        raise ValueError(
+        raise InputError(
             f"{draft.card.name} and {target.card.name} are on different meshes or devices; load both with the same mesh"
         )
     difference = first_difference(draft.card, target.card)
     if difference is not None:
         token, of_draft, of_target = difference
-        raise ValueError(
+        raise InputError(
             f"the tokenizers of {draft.card.name} and {target.card.name} differ: token {token} is {of_draft!r} in the one and "
             f"{of_target!r} in the other; draft with a model of the target's tokenizer"
         )

@@ -26,6 +26,7 @@ from jax.sharding import Mesh
 from tqdm.auto import tqdm
 
 from mlspecqd_jax.arguments import brief
+from mlspecqd_jax.errors import InputError
 from mlspecqd_jax.json_files import read_json, reason
 from mlspecqd_jax.loading.huggingface import HUB_FILES
 from mlspecqd_jax.loading.weight_files import HEAD
@@ -58,7 +59,7 @@ def save(
       twins: parameters of twins by recipe, one a format, by the scale rule `floor`; only their quantized leaves are written.
 
     Raises:
-      ValueError: the folder exists already or cannot be written.
+      InputError: the folder exists already or cannot be written.
     """
     check_new(folder)
     temporary = pathlib.Path(tempfile.mkdtemp(prefix=_prefix(folder), dir=folder.parent))
@@ -152,21 +153,21 @@ def _mark_finished(folder: pathlib.Path, params: dict[str, jax.Array], drafts: l
 
 
 def check_new(folder: pathlib.Path) -> None:
-    """Raise a ValueError unless `folder` is a new name in a folder that can be written."""
+    """Raise an InputError unless `folder` is a new name in a folder that can be written."""
     if os.path.lexists(folder):
-        raise ValueError(f"{folder} exists already; choose another name or remove it first")
+        raise InputError(f"{folder} exists already; choose another name or remove it first")
     if not os.path.isdir(folder.parent):
-        raise ValueError(f"{folder.parent} is not a folder; create it first")
+        raise InputError(f"{folder.parent} is not a folder; create it first")
     try:
         with contextlib.suppress(FileNotFoundError):
             os.lstat(folder.parent / f"{_prefix(folder)}{'x' * 8}")
     except (OSError, ValueError) as error:
-        raise ValueError(f"{brief(folder.name)} is no name for a folder ({reason(error)}); choose another name") from error
+        raise InputError(f"{brief(folder.name)} is no name for a folder ({reason(error)}); choose another name") from error
     try:
         with tempfile.TemporaryFile(dir=folder.parent):
             pass
     except OSError as error:
-        raise ValueError(f"{folder.parent} cannot be written ({error.strerror}); choose another folder") from error
+        raise InputError(f"{folder.parent} cannot be written ({error.strerror}); choose another folder") from error
 
 
 def _prefix(folder: pathlib.Path) -> str:
@@ -177,11 +178,11 @@ def restore(folder: pathlib.Path, model: LanguageModel, dtype: jnp.dtype, mesh: 
     """Map the parameters of a converted checkpoint and put them in their place, in `dtype`.
 
     Raises:
-      ValueError: the folder was written by another version, or is damaged.
+      InputError: the folder was written by another version, or is damaged.
     """
     version = read_json(folder / MARKER).get("format")
     if version != VERSION:
-        raise ValueError(f"{folder} has format {brief(version)}, but this version reads format {VERSION}; convert the model again")
+        raise InputError(f"{folder} has format {brief(version)}, but this version reads format {VERSION}; convert the model again")
 
     def place(name, shape):
         sharding = None if mesh is None else weight_sharding(name, shape, mesh)
@@ -200,11 +201,11 @@ def drafts(folder: pathlib.Path, dtype: str) -> tuple[Recipe, ...]:
     marker = read_json(folder / MARKER)
     formats = marker.get("drafts", [])
     if not isinstance(formats, list) or not all(isinstance(format, str) and format in FORMATS for format in formats):
-        raise ValueError(f"{folder} is damaged (drafts is {brief(formats)} in {MARKER}); convert the model again")
+        raise InputError(f"{folder} is damaged (drafts is {brief(formats)} in {MARKER}); convert the model again")
     same_values = dtype == "float32" or marker.get("dtypes") == [dtype]
     policies = marker.get("policies", {})  # earlier versions made no exceptions
     if not isinstance(policies, dict) or not all(isinstance(policy, dict) for policy in policies.values()):
-        raise ValueError(f"{folder} is damaged (policies is {brief(policies)} in {MARKER}); convert the model again")
+        raise InputError(f"{folder} is damaged (policies is {brief(policies)} in {MARKER}); convert the model again")
     found = tuple(Recipe(format, tuple(policies.get(format, {}).items())) for format in formats)
     return found if same_values else ()
 
@@ -215,7 +216,7 @@ def restore_draft(
     """Map the quantized leaves of a twin that `save` wrote and put them in their place, each as `finish(name, leaf)`.
 
     Raises:
-      ValueError: the folder is damaged.
+      InputError: the folder is damaged.
     """
     weights = {name: jax.ShapeDtypeStruct(shape, jnp.bfloat16) for name, shape in model.shapes().items()}
     cast = functools.partial(quantize_params, format=recipe.format, policy=dict(recipe.policy))
@@ -236,19 +237,19 @@ def _damage_named(folder: pathlib.Path):
     try:
         yield
     except (ValueError, KeyError, TypeError, OSError, OverflowError) as error:
-        raise ValueError(f"{folder} is damaged ({reason(error)}); convert the model again") from error
+        raise InputError(f"{folder} is damaged ({reason(error)}); convert the model again") from error
 
 
 def _map(folder: pathlib.Path, shape: tuple[int, ...]) -> np.ndarray:
     """Map one tensor from its zarr folder; pages are read when they are first used."""
     layout = read_json(folder / ".zarray")
     if layout["shape"] != list(shape):
-        raise ValueError(f"tensor {folder.name} has shape {layout['shape']}, but config.json asks for {list(shape)}")
+        raise InputError(f"tensor {folder.name} has shape {layout['shape']}, but config.json asks for {list(shape)}")
     if layout["chunks"] != list(shape) or layout["compressor"] is not None:
-        raise ValueError(f"tensor {folder.name} is in pieces or compressed")
+        raise InputError(f"tensor {folder.name} is in pieces or compressed")
     if layout["dtype"] not in DTYPES:  # numpy would take other words for types of more than numbers
-        raise ValueError(f"tensor {folder.name} is stored as {brief(layout['dtype'])}, but must be one of {', '.join(DTYPES)}")
+        raise InputError(f"tensor {folder.name} is stored as {brief(layout['dtype'])}, but must be one of {', '.join(DTYPES)}")
     file = folder / ".".join("0" * len(shape))
     if not os.path.isfile(file):
-        raise ValueError(f"tensor {folder.name} has no file {file.name}")
+        raise InputError(f"tensor {folder.name} has no file {file.name}")
     return np.memmap(file, layout["dtype"], "r", shape=shape)

@@ -10,6 +10,7 @@ import pathlib
 from typing import Any, NamedTuple
 
 from mlspecqd_jax.arguments import brief
+from mlspecqd_jax.errors import InputError
 from mlspecqd_jax.json_files import read_json, read_json_if_there, reason
 from mlspecqd_jax.network.rope import RopeScaling
 from mlspecqd_jax.network.transformer import ACTIVATIONS, ModelConfig
@@ -113,7 +114,7 @@ def read_config(folder: pathlib.Path) -> ModelConfig:
     """Read config.json; absent keys take the defaults of transformers' own config class.
 
     Raises:
-      ValueError: what the model is that cannot be read, or which key is missing, of another type or out of range.
+      InputError: what the model is that cannot be read, or which key is missing, of another type or out of range.
     """
     path = folder / "config.json"
     raw = read_json(path)
@@ -125,12 +126,12 @@ def read_config(folder: pathlib.Path) -> ModelConfig:
     flags = {name: getattr(c, key) if isinstance(key, str) else key for name, key in FAMILIES[family].items()}
     heads, kv_heads = c.num_attention_heads, c.num_key_value_heads or c.num_attention_heads
     if heads % kv_heads:
-        raise ValueError(f"{path}: num_attention_heads {heads} must be a multiple of num_key_value_heads {kv_heads}")
+        raise InputError(f"{path}: num_attention_heads {heads} must be a multiple of num_key_value_heads {kv_heads}")
     head_dim = getattr(c, "head_dim", None) or c.hidden_size // heads
     if head_dim < 2 or head_dim % 2:
-        raise ValueError(f"{path}: head_dim is {head_dim}, but rotary positions need an even one of at least 2; correct that key")
+        raise InputError(f"{path}: head_dim is {head_dim}, but rotary positions need an even one of at least 2; correct that key")
     if c.hidden_act not in ACTIVATIONS:
-        raise ValueError(f"{path}: hidden_act {brief(c.hidden_act)} is not supported; supported: {', '.join(ACTIVATIONS)}")
+        raise InputError(f"{path}: hidden_act {brief(c.hidden_act)} is not supported; supported: {', '.join(ACTIVATIONS)}")
     theta, scaling = _rope(path, c)
     return ModelConfig(
         vocab_size=c.vocab_size,
@@ -154,48 +155,48 @@ def read_config(folder: pathlib.Path) -> ModelConfig:
 def _refuse(path: pathlib.Path, raw: dict, family: Any) -> None:
     supported = ", ".join(FAMILIES)
     if family is None:
-        raise ValueError(f"{path} has no key 'model_type'; add it (supported: {supported})")
+        raise InputError(f"{path} has no key 'model_type'; add it (supported: {supported})")
     if not isinstance(family, str) or family not in FAMILIES:
         why = next((kind for keys, kind in REFUSALS if any(raw.get(key) for key in keys)), "another architecture")
-        raise ValueError(f"{path}: model_type {brief(family)} is {why}, which is not supported; supported: {supported}")
+        raise InputError(f"{path}: model_type {brief(family)} is {why}, which is not supported; supported: {supported}")
     architectures = raw.get("architectures")
     named = [architectures] if isinstance(architectures, str) else architectures or []
     if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
-        raise ValueError(f"{path}: architectures is {brief(architectures)}, but must be a list of names; correct that key")
+        raise InputError(f"{path}: architectures is {brief(architectures)}, but must be a list of names; correct that key")
     base = f"{family.capitalize()}Model"  # which was saved without its head; whether it needs one, the weights will tell
     other = [name for name in named if not name.endswith("ForCausalLM") and name != base]
     if other:
-        raise ValueError(
+        raise InputError(
             f"{path}: architecture {brief(other[0])} has no language-model head; a ...ForCausalLM checkpoint is needed"
         )
     quantized = raw.get("quantization_config")
     if quantized:
         method = quantized.get("quant_method", "unknown method") if isinstance(quantized, dict) else "unknown method"
-        raise ValueError(
+        raise InputError(
             f"{path}: the weights are quantized already ({brief(method)}); give the original BF16, FP16 or FP32 checkpoint"
         )
     absent = [key for key in REQUIRED if raw.get(key) is None]
     if absent:
-        raise ValueError(f"{path} has no key '{absent[0]}'; add it, or download the file again")
+        raise InputError(f"{path} has no key '{absent[0]}'; add it, or download the file again")
 
 
 def _check_values(path: pathlib.Path, raw: dict) -> None:
-    """Raise a ValueError unless every key that is read has its type and lies in its range."""
+    """Raise an InputError unless every key that is read has its type and lies in its range."""
     _check_table(path, raw, KEYS)
     for name in ("rope_scaling", "rope_parameters"):
         rope = raw.get(name) or {}
         if any(isinstance(value, dict) for key, value in rope.items() if key not in ROPE_KEYS):
-            raise ValueError(f"{path}: {name} differ between layers, which is not supported; only one set for all layers is")
+            raise InputError(f"{path}: {name} differ between layers, which is not supported; only one set for all layers is")
         _check_table(path, rope, ROPE_KEYS, within=f"{name}: ")
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind not in ROPE_TYPES:
-            raise ValueError(f"{path}: rope_type {brief(kind)} is not supported; supported: {', '.join(ROPE_TYPES)}")
+            raise InputError(f"{path}: rope_type {brief(kind)} is not supported; supported: {', '.join(ROPE_TYPES)}")
         unknown = [key for key in rope if key not in ROPE_KEYS]
         if unknown:
-            raise ValueError(f"{path}: {name} has the key {brief(unknown[0])}, but may have {', '.join(ROPE_KEYS)}")
+            raise InputError(f"{path}: {name} has the key {brief(unknown[0])}, but may have {', '.join(ROPE_KEYS)}")
     kinds, layers = raw.get("layer_types"), raw["num_hidden_layers"]
     if kinds is not None and (len(kinds) != layers or any(kind not in LAYER_TYPES for kind in kinds)):
-        raise ValueError(
+        raise InputError(
             f"{path}: layer_types is {brief(kinds)}, but must name one of {', '.join(LAYER_TYPES)} for each of {layers} layers"
         )
 
@@ -203,7 +204,7 @@ def _check_values(path: pathlib.Path, raw: dict) -> None:
 def _check_table(path: pathlib.Path, values: dict, rules: dict[str, Rule], within: str = "") -> None:
     for key, rule in rules.items():
         if key in values and not rule.allows(values[key]):
-            raise ValueError(f"{path}: {within}{key} is {brief(values[key])}, but must be {rule}; correct that key")
+            raise InputError(f"{path}: {within}{key} is {brief(values[key])}, but must be {rule}; correct that key")
 
 
 def _with_defaults(path: pathlib.Path, raw: dict, family: str):
@@ -216,20 +217,20 @@ def _with_defaults(path: pathlib.Path, raw: dict, family: str):
     try:
         return CONFIG_MAPPING[family](**{key: raw[key] for key in KEYS if key in raw and key in known})
     except Exception as error:
-        raise ValueError(f"{path} is refused by transformers ({reason(error)}); correct that key") from error
+        raise InputError(f"{path} is refused by transformers ({reason(error)}); correct that key") from error
 
 
 def _rope(path: pathlib.Path, c) -> tuple[float, RopeScaling]:
     rope = dict(c.rope_parameters)
     kind = rope["rope_type"]
     if rope.get("partial_rotary_factor", 1) != 1:
-        raise ValueError(f"{path}: partial_rotary_factor {rope['partial_rotary_factor']} is not supported; only 1 is")
+        raise InputError(f"{path}: partial_rotary_factor {rope['partial_rotary_factor']} is not supported; only 1 is")
     absent = [key for key in ROPE_TYPES[kind] if rope.get(key) is None]
     if absent:
-        raise ValueError(f"{path}: rope_type '{kind}' needs the key '{absent[0]}'")
+        raise InputError(f"{path}: rope_type '{kind}' needs the key '{absent[0]}'")
     scaling = RopeScaling(kind, **{key: rope[key] for key in ROPE_TYPES[kind]})
     if kind == "llama3" and scaling.high_freq_factor <= scaling.low_freq_factor:
-        raise ValueError(
+        raise InputError(
             f"{path}: high_freq_factor {scaling.high_freq_factor} must be greater than low_freq_factor {scaling.low_freq_factor}"
         )
     return float(rope["rope_theta"]), scaling
@@ -248,7 +249,7 @@ def eos_token_ids(folder: pathlib.Path, vocab_size: int) -> tuple[int, ...]:
     Null and negative ids stand for none, and one beyond the vocabulary can never be chosen, so they are left out.
 
     Raises:
-      ValueError: an id is no whole number.
+      InputError: an id is no whole number.
     """
     for name in ("generation_config.json", "config.json"):
         ids = read_json_if_there(folder / name).get("eos_token_id")
@@ -257,7 +258,7 @@ def eos_token_ids(folder: pathlib.Path, vocab_size: int) -> tuple[int, ...]:
         listed = ids if isinstance(ids, list) else [ids]
         bad = next((i for i in listed if i is not None and type(i) is not int), None)
         if bad is not None:
-            raise ValueError(
+            raise InputError(
                 f"{folder / name}: eos_token_id is {brief(ids)}, but must be a token id or a list of them; correct that key"
             )
         return tuple(dict.fromkeys(i for i in listed if i is not None and 0 <= i < vocab_size))

@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from safetensors import SafetensorError, safe_open
 from tqdm.auto import tqdm
 
+from mlspecqd_jax.errors import InputError
 from mlspecqd_jax.json_files import reason
 from mlspecqd_jax.loading import weight_files
 from mlspecqd_jax.loading.weight_files import EMBEDDING, HEAD
@@ -43,7 +44,7 @@ def download(repo_id: str) -> pathlib.Path:
     """Fetch the files that a load needs of a hub repository, and return the local folder.
 
     Raises:
-      ValueError: no such repository, or no access to it or to the hub.
+      InputError: no such repository, or no access to it or to the hub.
     """
     import huggingface_hub
     from huggingface_hub.errors import RepositoryNotFoundError
@@ -51,13 +52,13 @@ def download(repo_id: str) -> pathlib.Path:
     try:
         return pathlib.Path(huggingface_hub.snapshot_download(repo_id, allow_patterns=list(HUB_FILES)))
     except RepositoryNotFoundError as error:
-        raise ValueError(
+        raise InputError(
             f"'{repo_id}' is not a folder here and not a public model on the hub; "
             "check the spelling, or log in with 'hf auth login' if it is gated or private"
         ) from error
     except Exception as error:  # the hub's, the connection's and the disk's errors have no common base
         why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"'{repo_id}' could not be downloaded ({why}); check the connection, or give a local folder") from error
+        raise InputError(f"'{repo_id}' could not be downloaded ({why}); check the connection, or give a local folder") from error
 
 
 def read_params(folder: pathlib.Path, model: LanguageModel, dtype: jnp.dtype, mesh: Mesh | None) -> dict[str, jax.Array]:
@@ -76,7 +77,7 @@ def read_params(folder: pathlib.Path, model: LanguageModel, dtype: jnp.dtype, me
       The parameters by name; without `lm_head.weight` where the embedding serves as the head.
 
     Raises:
-      ValueError: files or tensors missing, unknown, of another shape, truncated, or not finite.
+      InputError: files or tensors missing, unknown, of another shape, truncated, or not finite.
     """
     tied = model.config.tie_word_embeddings
     expected = LanguageModel(dataclasses.replace(model.config, tie_word_embeddings=False)).shapes()
@@ -115,7 +116,7 @@ def _damage_named(file: pathlib.Path):
     try:
         yield
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file} is truncated or not a safetensors file ({reason(error)}); download it again") from error
+        raise InputError(f"{file} is truncated or not a safetensors file ({reason(error)}); download it again") from error
 
 
 @jax.jit
@@ -130,7 +131,7 @@ def _place(name: str, tensor: np.ndarray, dtype: jnp.dtype, mesh: Mesh | None, f
     sharding = None if mesh is None else weight_sharding(name, tensor.shape, mesh)
     placed = jax.block_until_ready(place(tensor, sharding))
     if not _all_finite(placed):
-        raise ValueError(
+        raise InputError(
             f"{file}: tensor {name} holds NaN or infinity in {jnp.dtype(dtype).name}; use an intact checkpoint or a wider dtype"
         )
     return placed

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from mlspecqd_jax import arguments, jax_settings
+from mlspecqd_jax.errors import InputError
 from mlspecqd_jax.json_files import read_json, read_json_if_there
 from mlspecqd_jax.loading import checkpoint, config_file, huggingface, weight_files
 from mlspecqd_jax.network.transformer import LanguageModel
@@ -83,14 +84,14 @@ class Model:
           scale_rule: floor (the specification's), ceil, rceil or even.
 
         Raises:
-          ValueError: an unknown format, rule or glob, or a model that is quantized in another way.
+          InputError: an unknown format, rule or glob, or a model that is quantized in another way.
         """
         arguments.recipe(format, policy, scale_rule)
         recipe = self._recipe(format, policy, scale_rule)
         if recipe == self.recipe:
             return self
         if self.recipe is not None:
-            raise ValueError(
+            raise InputError(
                 f"{self.card.name} is quantized already (format {self.recipe.format}, scale rule {self.recipe.scale_rule}, "
                 f"policy {dict(self.recipe.policy)}); quantize the original model instead"
             )
@@ -120,7 +121,7 @@ def load(model: str | os.PathLike, *, dtype: str = "bfloat16", mesh: Mesh | None
       mesh: a device mesh with an axis named `model` to split the weights over (tensor parallelism); None is one device.
 
     Raises:
-      ValueError: one sentence on what is wrong with the name, the config or the weights.
+      InputError: one sentence on what is wrong with the name, the config or the weights.
     """
     arguments.choice("dtype", dtype, DTYPES)
     if mesh is not None:
@@ -152,7 +153,7 @@ def find(model: str | os.PathLike) -> pathlib.Path:
     A name of the demo family is that, whatever the working directory holds; `./demo`, `demo/` and a Path are folders.
     """
     if not _is_path(model):
-        raise ValueError(f"model is {arguments.brief(model)}, but must be {WANTED}")
+        raise InputError(f"model is {arguments.brief(model)}, but must be {WANTED}")
     if _is_demo(model):
         package = pathlib.Path(__file__).parents[1]
         places = (package / "_demo" / model, package.parent / "checkpoints" / model)  # a wheel, a clone
@@ -161,7 +162,7 @@ def find(model: str | os.PathLike) -> pathlib.Path:
         return pathlib.Path(model)
     if _is_hub_id(model):
         return huggingface.download(str(model))
-    raise ValueError(f"{arguments.brief(str(model), 300)} is not a model: give {WANTED}")
+    raise InputError(f"{arguments.brief(str(model), 300)} is not a model: give {WANTED}")
 
 
 def is_known(model: str | os.PathLike) -> bool:
@@ -223,12 +224,12 @@ def convert(
       draft: a format, such as mxfp4, in which the twin's quantized weights are stored too, for `Model.quantized` to find.
 
     Raises:
-      ValueError: as for `load`, the format is unknown, or the folder exists already or cannot be written.
+      InputError: as for `load`, the format is unknown, or the folder exists already or cannot be written.
     """
     if draft is not None:
         check_format(arguments.instance("draft", draft, str, f"one of {', '.join(FORMATS)}, or None"))
     if not _is_path(folder) or not os.fspath(folder):
-        raise ValueError(f"folder is {arguments.brief(folder)}, but must be the name of a new folder")
+        raise InputError(f"folder is {arguments.brief(folder)}, but must be the name of a new folder")
     folder = pathlib.Path(folder)
     checkpoint.check_new(folder)
     loaded = load(model, dtype=dtype)

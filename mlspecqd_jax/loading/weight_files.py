@@ -14,6 +14,7 @@ from typing import NamedTuple
 from safetensors import SafetensorError, safe_open
 
 from mlspecqd_jax.arguments import brief
+from mlspecqd_jax.errors import InputError
 from mlspecqd_jax.json_files import printable, read_json, reason
 from mlspecqd_jax.weights.quantization import EMBEDDING, HEAD
 
@@ -53,7 +54,7 @@ def locate(folder: pathlib.Path, expected: dict[str, tuple[int, ...]], *, tied: 
       tied: whether head and embedding may be one; then either may be absent, and what the file holds is returned.
 
     Raises:
-      ValueError: files or tensors missing, unknown, of another shape or kind, truncated, or a name that stands for two tensors.
+      InputError: files or tensors missing, unknown, of another shape or kind, truncated, or a name that stands for two tensors.
     """
     headers, index = _headers(folder)
     located, ignored, problems = {}, [], []
@@ -72,7 +73,7 @@ def locate(folder: pathlib.Path, expected: dict[str, tuple[int, ...]], *, tied: 
     optional = {HEAD, EMBEDDING} if tied and {HEAD, EMBEDDING} & located.keys() else {HEAD} if tied else set()
     problems += [_missing(name, headers, index) for name in expected if name not in located.keys() | optional]
     if problems:
-        raise ValueError(
+        raise InputError(
             f"{folder} does not hold the model that its config.json describes: {_some(problems, '; ')}; "
             "download the weights and config.json again from one source"
         )
@@ -114,7 +115,7 @@ def _headers(folder: pathlib.Path) -> tuple[dict[Source, Header], dict[str, path
         for file in dict.fromkeys(index.values()):
             headers |= _read_header(file)
         return headers, index
-    raise ValueError(f"{folder} holds neither {FILE} nor {INDEX}; save the model with save_pretrained(folder)")
+    raise InputError(f"{folder} holds neither {FILE} nor {INDEX}; save the model with save_pretrained(folder)")
 
 
 def _read_header(file: pathlib.Path) -> dict[Source, Header]:
@@ -123,18 +124,18 @@ def _read_header(file: pathlib.Path) -> dict[Source, Header]:
             slices = {name: tensors.get_slice(name) for name in tensors.keys()}
             return {Source(file, name): Header(tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
     except (SafetensorError, OSError, ValueError) as error:
-        raise ValueError(f"{file} is truncated or not a safetensors file ({reason(error)}); download it again") from error
+        raise InputError(f"{file} is truncated or not a safetensors file ({reason(error)}); download it again") from error
 
 
 def _read_index(path: pathlib.Path) -> dict[str, pathlib.Path]:
     """Return the file of each tensor by name."""
     shards = read_json(path).get("weight_map")
     if not isinstance(shards, dict) or not shards or not all(isinstance(name, str) for name in shards.values()):
-        raise ValueError(f"{path} has no key 'weight_map' that maps tensors to files; download it again")
+        raise InputError(f"{path} has no key 'weight_map' that maps tensors to files; download it again")
     for name in dict.fromkeys(shards.values()):
         parts = pathlib.PurePosixPath(name).parts
         if name.startswith("/") or ".." in parts or "\\" in name or ":" in name or not name.endswith(SUFFIX):
-            raise ValueError(f"{path} names {brief(name)}, which is not a {SUFFIX} file in the folder; download it again")
+            raise InputError(f"{path} names {brief(name)}, which is not a {SUFFIX} file in the folder; download it again")
         if not os.path.isfile(path.parent / name):
-            raise ValueError(f"{path} names the shard {brief(name)}, which is not in the folder; download it")
+            raise InputError(f"{path} names the shard {brief(name)}, which is not in the folder; download it")
     return {name: path.parent / shard for name, shard in shards.items()}

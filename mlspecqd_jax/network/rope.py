@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 import cpu_kernels
+from mlspecqd_jax.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +34,7 @@ def inverse_frequencies(dim: int, theta: float, scaling: RopeScaling) -> list[fl
             return [f / scaling.factor for f in plain]
         case "llama3":
             return [_llama3_frequency(f, scaling) for f in plain]
-    raise ValueError(f"rope_type '{scaling.rope_type}' is not supported; supported: default, linear, llama3")
+    raise InputError(f"rope_type '{scaling.rope_type}' is not supported; supported: default, linear, llama3")
 
 
 def _llama3_frequency(frequency: float, s: RopeScaling) -> float:

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from mlspecqd_jax.errors import InputError
 from mlspecqd_jax.speculation.buffers import read_at, write_at
 from mlspecqd_jax.speculation.choosing import adjust, log_probability
 from mlspecqd_jax.speculation.counts import Counts, count
@@ -49,17 +50,17 @@ class Level:
 
     def __post_init__(self):
         if (self.drafter is None) != (self.draft_len == 0) or self.draft_len < 0:
-            raise ValueError(
+            raise InputError(
                 f"draft_len is {self.draft_len} {'without' if self.drafter is None else 'with'} a drafter; "
                 "give both, or neither for plain decoding"
             )
         for depth, level in enumerate(self.levels):
             if level.window(depth) > SLACK:
-                raise ValueError(
+                raise InputError(
                     f"draft_len {level.draft_len} needs a window of {level.window(depth)} positions; at most {SLACK} are supported"
                 )
         if isinstance(self.drafter, Level) and self.drafter.share_cache and self.drafter.model != self.model:
-            raise ValueError("a drafter can share its verifier's cache only if it is the same model with other weights")
+            raise InputError("a drafter can share its verifier's cache only if it is the same model with other weights")
 
     @property
     def levels(self) -> "tuple[Level, ...]":

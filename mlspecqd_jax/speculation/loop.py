@@ -14,6 +14,7 @@ import numpy as np
 
 from mlspecqd_jax import jax_settings
 from mlspecqd_jax.arguments import LARGEST_INT, instance, integers, is_array, number
+from mlspecqd_jax.errors import InputError
 from mlspecqd_jax.speculation.level import SLACK, DrafterState, Level, State, is_unfinished, run_round
 from mlspecqd_jax.speculation.protocols import Sequences
 from mlspecqd_jax.speculation.settings import Sampling
@@ -51,7 +52,7 @@ def begin(stack: Level, tokens: jax.Array, length: jax.Array, sampling: Sampling
     _check_rows("sampling", sampling.seed.shape[0], batch)
     widest = max(level.window(i) for i, level in enumerate(stack.levels))
     if size < widest + 1:
-        raise ValueError(f"tokens has {size} positions, but a window of {widest} needs more; see buffer_length")
+        raise InputError(f"tokens has {size} positions, but a window of {widest} needs more; see buffer_length")
     prompts = Sequences(jnp.asarray(tokens).astype(jnp.int32), jnp.asarray(length).astype(jnp.int32))
     below = stack.begin(prompts, prefill_width)
     return State(
@@ -85,26 +86,26 @@ def feed(
 
 
 def check(stack: Level, sampling: Sampling) -> None:
-    """Raise a ValueError unless the stack can be run as the outermost level, with these settings."""
+    """Raise an InputError unless the stack can be run as the outermost level, with these settings."""
     check_stack(stack)
     instance("sampling", sampling, Sampling, "settings that Sampling.create made")
     if sampling.vocab_size != stack.model.vocab_size:
-        raise ValueError(
+        raise InputError(
             f"sampling is for a vocabulary of {sampling.vocab_size}, but the target's has {stack.model.vocab_size}; "
             "create it with the target's"
         )
     rates, judges = sampling.synthetic_acceptance, sum(level.draft_len > 0 for level in stack.levels)
     if rates is not None and len(rates) != judges:
-        raise ValueError(
+        raise InputError(
             f"synthetic_acceptance has {len(rates)} rates, but {judges} levels of the stack judge a draft; give one rate for each"
         )
 
 
 def check_stack(stack: Level) -> None:
-    """Raise a ValueError unless this is a stack: a level, and the outermost one."""
+    """Raise an InputError unless this is a stack: a level, and the outermost one."""
     instance("stack", stack, Level, "a stack: build it with mlsd.stack(model, *drafters)")
     if stack.share_cache:
-        raise ValueError("the outermost level has no verifier whose cache it could share; build it with share_cache=False")
+        raise InputError("the outermost level has no verifier whose cache it could share; build it with share_cache=False")
 
 
 @jax_settings.held
@@ -182,7 +183,7 @@ def _checked(state: State) -> State:
 
 def _check_rows(name: str, rows: int, batch: int) -> None:
     if rows != batch:
-        raise ValueError(f"{name} is for {rows} rows, but tokens has {batch}; give one for each")
+        raise InputError(f"{name} is for {rows} rows, but tokens has {batch}; give one for each")
 
 
 def _clipped(limit: jax.Array | int, state: State) -> jax.Array:

@@ -12,6 +12,7 @@ import numpy as np
 
 from mlspecqd_jax import jax_settings
 from mlspecqd_jax.arguments import LARGEST_INT, ROWS, brief, choice, each_row, flag, number, sequence
+from mlspecqd_jax.errors import InputError
 
 RULES = ("coupled", "rejection")
 LEVELS = 64  # that judge, at most
@@ -75,7 +76,7 @@ class Sampling:
             whatever it is. The output is meaningless.
 
         Raises:
-          ValueError: a value out of range, or a sequence whose length is not the batch size.
+          InputError: a value out of range, or a sequence whose length is not the batch size.
         """
         batch, vocab_size = number("batch", batch), number("vocab_size", vocab_size)
 
@@ -112,14 +113,14 @@ def _seeds(seed, batch: int) -> jax.Array:
         number("seed", first + batch - 1)
         return jnp.asarray(np.arange(first, first + batch, dtype=np.uint32))
     if len(given) != batch:
-        raise ValueError(f"seed has {len(given)} entries, but must be a whole number or one for each of {batch} rows")
+        raise InputError(f"seed has {len(given)} entries, but must be a whole number or one for each of {batch} rows")
     return jnp.asarray(np.asarray([number("seed", s) for s in given], np.uint32))
 
 
 def _stop_ids(ids: Collection[int], vocab_size: int) -> jax.Array:
     given = sequence("stop_token_ids", list(ids) if isinstance(ids, (set, frozenset)) else ids, vocab_size)
     if given is None:
-        raise ValueError(f"stop_token_ids is {brief(ids)}, but must be a list of token ids from 0 to {vocab_size - 1}")
+        raise InputError(f"stop_token_ids is {brief(ids)}, but must be a list of token ids from 0 to {vocab_size - 1}")
     given = [number("stop_token_ids", i) for i in given]  # beyond the vocabulary some models record one, in vain
     # Padded to a multiple of 8, so that another number of ids is not another trace.
     padded = given + [-1] * (-len(given) % 8 or (0 if given else 8))
@@ -132,19 +133,19 @@ def _bias(bias, batch: int, vocab_size: int) -> jax.Array | None:
         return None
     rows = [bias] * batch if isinstance(bias, Mapping) else bias
     if not isinstance(rows, (list, tuple)) or not all(isinstance(mapping, Mapping) for mapping in rows):
-        raise ValueError(f"logit_bias is {brief(bias)}, but {needed}")
+        raise InputError(f"logit_bias is {brief(bias)}, but {needed}")
     if len(rows) != batch:
-        raise ValueError(f"logit_bias has {len(rows)} entries, but {needed}")
+        raise InputError(f"logit_bias has {len(rows)} entries, but {needed}")
     if not any(rows):
         return None
     dense = np.zeros((batch, vocab_size), np.float32)
     for r, mapping in enumerate(rows):
         for token, value in mapping.items():
             if isinstance(token, bool) or not isinstance(token, (int, np.integer)) or not 0 <= token < vocab_size:
-                raise ValueError(f"logit_bias names token {brief(token)}, but must name ids from 0 to {vocab_size - 1}")
+                raise InputError(f"logit_bias names token {brief(token)}, but must name ids from 0 to {vocab_size - 1}")
             dense[r, token] = number("logit_bias", value)
         if np.all(dense[r] == -np.inf):
-            raise ValueError(f"logit_bias bans every token of row {r}; leave at least one that may be chosen")
+            raise InputError(f"logit_bias bans every token of row {r}; leave at least one that may be chosen")
     return jnp.asarray(dense)
 
 

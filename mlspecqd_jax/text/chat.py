@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from mlspecqd_jax.arguments import brief
+from mlspecqd_jax.errors import InputError
 from mlspecqd_jax.json_files import printable
 
 SECONDS = 20  # of waiting; the process limits its own processor time to less
@@ -29,24 +30,24 @@ def encode_texts(card, texts: Sequence[str], *, chat: bool) -> list[list[int]]:
       chat: wrap each text as a user's message by the tokenizer's chat template, ready for the assistant's answer.
 
     Raises:
-      ValueError: there is no tokenizer, no chat template, or one that cannot be rendered, or a text is not Unicode.
+      InputError: there is no tokenizer, no chat template, or one that cannot be rendered, or a text is not Unicode.
     """
     if not texts:
         return []
     if card.tokenizer is None:
-        raise ValueError(f"{card.name} has no tokenizer; put its tokenizer.json beside config.json, or give token ids")
+        raise InputError(f"{card.name} has no tokenizer; put its tokenizer.json beside config.json, or give token ids")
     for text in texts:
         try:
             text.encode()
         except UnicodeEncodeError:
-            raise ValueError(f"the prompt {text[:40]!r} is not valid Unicode; give UTF-8 text") from None
+            raise InputError(f"the prompt {text[:40]!r} is not valid Unicode; give UTF-8 text") from None
     if chat:
         if not card.tokenizer.chat_template:
-            raise ValueError(f"{card.name} has no chat template; leave out --chat, or use an instruction-tuned model")
+            raise InputError(f"{card.name} has no chat template; leave out --chat, or use an instruction-tuned model")
         try:
             texts = render(card.tokenizer, [[{"role": "user", "content": text}] for text in texts], generation_prompt=True)
         except ValueError as error:
-            raise ValueError(f"the chat template of {card.name} {error}; leave out --chat, or correct the template") from error
+            raise InputError(f"the chat template of {card.name} {error}; leave out --chat, or correct the template") from error
     # A long text is judged by `prepare`; a template writes its special tokens itself.
     return [list(card.tokenizer(text, add_special_tokens=not chat, verbose=False)["input_ids"]) for text in texts]
 
@@ -74,10 +75,10 @@ def render(tokenizer, conversations: list[list[dict[str, str]]], *, generation_p
     """Return the text that a tokenizer's chat template makes of each conversation.
 
     Raises:
-      ValueError: what the template does that it may not, without saying whose it is.
+      InputError: what the template does that it may not, without saying whose it is.
     """
     if len(tokenizer.chat_template) > LARGEST_TEMPLATE:
-        raise ValueError(f"is longer than {LARGEST_TEMPLATE:,} characters")
+        raise InputError(f"is longer than {LARGEST_TEMPLATE:,} characters")
     size = max(len(message["content"]) for messages in conversations for message in messages)
     request = {
         "path": [folder for folder in sys.path if os.path.isabs(folder)],  # "" is wherever the process is, such as in the folder
@@ -94,15 +95,15 @@ def render(tokenizer, conversations: list[list[dict[str, str]]], *, generation_p
             timeout=SECONDS,
         )
     except subprocess.TimeoutExpired:
-        raise ValueError(f"does not end ({SECONDS} s)") from None
+        raise InputError(f"does not end ({SECONDS} s)") from None
     except OSError as error:
-        raise ValueError(f"needs a process of its own, which cannot be started ({error.strerror})") from error
+        raise InputError(f"needs a process of its own, which cannot be started ({error.strerror})") from error
     if process.returncode < 0:  # a limit of the operating system stopped it
-        raise ValueError("does not end, or takes too much memory")
+        raise InputError("does not end, or takes too much memory")
     if process.returncode:
         said = process.stderr.decode(errors="replace").split("\n")
-        raise ValueError(f"cannot be rendered ({brief(next(filter(None, reversed(said)), 'no reason given'))})")
+        raise InputError(f"cannot be rendered ({brief(next(filter(None, reversed(said)), 'no reason given'))})")
     answer = json.loads(process.stdout)
     if "error" in answer:
-        raise ValueError(f"cannot be rendered ({printable(answer['error'])})")
+        raise InputError(f"cannot be rendered ({printable(answer['error'])})")
     return answer["texts"]

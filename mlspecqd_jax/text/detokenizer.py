@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mlspecqd_jax.arguments import brief, is_array
+from mlspecqd_jax.errors import InputError
 from mlspecqd_jax.text.chat import encode_texts
 
 REPLACEMENT = "\ufffd"  # what bytes that are no character decode to
@@ -183,15 +184,15 @@ def encode(card, prompts, *, chat: bool = False) -> list[list[int]]:
       chat: wrap each text as a user's message by the tokenizer's chat template.
 
     Raises:
-      ValueError: an empty prompt, one of another kind or far longer than the positions, ids outside the vocabulary, a text without
+      InputError: an empty prompt, one of another kind or far longer than the positions, ids outside the vocabulary, a text without
         a tokenizer, chat without a template.
     """
     if isinstance(prompts, str):
         prompts = [prompts]
     if not isinstance(prompts, (list, tuple)) and not (is_array(prompts) and prompts.ndim == 2):
-        raise ValueError(f"prompts is {brief(prompts)}, but must be a text, a list of texts, or a list of lists of token ids")
+        raise InputError(f"prompts is {brief(prompts)}, but must be a text, a list of texts, or a list of lists of token ids")
     if len(prompts) == 0:
-        raise ValueError("no prompt was given; give a text, a list of texts or a list of token id lists")
+        raise InputError("no prompt was given; give a text, a list of texts or a list of token id lists")
     for i, prompt in enumerate(prompts):
         if isinstance(prompt, str):
             _check_length(card, prompt, i)
@@ -199,10 +200,10 @@ def encode(card, prompts, *, chat: bool = False) -> list[list[int]]:
     for i, prompt in enumerate(prompts):
         ids = next(encoded) if isinstance(prompt, str) else _integers(prompt, i)
         if not ids:
-            raise ValueError(f"prompt {i} is empty (no tokens); give at least one token")
+            raise InputError(f"prompt {i} is empty (no tokens); give at least one token")
         bad = next((t for t in ids if not 0 <= t < card.vocab_size), None)
         if bad is not None:
-            raise ValueError(f"prompt {i} has token id {brief(bad)}, but ids go from 0 to {card.vocab_size - 1}")
+            raise InputError(f"prompt {i} has token id {brief(bad)}, but ids go from 0 to {card.vocab_size - 1}")
         rows.append(ids)
     return rows
 
@@ -215,7 +216,7 @@ def _check_length(card, text, i):
     while size < len(text):
         # What follows can merge with the last few tokens of a beginning alone, so twice the positions are beyond doubt.
         if len(encode_texts(card, [text[:size]], chat=False)[0]) > 2 * card.max_positions:
-            raise ValueError(
+            raise InputError(
                 f"prompt {i} has {len(text)} characters, more than twice the tokens that {card.name} has positions for "
                 f"({card.max_positions}); shorten the prompt"
             )
@@ -225,10 +226,10 @@ def _check_length(card, text, i):
 def _integers(ids, i):
     needed = f"prompt {i} is {brief(ids)}, but must be a text or a list of token ids"
     if not isinstance(ids, (list, tuple)) and not (is_array(ids) and ids.ndim == 1):
-        raise ValueError(needed)
+        raise InputError(needed)
     if any(isinstance(t, (bool, np.bool_)) for t in ids):
-        raise ValueError(needed)
+        raise InputError(needed)
     try:
         return [operator.index(t) for t in (ids.tolist() if is_array(ids) else ids)]
     except TypeError:
-        raise ValueError(needed) from None
+        raise InputError(needed) from None

@@ -8,6 +8,7 @@ import pathlib
 from typing import Any
 
 from mlspecqd_jax.arguments import brief
+from mlspecqd_jax.errors import InputError
 from mlspecqd_jax.json_files import read_json_if_there, read_text, reason
 
 FILE, CONFIG, TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
@@ -32,18 +33,18 @@ def read_tokenizer(folder: pathlib.Path):
     """Return the folder's tokenizer as transformers' PreTrainedTokenizerFast, or None where it holds none.
 
     Raises:
-      ValueError: there is one, but without tokenizer.json, or its files cannot be read.
+      InputError: there is one, but without tokenizer.json, or its files cannot be read.
     """
     path, found = folder / FILE, _found(folder)
     if found is None:
         return None
     if found != FILE:
-        raise ValueError(
+        raise InputError(
             f"{folder} holds {found}, but not tokenizer.json, which is what is read; write it with transformers "
             "(AutoTokenizer.from_pretrained(folder).save_pretrained(folder)), or remove the file to give token ids"
         )
     if os.path.getsize(path) > LARGEST:
-        raise ValueError(f"{path} is larger than {LARGEST // 2**20} MB, which no tokenizer is; download it again")
+        raise InputError(f"{path} is larger than {LARGEST // 2**20} MB, which no tokenizer is; download it again")
     config = read_json_if_there(folder / CONFIG)
     settings = _special_tokens(folder, config) | {"chat_template": _chat_template(folder, config)}
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # its note that torch is missing
@@ -54,7 +55,7 @@ def read_tokenizer(folder: pathlib.Path):
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # whatever transformers and tokenizers raise, panics included, becomes one sentence
-        raise ValueError(
+        raise InputError(
             f"the tokenizer in {folder} cannot be read ({reason(error)}); download its tokenizer files again"
         ) from error
 
@@ -70,11 +71,11 @@ def _special_tokens(folder: pathlib.Path, config: dict) -> dict[str, Any]:
             tokens = list(tokens.values())
         if tokens:
             if not isinstance(tokens, list):
-                raise ValueError(f"{folder / CONFIG}: {name} is {brief(tokens)}, but must be a list of tokens; correct that key")
+                raise InputError(f"{folder / CONFIG}: {name} is {brief(tokens)}, but must be a list of tokens; correct that key")
             found["extra_special_tokens"] = [_token(folder, name, token) for token in tokens]
     added = config.get("added_tokens_decoder") or {}
     if not isinstance(added, dict) or not all(isinstance(i, str) and i.isdecimal() and len(i) < 10 for i in added):
-        raise ValueError(f"{folder / CONFIG}: added_tokens_decoder must be an object of tokens by id; correct that key")
+        raise InputError(f"{folder / CONFIG}: added_tokens_decoder must be an object of tokens by id; correct that key")
     return found | {"added_tokens_decoder": {int(i): _token(folder, f"token {i}", token) for i, token in added.items()}}
 
 
@@ -85,7 +86,7 @@ def _token(folder: pathlib.Path, name: str, value: Any):
     if isinstance(value, str):
         return value
     if not isinstance(value, dict) or not isinstance(value.get("content"), str):
-        raise ValueError(f"{folder / CONFIG}: {name} is {brief(value)}, but must be a token; correct that key")
+        raise InputError(f"{folder / CONFIG}: {name} is {brief(value)}, but must be a token; correct that key")
     return AddedToken(value["content"], **{flag: value[flag] for flag in FLAGS if isinstance(value.get(flag), bool)})
 
 
@@ -98,7 +99,7 @@ def _chat_template(folder: pathlib.Path, config: dict) -> str | None:
         named = {t["name"]: t.get("template") for t in template if isinstance(t, dict) and isinstance(t.get("name"), str)}
         template = named.get("default")
     if template is not None and not isinstance(template, str):
-        raise ValueError(
+        raise InputError(
             f"{folder / CONFIG}: chat_template is {brief(template)}, but must be text; correct that key, or remove it to do without"
         )
     return template

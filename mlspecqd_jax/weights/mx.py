@@ -14,6 +14,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from mlspecqd_jax.errors import InputError
 from pallas_kernels import BLOCK, mx_decode
 
 SCALE_RULES = ("floor", "ceil", "rceil", "even")
@@ -109,7 +110,7 @@ class MXArray:
         """The elements as float8 [N, K32]; the six-bit formats are refused, since XLA has no type for them."""
         dtype = FORMATS[self.format].dtype
         if dtype is None:
-            raise ValueError(f"XLA has no type for the elements of {self.format}; read .codes, or dequantize the array")
+            raise InputError(f"XLA has no type for the elements of {self.format}; read .codes, or dequantize the array")
         return jax.lax.bitcast_convert_type(self.codes, jnp.dtype(dtype))
 
     @property
@@ -131,19 +132,19 @@ def quantize(w: jax.Array, format: str = "mxfp4", scale_rule: str = "floor") -> 
       scale_rule: a name of `SCALE_RULES`.
 
     Raises:
-      ValueError: one sentence on the format, the rule, the shape, the dtype, or (not under jit) a value that is not finite.
+      InputError: one sentence on the format, the rule, the shape, the dtype, or (not under jit) a value that is not finite.
     """
     check_format(format)
     check_scale_rule(scale_rule)
     dtype = str(getattr(w, "dtype", type(w).__name__))
     if dtype not in WEIGHT_DTYPES:
-        raise ValueError(f"a weight of dtype {dtype} cannot be quantized; cast it to one of {', '.join(WEIGHT_DTYPES)} first")
+        raise InputError(f"a weight of dtype {dtype} cannot be quantized; cast it to one of {', '.join(WEIGHT_DTYPES)} first")
     shape = list(w.shape)
     if len(shape) != 2:
-        raise ValueError(f"a weight of shape {shape} cannot be quantized; give a matrix [N, K]")
+        raise InputError(f"a weight of shape {shape} cannot be quantized; give a matrix [N, K]")
     codes, scales, finite = _encode(w, FORMATS[format], scale_rule)
     if not isinstance(finite, jax.core.Tracer) and not finite:
-        raise ValueError(f"a weight of shape {shape} holds NaN or infinity and cannot be quantized; use an intact checkpoint")
+        raise InputError(f"a weight of shape {shape} holds NaN or infinity and cannot be quantized; use an intact checkpoint")
     return MXFP4Array(codes, scales, shape[1]) if format == "mxfp4" else MXArray(codes, scales, shape[1], format)
 
 
@@ -159,15 +160,15 @@ def dequantize(a: MXFP4Array | MXArray, dtype: jnp.dtype = jnp.bfloat16) -> jax.
 
 
 def check_format(format: str) -> None:
-    """Raise a ValueError unless `format` is a name of `FORMATS`."""
+    """Raise an InputError unless `format` is a name of `FORMATS`."""
     if format not in FORMATS:
-        raise ValueError(f"'{format}' is not a format for weights; give one of {', '.join(FORMATS)}")
+        raise InputError(f"'{format}' is not a format for weights; give one of {', '.join(FORMATS)}")
 
 
 def check_scale_rule(scale_rule: str) -> None:
-    """Raise a ValueError unless `scale_rule` is a name of `SCALE_RULES`."""
+    """Raise an InputError unless `scale_rule` is a name of `SCALE_RULES`."""
     if scale_rule not in SCALE_RULES:
-        raise ValueError(f"'{scale_rule}' is not a scale rule; give one of {', '.join(SCALE_RULES)}")
+        raise InputError(f"'{scale_rule}' is not a scale rule; give one of {', '.join(SCALE_RULES)}")
 
 
 @functools.partial(jax.jit, static_argnames=("f", "scale_rule"))

@@ -9,6 +9,8 @@ import re
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from mlspecqd_jax.errors import InputError
+
 AXIS = "model"
 
 WEIGHTS: tuple[tuple[str, PartitionSpec], ...] = (
@@ -26,7 +28,7 @@ def usable_mesh(mesh: Mesh | None) -> Mesh | None:
     if mesh is None:
         return None
     if AXIS not in mesh.axis_names:
-        raise ValueError(
+        raise InputError(
             f"mesh has axes {mesh.axis_names}, but weights are split over an axis named '{AXIS}'; "
             f"make one with jax.make_mesh((n_devices,), ('{AXIS}',))"
         )

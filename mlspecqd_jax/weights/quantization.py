@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 import jax
 from jax.sharding import Mesh
 
+from mlspecqd_jax.errors import InputError
 from mlspecqd_jax.weights.layouts import LaidOut
 from mlspecqd_jax.weights.mx import MXArray, MXFP4Array, check_format, check_scale_rule, quantize
 from mlspecqd_jax.weights.partition import weight_sharding
@@ -62,7 +63,7 @@ def quantize_params(
       finish: what is kept of a new leaf, given its name and the leaf: it may be laid out for a chip.
 
     Raises:
-      ValueError: an unknown format or scale rule, a glob that matches no quantizable weight, a leaf in another format.
+      InputError: an unknown format or scale rule, a glob that matches no quantizable weight, a leaf in another format.
     """
     wanted = _formats(params, format, policy or {}, scale_rule)
     quantized = dict(params)
@@ -71,7 +72,7 @@ def quantize_params(
         if to is None or getattr(w, "format", None) == to:
             continue
         if isinstance(w, MXFP4Array | MXArray | LaidOut):
-            raise ValueError(f"{name} is in {w.format} already and cannot become {to}; quantize the original model instead")
+            raise InputError(f"{name} is in {w.format} already and cannot become {to}; quantize the original model instead")
         # Waiting for each keeps the temporaries of one weight alive, not of all.
         quantized[name] = jax.block_until_ready(finish(name, place_quantized(name, quantize(w, to, scale_rule), mesh)))
     return quantized
@@ -94,7 +95,7 @@ def _formats(params, format: str, policy: Policy, scale_rule: str) -> dict[str, 
         if to is not None:
             check_format(to)
         if not any(_matches(name, (glob,)) for name in names):
-            raise ValueError(f"the policy's '{glob}' matches no weight that can be quantized; these can: {', '.join(QUANTIZABLE)}")
+            raise InputError(f"the policy's '{glob}' matches no weight that can be quantized; these can: {', '.join(QUANTIZABLE)}")
     return {name: next((to for glob, to in policy.items() if _matches(name, (glob,))), format) for name in names}
 
 

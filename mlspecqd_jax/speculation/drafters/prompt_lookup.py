@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from mlspecqd_jax.arguments import number
+from mlspecqd_jax.errors import InputError
 from mlspecqd_jax.speculation.protocols import Draft, Sequences
 
 
@@ -33,7 +34,7 @@ class PromptLookup:
         number("max_ngram", self.max_ngram)
         number("min_ngram", self.min_ngram)
         if self.min_ngram > self.max_ngram:
-            raise ValueError(
+            raise InputError(
                 f"min_ngram is {self.min_ngram} and max_ngram {self.max_ngram}, but 1 <= min_ngram <= max_ngram is needed"
             )
 

@@ -1,0 +1,5 @@
+"""`InputError`: what was given cannot be taken."""
+
+
+class InputError(ValueError):
+    """Bad input, told in one sentence: what was given, what is needed, what to change. Anything else that is raised is our fault."""
