@@ -2,4 +2,4 @@
 
 
 class InputError(ValueError):
-    """Bad input, told in one sentence: what was given, what is needed, what to change. Anything else that is raised is our fault."""
+    """Bad input, told in one sentence: what was given, what is needed, what to change. All else that is raised is our fault."""

@@ -236,6 +236,15 @@ def test_bad_input_is_one_line_and_exit_code_2(capsys, arguments, words):
     assert all(word in line for word in words), line
 
 
+def test_a_fault_of_ours_is_no_bad_input(monkeypatch):
+    def fault(*_, **__):
+        raise ValueError("axis 3 is out of bounds")
+
+    monkeypatch.setattr(generation, "generate", fault)
+    with pytest.raises(ValueError, match="axis 3"):
+        cli.main(["generate", "demo-small", "--prompt", "x", "--json", "--draft", "none"])
+
+
 def test_bad_prompt_files(capsys, tmp_path):
     for name, content, words in [
         ("a.jsonl", b'{"text": "x"}\n', 'line 1: needs a JSON string or an object with a "prompt"'),
