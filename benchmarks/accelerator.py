@@ -168,10 +168,11 @@ def random_model(name: str):
     import jax.numpy as jnp
 
     from mlspecqd_jax.loading.models import Card, Model
-    from mlspecqd_jax.network.transformer import LanguageModel, ModelConfig
+    from mlspecqd_jax.network.config import ModelConfig
+    from mlspecqd_jax.network.network import Network
 
     config = ModelConfig(*MODELS[name])
-    network, params = LanguageModel(config), {}
+    network, params = Network(config), {}
     make = jax.jit(lambda key, shape: (0.02 * jax.random.normal(key, shape)).astype(jnp.bfloat16), static_argnums=1)
     for i, (leaf, shape) in enumerate(network.shapes().items()):
         params[leaf] = make(jax.random.key(i), shape) if len(shape) == 2 else jnp.ones(shape, jnp.bfloat16)

@@ -15,7 +15,7 @@ import orbax.checkpoint as ocp
 from demo_data import Data, windows
 from rich.console import Console
 
-from mlspecqd_jax.network.transformer import LanguageModel
+from mlspecqd_jax.network.network import Network
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +58,7 @@ def make_optimizer(schedule: Schedule) -> optax.GradientTransformation:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
-def mean_loss(model: LanguageModel, params: dict[str, jax.Array], tokens: jax.Array, compute: str) -> jax.Array:
+def mean_loss(model: Network, params: dict[str, jax.Array], tokens: jax.Array, compute: str) -> jax.Array:
     """Return the mean cross-entropy, in nats, of every next token in tokens [B, W + 1]."""
     params = jax.tree.map(lambda p: p.astype(compute), params)
     logits, _ = model(params, tokens[:, :-1], jnp.zeros(tokens.shape[0], jnp.int32), None)
@@ -66,14 +66,14 @@ def mean_loss(model: LanguageModel, params: dict[str, jax.Array], tokens: jax.Ar
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
-def train_step(model: LanguageModel, schedule: Schedule, state: dict, tokens: jax.Array) -> tuple[dict, jax.Array]:
+def train_step(model: Network, schedule: Schedule, state: dict, tokens: jax.Array) -> tuple[dict, jax.Array]:
     """Return (state after one update, loss before it)."""
     loss, gradient = jax.value_and_grad(mean_loss, argnums=1)(model, state["params"], tokens, schedule.compute)
     updates, optimizer = make_optimizer(schedule).update(gradient, state["optimizer"], state["params"])
     return {"params": optax.apply_updates(state["params"], updates), "optimizer": optimizer}, loss
 
 
-def evaluate(model: LanguageModel, params, tokens: np.ndarray, schedule: Schedule, step: int = 0, batches: int = 16) -> float:
+def evaluate(model: Network, params, tokens: np.ndarray, schedule: Schedule, step: int = 0, batches: int = 16) -> float:
     """Return the mean loss over batches, of the shape that a step has, of windows spread evenly over a stream."""
     batch, window = schedule.windows_at(step)
     starts = np.linspace(0, len(tokens) - window - 1, batches * batch).astype(int).reshape(batches, batch)
@@ -100,7 +100,7 @@ def caught_signals():
             signal.signal(number, handler)
 
 
-def train(model: LanguageModel, schedule: Schedule, data: Data, folder: Path, options) -> dict[str, jax.Array]:
+def train(model: Network, schedule: Schedule, data: Data, folder: Path, options) -> dict[str, jax.Array]:
     """Return the parameters after all steps, going on from the last save in `folder`.
 
     Raises:

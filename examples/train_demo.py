@@ -27,7 +27,8 @@ from demo_sources import PACKAGES, Origin, folder, package, standard_library, wi
 from demo_training import Schedule, Stopped, evaluate, train
 from safetensors.numpy import save_file
 
-from mlspecqd_jax.network.transformer import LanguageModel, ModelConfig
+from mlspecqd_jax.network.config import ModelConfig
+from mlspecqd_jax.network.network import Network
 
 CHECKPOINTS = Path(__file__).resolve().parent.parent / "checkpoints"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlspecqd-jax"
@@ -174,9 +175,9 @@ def check(options: argparse.Namespace) -> None:
         raise ValueError(f"--out {options.out} exists; add --overwrite to replace it.")
 
 
-def model_of(options: argparse.Namespace) -> LanguageModel:
+def model_of(options: argparse.Namespace) -> Network:
     """Return the Llama-shaped model that the options describe; its head is its embedding."""
-    return LanguageModel(
+    return Network(
         ModelConfig(
             vocab_size=options.vocab,
             hidden_size=options.hidden,
@@ -217,7 +218,7 @@ def data_of(options: argparse.Namespace) -> Data:
     return data
 
 
-def same_run(work: Path, model: LanguageModel, schedule: Schedule, data: Data) -> None:
+def same_run(work: Path, model: Network, schedule: Schedule, data: Data) -> None:
     """Record what decides the weights; refuse a work folder that holds saves of another run."""
     shape, when, streams = dataclasses.asdict(model.config), dataclasses.asdict(schedule), data.manifest["streams"]
     run = json.loads(json.dumps({"model": shape, "schedule": when, "data": streams}))  # tuples become lists, as in the file

@@ -19,7 +19,7 @@ from mlspecqd_jax.speculation.level import Level, piece_width
 from mlspecqd_jax.speculation.loop import State
 from mlspecqd_jax.speculation.settings import Sampling
 from mlspecqd_jax.stacks import compiler_options
-from mlspecqd_jax.text.detokenizer import Decoder
+from mlspecqd_jax.text.detokenizer import Detokenizer
 
 ROUNDS_TO_STOP_STRINGS = 16  # rounds between looks at the text when stop strings are given
 SLICE_SECONDS = 0.2  # of work in one call, after which an interrupt is heeded
@@ -137,7 +137,7 @@ def _run(stack: Level, prompts, most_rounds: int, arguments: dict[str, Any]):
 
     began = time.perf_counter()
     state = _prefill(stack, state, batch)
-    decoders = [Decoder(stack.card.tokenizer, prompt, stops) if stack.card.tokenizer else None for prompt in prompt_tokens]
+    decoders = [Detokenizer(stack.card.tokenizer, prompt, stops) if stack.card.tokenizer else None for prompt in prompt_tokens]
     length, rounds = begin, 1
     while True:
         seen, sliced = length, time.perf_counter()

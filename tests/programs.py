@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
-from mlspecqd_jax.network.transformer import LanguageModel, ModelConfig
+from mlspecqd_jax.network.config import ModelConfig
+from mlspecqd_jax.network.network import Network
 from mlspecqd_jax.speculation import loop
 from mlspecqd_jax.speculation.level import Level
 from mlspecqd_jax.speculation.settings import Sampling
@@ -36,7 +37,7 @@ def plain(config: ModelConfig, mesh, dtype=jnp.bfloat16):
     """Return the parameters of a model, by name, as they would lie on a mesh."""
     return {
         name: jax.ShapeDtypeStruct(shape, dtype, sharding=weight_sharding(name, shape, mesh))
-        for name, shape in LanguageModel(config).shapes().items()
+        for name, shape in Network(config).shapes().items()
     }
 
 
@@ -58,7 +59,7 @@ def twin(config: ModelConfig, mesh, dtype=jnp.bfloat16):
 
 def compile_stack(mesh, target: ModelConfig, small: ModelConfig, batch: int, size: int, dtype=jnp.bfloat16):
     """Compile `advance` of target > its twin on the same cache > a small model's twin on a cache of its own."""
-    networks = [LanguageModel(config, mesh) for config in (target, small)]
+    networks = [Network(config, mesh) for config in (target, small)]
     innermost = Level(networks[1], twin(small, mesh, dtype))
     middle = Level(networks[0], twin(target, mesh, dtype), innermost, 3, share_cache=True)
     return compiled(mesh, Level(networks[0], plain(target, mesh, dtype), middle, 7, window_multiple=16), target, batch, size)
@@ -66,7 +67,7 @@ def compile_stack(mesh, target: ModelConfig, small: ModelConfig, batch: int, siz
 
 def compile_twin(mesh, target: ModelConfig, draft_len: int, batch: int, size: int):
     """Compile `advance` of target > its twin, or of the target alone where draft_len is 0, as an exact stack on GPU."""
-    network = LanguageModel(target, mesh)
+    network = Network(target, mesh)
     below = Level(network, twin(target, mesh), share_cache=True) if draft_len else None
     stack = Level(network, plain(target, mesh), below, draft_len, window_multiple=16)
     return compiled(mesh, stack, target, batch, size, compiler_options=ONE_ALGORITHM)

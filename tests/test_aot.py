@@ -12,7 +12,7 @@ import pytest
 from hlo import HOST_OPERATIONS, aliased, cache_copies, decoded, widened
 from programs import LLAMA_1B, LLAMA_8B, compile_stack, compile_twin
 
-from mlspecqd_jax.network.transformer import LanguageModel
+from mlspecqd_jax.network.network import Network
 
 pytestmark = pytest.mark.aot
 
@@ -54,13 +54,13 @@ def test_the_donated_caches_are_updated_where_they_are(program, mesh):
 
 
 def test_no_weight_is_widened(program):
-    shapes = {shape for config in (TARGET, SMALL) for shape in LanguageModel(config).shapes().values() if len(shape) == 2}
+    shapes = {shape for config in (TARGET, SMALL) for shape in Network(config).shapes().values() if len(shape) == 2}
     assert not widened(program.as_text(), shapes)
 
 
 def test_no_weight_is_decoded_in_memory(program, mesh):
     """Neither whole nor in part; and all that the program keeps beside its arguments is less than one of the MLP's would be."""
-    weights = [shape for config in (TARGET, SMALL) for shape in LanguageModel(config).shapes().values() if len(shape) == 2]
+    weights = [shape for config in (TARGET, SMALL) for shape in Network(config).shapes().values() if len(shape) == 2]
     assert not decoded(program.as_text(), {n * k // parts for n, k in weights for parts in (1, mesh.size)})
     on_chip = chips.ON_CHIP["v5e"] if mesh.devices.flat[0].platform == "tpu" else 0
     one = 2 * TARGET.hidden_size * TARGET.intermediate_size // mesh.size

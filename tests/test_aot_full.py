@@ -15,7 +15,7 @@ from hlo import HOST_OPERATIONS, aliased, decoded
 from programs import LLAMA_1B, LLAMA_3B, LLAMA_8B, compile_stack
 from test_aot_kernels import bundles
 
-from mlspecqd_jax.network.transformer import LanguageModel
+from mlspecqd_jax.network.network import Network
 
 pytestmark = pytest.mark.aot_full
 RESULTS = pathlib.Path(__file__).resolve().parent.parent / "benchmarks" / "results" / "aot.json"
@@ -61,7 +61,7 @@ def test_whole_models(chip, target, small, dtype):
     assert used < chips.MEMORY[chip.partition(":")[0]]
     assert not HOST_OPERATIONS.search(hlo)
     assert "f64[" not in hlo
-    weights = [shape for config in (target, small) for shape in LanguageModel(config).shapes().values() if len(shape) == 2]
+    weights = [shape for config in (target, small) for shape in Network(config).shapes().values() if len(shape) == 2]
     # The sums of a product that is split along K are as many as a small weight's elements.
     assert not decoded(hlo, {math.prod(shape) for shape in weights if math.prod(shape) > 2**20})
     cache = (BATCH, target.num_key_value_heads // math.gcd(mesh.size, target.num_key_value_heads), SIZE, target.head_dim)

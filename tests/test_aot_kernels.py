@@ -17,7 +17,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from programs import LLAMA_8B, QWEN3_06B, QWEN25_7B
 
-from mlspecqd_jax.network.transformer import LanguageModel
+from mlspecqd_jax.network.network import Network
 from mlspecqd_jax.weights import layouts
 from mlspecqd_jax.weights.quantization import HEAD, QUANTIZABLE, _matches
 from pallas_kernels import chip_of, choose, lay_out
@@ -31,7 +31,7 @@ SOME = LLAMA_8B.hidden_size, LLAMA_8B.intermediate_size
 
 def shapes(config) -> list[tuple[int, int]]:
     """Return the different [N, K] of a model's quantized weights, its head (tied or not) included."""
-    weights = LanguageModel(config).shapes() | {HEAD: (config.vocab_size, config.hidden_size)}
+    weights = Network(config).shapes() | {HEAD: (config.vocab_size, config.hidden_size)}
     return sorted({shape for name, shape in weights.items() if _matches(name, QUANTIZABLE)})
 
 

@@ -11,7 +11,7 @@ import tiny
 import mlspecqd_jax as mlsd
 from mlspecqd_jax import cli
 from mlspecqd_jax.loading import checkpoint, config_file, huggingface, models
-from mlspecqd_jax.network.transformer import LanguageModel
+from mlspecqd_jax.network.network import Network
 from mlspecqd_jax.weights import quantization
 from mlspecqd_jax.weights.mx import MXArray, MXFP4Array
 
@@ -21,7 +21,7 @@ NAME = "model.layers.0.mlp.up_proj.weight"
 
 @pytest.fixture
 def network(tmp_path):
-    return LanguageModel(config_file.read_config(tiny.write_checkpoint(tmp_path / "source", CONFIG, tiny.weights(CONFIG))))
+    return Network(config_file.read_config(tiny.write_checkpoint(tmp_path / "source", CONFIG, tiny.weights(CONFIG))))
 
 
 def convert(tmp_path, network, dtype="bfloat16"):

@@ -12,8 +12,8 @@ from refusals import refused
 
 from mlspecqd_jax import arguments
 from mlspecqd_jax.loading import config_file
+from mlspecqd_jax.network.network import Network
 from mlspecqd_jax.network.rope import RopeScaling
-from mlspecqd_jax.network.transformer import LanguageModel
 
 
 def parse(tmp_path, config: dict):
@@ -122,7 +122,7 @@ REFUSED = {
 
 def parameters(config) -> int:
     """Count the parameters from the shapes of one layer: those of dozens take their time."""
-    shapes = LanguageModel(dataclasses.replace(config, num_hidden_layers=1, sliding_windows=())).shapes()
+    shapes = Network(dataclasses.replace(config, num_hidden_layers=1, sliding_windows=())).shapes()
     sizes = {name: np.prod(shape, dtype=np.int64) for name, shape in shapes.items()}
     layer = sum(size for name, size in sizes.items() if ".layers." in name)
     return sum(sizes.values()) + (config.num_hidden_layers - 1) * layer
@@ -305,10 +305,8 @@ def test_a_head_size_is_honoured_by_every_family(tmp_path):
 
 def test_many_layers_take_no_longer_to_tell(tmp_path):
     config = parse(tmp_path, LLAMA | {"num_hidden_layers": 1024})
-    shapes = LanguageModel(config).shapes()
+    shapes = Network(config).shapes()
     assert len([name for name in shapes if name.endswith("mlp.up_proj.weight")]) == 1024
     assert list(shapes)[:2] == ["lm_head.weight", "model.embed_tokens.weight"]
     few = dataclasses.replace(config, hidden_size=64, num_hidden_layers=2)
-    assert LanguageModel(few).shapes() == {
-        name: leaf.shape for name, leaf in jax.eval_shape(lambda: LanguageModel(few).init(0)).items()
-    }
+    assert Network(few).shapes() == {name: leaf.shape for name, leaf in jax.eval_shape(lambda: Network(few).init(0)).items()}

@@ -9,7 +9,8 @@ import pytest
 
 import cpu_kernels
 import mlspecqd_jax as mlsd
-from mlspecqd_jax.network.transformer import LanguageModel, ModelConfig
+from mlspecqd_jax.network.config import ModelConfig
+from mlspecqd_jax.network.network import Network
 from mlspecqd_jax.weights.quantization import quantize_params
 
 pytestmark = pytest.mark.skipif(not cpu_kernels.isas("attention"), reason="needs a C++ compiler")
@@ -27,7 +28,7 @@ WIDE = {
 
 def random_model(config):
     """Return (network, parameters) of a model with random weights."""
-    network = LanguageModel(config)
+    network = Network(config)
     random = {name: jax.random.normal(jax.random.key(i), shape) for i, (name, shape) in enumerate(network.shapes().items())}
     return network, {name: (w / w.shape[-1] ** 0.5 + (w.ndim == 1)).astype(jnp.bfloat16) for name, w in random.items()}
 

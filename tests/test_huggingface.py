@@ -19,7 +19,7 @@ from refusals import refused
 from safetensors.numpy import save_file
 
 from mlspecqd_jax.loading import config_file, huggingface, models
-from mlspecqd_jax.network.transformer import LanguageModel
+from mlspecqd_jax.network.network import Network
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 CONFIG = tiny.FAMILIES["llama3"] | {"num_hidden_layers": 1}
@@ -27,7 +27,7 @@ NAME = "model.layers.0.mlp.up_proj.weight"
 
 
 def read(folder, dtype="float32"):
-    network = LanguageModel(config_file.read_config(folder))
+    network = Network(config_file.read_config(folder))
     return huggingface.read_params(folder, network, jnp.dtype(dtype), None)
 
 
@@ -49,7 +49,7 @@ def test_every_tensor_arrives_in_its_place(tmp_path, shards):
     config = tiny.FAMILIES["qwen3_bias"]
     params = read(write(tmp_path, config=config, shards=shards))
     equal(params, tiny.weights(config))
-    assert list(params) == list(LanguageModel(config_file.read_config(tmp_path)).shapes())
+    assert list(params) == list(Network(config_file.read_config(tmp_path)).shapes())
 
 
 @pytest.mark.parametrize("stored", ["float32", "float16", "bfloat16", "float64"])

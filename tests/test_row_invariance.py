@@ -13,10 +13,12 @@ import pytest
 import cpu_kernels
 from mlspecqd_jax.folds import ordered_logsumexp, ordered_softmax, ordered_sum
 from mlspecqd_jax.network.attention import attend
+from mlspecqd_jax.network.config import ModelConfig
+from mlspecqd_jax.network.layers import ACTIVATIONS
 from mlspecqd_jax.network.matmul import linear
+from mlspecqd_jax.network.network import Network
 from mlspecqd_jax.network.norms import rms_norm
 from mlspecqd_jax.network.rope import RopeScaling, inverse_frequencies, rotary, rotate
-from mlspecqd_jax.network.transformer import ACTIVATIONS, LanguageModel, ModelConfig
 from mlspecqd_jax.speculation import choosing
 from mlspecqd_jax.speculation.settings import Sampling
 from mlspecqd_jax.weights.mx import quantize
@@ -177,7 +179,7 @@ CASES = [
 @pytest.mark.parametrize(("name", "dtype"), CASES)
 def test_whole_models(name, dtype):
     """Logits of every position, in every program, are those of the widest."""
-    network = LanguageModel(SHAPES[name])
+    network = Network(SHAPES[name])
     params = {
         leaf: (jax.random.normal(jax.random.key(i), shape) / shape[-1] ** 0.5 + (len(shape) == 1)).astype(dtype)
         for i, (leaf, shape) in enumerate(network.shapes().items())

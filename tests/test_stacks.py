@@ -10,7 +10,7 @@ import pytest
 import cpu_kernels
 import mlspecqd_jax as mlsd
 from mlspecqd_jax import generation, specs, stacks
-from mlspecqd_jax.network.transformer import LanguageModel
+from mlspecqd_jax.network.network import Network
 from mlspecqd_jax.speculation.drafters.prompt_lookup import PromptLookup
 from mlspecqd_jax.speculation.level import Level
 from mlspecqd_jax.weights.mx import quantize
@@ -22,7 +22,7 @@ NEW = 24
 
 def shallow(model, name):
     """The model cut to its first layer, a fast one of the same tokenizer."""
-    network = LanguageModel(dataclasses.replace(model.network.config, num_hidden_layers=1))
+    network = Network(dataclasses.replace(model.network.config, num_hidden_layers=1))
     params = {name: model.params[name] + 0 for name in network.shapes()}
     return dataclasses.replace(model, network=network, params=params, card=dataclasses.replace(model.card, name=name))
 
@@ -250,7 +250,7 @@ def test_padded_vocabularies_of_one_tokenizer_draft_for_each_other(quick):
     plain = mlsd.generate(mlsd.stack(quick), PROMPTS, max_new_tokens=NEW, temperature=0.7)
     config, embedding = quick.network.config, quick.params[stacks.EMBEDDING]
     for size in (config.vocab_size - 64, config.vocab_size + 64):
-        network = LanguageModel(dataclasses.replace(config, vocab_size=size))
+        network = Network(dataclasses.replace(config, vocab_size=size))
         padded = jnp.concatenate([embedding, 100 * embedding[:64]])[:size]
         draft = dataclasses.replace(quick, network=network, params=quick.params | {stacks.EMBEDDING: padded})
         out = mlsd.generate(mlsd.stack(quick, (draft, 3)), PROMPTS, max_new_tokens=NEW, temperature=0.7)

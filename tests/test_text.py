@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from mlspecqd_jax.text.detokenizer import Decoder, encode
+from mlspecqd_jax.text.detokenizer import Detokenizer, encode
 
 EOS = "<eos>"
 
@@ -89,7 +89,7 @@ TEXT = 'naïve 😀 "quoted"\n\t你好,世界 👩‍👩‍👧 é\u0301 ﷽  e
 def test_pieces_join_to_the_text_and_never_cut_a_character(byte_level, every):
     ids = byte_ids(byte_level, TEXT.encode())
     assert len(ids) > len(TEXT) + 20
-    decoder = Decoder(byte_level, byte_level("def f():")["input_ids"])
+    decoder = Detokenizer(byte_level, byte_level("def f():")["input_ids"])
     pieces = stream(decoder, ids, every)
     assert "".join(pieces) == decoder.text == TEXT
     assert not any("\ufffd" in piece for piece in pieces)
@@ -97,19 +97,19 @@ def test_pieces_join_to_the_text_and_never_cut_a_character(byte_level, every):
 
 
 def test_an_emoji_comes_with_its_last_byte(byte_level):
-    decoder = Decoder(byte_level, byte_level("x")["input_ids"])
+    decoder = Detokenizer(byte_level, byte_level("x")["input_ids"])
     assert stream(decoder, byte_ids(byte_level, "a😀b".encode())) == ["a", "", "", "", "😀", "b", ""]
 
 
 def test_invalid_bytes_are_shown_when_nothing_can_complete_them(byte_level):
-    decoder = Decoder(byte_level, byte_level("x")["input_ids"])
+    decoder = Detokenizer(byte_level, byte_level("x")["input_ids"])
     assert stream(decoder, byte_ids(byte_level, b"a\xf0\x9f")) == ["a", "", "", "\ufffd"]
-    decoder = Decoder(byte_level, byte_level("x")["input_ids"])
+    decoder = Detokenizer(byte_level, byte_level("x")["input_ids"])
     assert stream(decoder, byte_ids(byte_level, b"a\xf0\x9fb")) == ["a", "", "", "\ufffdb", ""]
 
 
 def test_characters_of_byte_tokens_among_words(spaced):
-    decoder = Decoder(spaced, ids_of(spaced, "▁Hello"))
+    decoder = Detokenizer(spaced, ids_of(spaced, "▁Hello"))
     ids = [*ids_of(spaced, "▁world"), *byte_ids(spaced, "世界".encode()), *ids_of(spaced, "!")]
     pieces = stream(decoder, ids)
     assert "".join(pieces) == " world世界!"
@@ -117,13 +117,13 @@ def test_characters_of_byte_tokens_among_words(spaced):
 
 
 def test_a_leading_space_is_kept(spaced, byte_level):
-    decoder = Decoder(spaced, ids_of(spaced, "▁once"))
+    decoder = Detokenizer(spaced, ids_of(spaced, "▁once"))
     assert stream(decoder, ids_of(spaced, "▁Hello", "▁world", "!")) == [" Hello", " world", "!", ""]
     prompt = ids_of(spaced, *["▁once"] * 40)  # longer than what is decoded along
-    assert stream(Decoder(spaced, prompt), ids_of(spaced, "▁Hello")) == [" Hello", ""]
-    assert stream(Decoder(spaced, ids_of(spaced, EOS)), ids_of(spaced, "▁Hello")) == ["Hello", ""]  # a text begins here
+    assert stream(Detokenizer(spaced, prompt), ids_of(spaced, "▁Hello")) == [" Hello", ""]
+    assert stream(Detokenizer(spaced, ids_of(spaced, EOS)), ids_of(spaced, "▁Hello")) == ["Hello", ""]  # a text begins here
     words = byte_level("hello")["input_ids"], ids_of(byte_level, "Ġwo")
-    assert stream(Decoder(byte_level, words[0]), words[1]) == [" wo", ""]
+    assert stream(Detokenizer(byte_level, words[0]), words[1]) == [" wo", ""]
 
 
 @pytest.mark.parametrize("length", range(5, 12))
@@ -132,20 +132,20 @@ def test_a_prompt_cut_within_a_character_hides_nothing(spaced, byte_level, lengt
     for tokenizer in (spaced, byte_level):
         prompt = ids_of(tokenizer, "a") + byte_ids(tokenizer, ("世" * length).encode())
         new = byte_ids(tokenizer, "界!".encode())
-        assert "".join(stream(Decoder(tokenizer, prompt), new)) == "界!"
+        assert "".join(stream(Detokenizer(tokenizer, prompt), new)) == "界!"
         for begun in (1, 2):  # bytes of the new character that the prompt has already
-            assert "".join(stream(Decoder(tokenizer, prompt + new[:begun]), new[begun:])) == "界!"
+            assert "".join(stream(Detokenizer(tokenizer, prompt + new[:begun]), new[begun:])) == "界!"
 
 
 def test_special_tokens_are_left_out(byte_level):
     ids = [*byte_level("hello")["input_ids"], byte_level.eos_token_id]
-    assert "".join(stream(Decoder(byte_level, byte_level("x")["input_ids"]), ids)) == "hello"
+    assert "".join(stream(Detokenizer(byte_level, byte_level("x")["input_ids"]), ids)) == "hello"
 
 
 def stopped_stream(tokenizer, text, stop, every=1):
     """Stream single bytes until a stop string; return (pieces, decoder, ids)."""
     ids = byte_ids(tokenizer, text.encode())
-    decoder = Decoder(tokenizer, tokenizer("x")["input_ids"], [stop] if isinstance(stop, str) else stop)
+    decoder = Detokenizer(tokenizer, tokenizer("x")["input_ids"], [stop] if isinstance(stop, str) else stop)
     return stream(decoder, ids, every), decoder, ids
 
 
@@ -195,14 +195,14 @@ def test_tokens_to_a_stop_string_among_byte_tokens(spaced, every):
     text = "一二三四五六七八九十"
     ids = byte_ids(spaced, text.encode())
     for n, stop in enumerate(text, start=1):
-        decoder = Decoder(spaced, ids_of(spaced, "a"), [stop])
+        decoder = Detokenizer(spaced, ids_of(spaced, "a"), [stop])
         assert "".join(stream(decoder, ids, every)) == text[: n - 1]
         assert decoder.tokens == 3 * n
 
 
 def test_a_stop_string_within_a_token(byte_level):
     ids = ids_of(byte_level, "he", "ll", "Ġwo")
-    decoder = Decoder(byte_level, byte_level("x")["input_ids"], ["l w"])
+    decoder = Detokenizer(byte_level, byte_level("x")["input_ids"], ["l w"])
     assert "".join(stream(decoder, ids)) == "hel"
     assert decoder.tokens == 3
 
@@ -213,7 +213,7 @@ def test_without_a_stop_string_all_tokens_count(byte_level):
 
 
 def test_a_stop_string_in_the_prompt_does_not_count(byte_level):
-    decoder = Decoder(byte_level, byte_level("END EN")["input_ids"], ["END"])
+    decoder = Detokenizer(byte_level, byte_level("END EN")["input_ids"], ["END"])
     assert "".join(stream(decoder, byte_ids(byte_level, b"D of it"))) == "D of it"
 
 
@@ -297,11 +297,11 @@ def ids_strategy(tokenizer):
 def test_whatever_bytes_come_and_however_often_one_looks_the_text_is_one(any_tokenizer, data):
     prompt, ids = data.draw(ids_strategy(any_tokenizer)), data.draw(ids_strategy(any_tokenizer))
     stop = data.draw(st.sampled_from([(), ("\ufffd\ufffd",), ("<|im_end|>A", "é"), ("A ",)]))
-    whole = Decoder(any_tokenizer, prompt, stop)
+    whole = Detokenizer(any_tokenizer, prompt, stop)
     text = whole.push(ids) + whole.finish()
     assert text == whole.text
     for every in (1, 2, 5):
-        decoder = Decoder(any_tokenizer, prompt, stop)
+        decoder = Detokenizer(any_tokenizer, prompt, stop)
         assert "".join(stream(decoder, ids, every)) == text
         assert (decoder.stopped, decoder.tokens) == (whole.stopped, whole.tokens)
 
@@ -310,12 +310,12 @@ def test_whatever_bytes_come_and_however_often_one_looks_the_text_is_one(any_tok
 @hypothesis.given(data=st.binary(max_size=12))
 def test_bytes_become_the_characters_that_utf_8_makes_of_them(any_tokenizer, data):
     """After a prompt that ends in a whole character; of bytes that are none, U+FFFD as Unicode recommends."""
-    decoder = Decoder(any_tokenizer, byte_ids(any_tokenizer, b"x"))
+    decoder = Detokenizer(any_tokenizer, byte_ids(any_tokenizer, b"x"))
     assert "".join(stream(decoder, byte_ids(any_tokenizer, data))) == data.decode(errors="replace")
 
 
 def test_stray_bytes_are_not_held_back(any_tokenizer):
-    decoder = Decoder(any_tokenizer, byte_ids(any_tokenizer, b"x"))
+    decoder = Detokenizer(any_tokenizer, byte_ids(any_tokenizer, b"x"))
     ids = byte_ids(any_tokenizer, b"\x96\xe4\xe4\xb8\xff\xf0\x9f\x98\xf0")
     pieces = [decoder.push([id_]) for id_ in ids]
     assert pieces == ["\ufffd", "", "\ufffd", "", "\ufffd\ufffd", "", "", "", "\ufffd"]
@@ -327,13 +327,13 @@ def test_what_a_prompt_leaves_of_a_character_is_not_repeated(any_tokenizer):
     world = "世".encode()
     for begun in (1, 2):
         prompt = byte_ids(any_tokenizer, b"x" + world[:begun])
-        assert stream(Decoder(any_tokenizer, prompt), byte_ids(any_tokenizer, b"A")) == ["A", ""]
-        assert stream(Decoder(any_tokenizer, prompt), byte_ids(any_tokenizer, b"\xffA")) == ["\ufffd", "A", ""]
-        assert stream(Decoder(any_tokenizer, prompt), []) == [""]
-        assert stream(Decoder(any_tokenizer, prompt), [any_tokenizer.eos_token_id]) == ["", ""]
-        assert "".join(stream(Decoder(any_tokenizer, prompt), byte_ids(any_tokenizer, world[begun:]))) == "世"
+        assert stream(Detokenizer(any_tokenizer, prompt), byte_ids(any_tokenizer, b"A")) == ["A", ""]
+        assert stream(Detokenizer(any_tokenizer, prompt), byte_ids(any_tokenizer, b"\xffA")) == ["\ufffd", "A", ""]
+        assert stream(Detokenizer(any_tokenizer, prompt), []) == [""]
+        assert stream(Detokenizer(any_tokenizer, prompt), [any_tokenizer.eos_token_id]) == ["", ""]
+        assert "".join(stream(Detokenizer(any_tokenizer, prompt), byte_ids(any_tokenizer, world[begun:]))) == "世"
     prompt = byte_ids(any_tokenizer, b"x" + world[:1])
-    assert "".join(stream(Decoder(any_tokenizer, prompt), byte_ids(any_tokenizer, world[1:2] + b"A"))) == "\ufffdA"
+    assert "".join(stream(Detokenizer(any_tokenizer, prompt), byte_ids(any_tokenizer, world[1:2] + b"A"))) == "\ufffdA"
 
 
 def test_a_stop_string_may_be_or_hold_a_special_token(any_tokenizer):
@@ -346,7 +346,7 @@ def test_a_stop_string_may_be_or_hold_a_special_token(any_tokenizer):
         ("im_", [a, end, b], "A", 2),
         ("BB", [a, end, b, end, b], "ABB", 5),  # what stands between is no text, and keeps them apart
     ]:
-        decoder = Decoder(any_tokenizer, [a], [stop])
+        decoder = Detokenizer(any_tokenizer, [a], [stop])
         assert "".join(stream(decoder, ids)) == text, stop
         assert (decoder.tokens, decoder.stopped) == (taken, stop != "BB")
 
@@ -359,7 +359,7 @@ def test_what_a_push_decodes_does_not_grow_with_the_text(any_tokenizer, monkeypa
         return decode(ids, **options)
 
     monkeypatch.setattr(any_tokenizer, "decode", counted)
-    decoder = Decoder(any_tokenizer, byte_ids(any_tokenizer, b"x" * 500), ["never there"])
+    decoder = Detokenizer(any_tokenizer, byte_ids(any_tokenizer, b"x" * 500), ["never there"])
     decoded.clear()
     for id_ in byte_ids(any_tokenizer, TEXT.encode()) * 20:
         decoder.push([id_])
@@ -422,4 +422,4 @@ def test_whole_tokens_give_the_text_that_the_tokenizer_gives_at_once(any_tokeniz
     tokens = st.lists(st.sampled_from([any_tokenizer.eos_token_id, *range(3, 11)]), min_size=1, max_size=8)
     prompt, ids = data.draw(tokens), data.draw(tokens)
     shown, whole = (any_tokenizer.decode(row, skip_special_tokens=True) for row in (prompt, prompt + ids))
-    assert shown + "".join(stream(Decoder(any_tokenizer, prompt), ids)) == whole
+    assert shown + "".join(stream(Detokenizer(any_tokenizer, prompt), ids)) == whole

@@ -12,7 +12,8 @@ from hlo import HOST_OPERATIONS, aliased, cache_copies, widened
 
 from mlspecqd_jax import generation, requests, stacks
 from mlspecqd_jax.loading import models
-from mlspecqd_jax.network.transformer import LanguageModel, ModelConfig
+from mlspecqd_jax.network.config import ModelConfig
+from mlspecqd_jax.network.network import Network
 from mlspecqd_jax.speculation import loop
 from mlspecqd_jax.speculation.settings import Sampling
 
@@ -36,7 +37,7 @@ def cache_shape(config, size=256):
 
 
 def weight_shapes():
-    return {shape for config in (CONFIG, SMALL) for shape in LanguageModel(config).shapes().values() if len(shape) == 2}
+    return {shape for config in (CONFIG, SMALL) for shape in Network(config).shapes().values() if len(shape) == 2}
 
 
 def request(stack, prompt=PROMPT, max_new_tokens=20, **settings):
@@ -46,7 +47,7 @@ def request(stack, prompt=PROMPT, max_new_tokens=20, **settings):
 
 
 def random_model(config, name):
-    network, rng = LanguageModel(config), np.random.default_rng(0)
+    network, rng = Network(config), np.random.default_rng(0)
     params = {name: jnp.asarray(0.1 * rng.normal(size=shape), jnp.bfloat16) for name, shape in network.shapes().items()}
     card = models.Card(name, config.vocab_size, config.max_position_embeddings, None, (5,))
     return models.Model(network, params, card, pathlib.Path())

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 import mlspecqd_jax as mlsd
 from mlspecqd_jax.loading import models
-from mlspecqd_jax.network.transformer import LanguageModel
+from mlspecqd_jax.network.network import Network
 
 TIED = tiny.FAMILIES["llama3"] | {"num_hidden_layers": 1}
 UNTIED = TIED | {"tie_word_embeddings": False}
@@ -252,7 +252,7 @@ def test_a_name_that_would_break_the_line_or_steer_the_terminal_does_not(tmp_pat
 
 def test_reported_folders_give_what_transformers_gives(shared):
     """Greedy tokens recorded with transformers."""
-    forward = jax.jit(LanguageModel.__call__, static_argnums=0)
+    forward = jax.jit(Network.__call__, static_argnums=0)
     folders = sorted(path.parent for path in (shared / "reports").glob("*/expect.json"))
     assert folders
     for folder in folders:

@@ -30,7 +30,7 @@ from mlspecqd_jax.errors import InputError
 from mlspecqd_jax.json_files import read_json, reason
 from mlspecqd_jax.loading.huggingface import HUB_FILES
 from mlspecqd_jax.loading.weight_files import HEAD
-from mlspecqd_jax.network.transformer import LanguageModel
+from mlspecqd_jax.network.network import Network
 from mlspecqd_jax.weights.mx import FORMATS, MXArray, MXFP4Array
 from mlspecqd_jax.weights.partition import weight_sharding
 from mlspecqd_jax.weights.quantization import Recipe, place_quantized, quantize_params
@@ -174,7 +174,7 @@ def _prefix(folder: pathlib.Path) -> str:
     return f".{folder.name}.unfinished-"
 
 
-def restore(folder: pathlib.Path, model: LanguageModel, dtype: jnp.dtype, mesh: Mesh | None) -> dict[str, jax.Array]:
+def restore(folder: pathlib.Path, model: Network, dtype: jnp.dtype, mesh: Mesh | None) -> dict[str, jax.Array]:
     """Map the parameters of a converted checkpoint and put them in their place, in `dtype`.
 
     Raises:
@@ -211,7 +211,7 @@ def drafts(folder: pathlib.Path, dtype: str) -> tuple[Recipe, ...]:
 
 
 def restore_draft(
-    folder: pathlib.Path, model: LanguageModel, recipe: Recipe, finish: Callable = lambda name, leaf: leaf
+    folder: pathlib.Path, model: Network, recipe: Recipe, finish: Callable = lambda name, leaf: leaf
 ) -> dict[str, MXFP4Array | MXArray]:
     """Map the quantized leaves of a twin that `save` wrote and put them in their place, each as `finish(name, leaf)`.
 

@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 from mlspecqd_jax.arguments import brief
 from mlspecqd_jax.errors import InputError
 from mlspecqd_jax.json_files import read_json, read_json_if_there, reason
+from mlspecqd_jax.network.config import ModelConfig
+from mlspecqd_jax.network.layers import ACTIVATIONS
 from mlspecqd_jax.network.rope import RopeScaling
-from mlspecqd_jax.network.transformer import ACTIVATIONS, ModelConfig
 
 # Which optional tensors a family has; a string leaves it to config.json's key of that name.
 FAMILIES: dict[str, dict] = {

@@ -22,7 +22,7 @@ from mlspecqd_jax.errors import InputError
 from mlspecqd_jax.json_files import reason
 from mlspecqd_jax.loading import weight_files
 from mlspecqd_jax.loading.weight_files import EMBEDDING, HEAD
-from mlspecqd_jax.network.transformer import LanguageModel
+from mlspecqd_jax.network.network import Network
 from mlspecqd_jax.weights.partition import weight_sharding
 from mlspecqd_jax.weights.placement import place
 
@@ -61,7 +61,7 @@ def download(repo_id: str) -> pathlib.Path:
         raise InputError(f"'{repo_id}' could not be downloaded ({why}); check the connection, or give a local folder") from error
 
 
-def read_params(folder: pathlib.Path, model: LanguageModel, dtype: jnp.dtype, mesh: Mesh | None) -> dict[str, jax.Array]:
+def read_params(folder: pathlib.Path, model: Network, dtype: jnp.dtype, mesh: Mesh | None) -> dict[str, jax.Array]:
     """Stream every tensor of a checkpoint to its place, in `dtype`.
 
     A config that ties head and embedding is taken at its word as far as the files agree, as by transformers: either of them stands
@@ -80,7 +80,7 @@ def read_params(folder: pathlib.Path, model: LanguageModel, dtype: jnp.dtype, me
       InputError: files or tensors missing, unknown, of another shape, truncated, or not finite.
     """
     tied = model.config.tie_word_embeddings
-    expected = LanguageModel(dataclasses.replace(model.config, tie_word_embeddings=False)).shapes()
+    expected = Network(dataclasses.replace(model.config, tie_word_embeddings=False)).shapes()
     located = weight_files.locate(folder, expected, tied=tied)
     params = {}
     with tqdm(total=len(located), desc="Loading weights", unit="tensor", disable=None, leave=False) as bar:

@@ -17,7 +17,7 @@ from mlspecqd_jax import arguments, jax_settings
 from mlspecqd_jax.errors import InputError
 from mlspecqd_jax.json_files import read_json, read_json_if_there
 from mlspecqd_jax.loading import checkpoint, config_file, huggingface, weight_files
-from mlspecqd_jax.network.transformer import LanguageModel
+from mlspecqd_jax.network.network import Network
 from mlspecqd_jax.text import chat, tokenizer_files
 from mlspecqd_jax.weights import layouts
 from mlspecqd_jax.weights.mx import FORMATS, MXArray, MXFP4Array, check_format
@@ -51,7 +51,7 @@ class Card:
 class Model:
     """A loaded model: the static network, its parameters by Hugging Face's tensor names, and its card."""
 
-    network: LanguageModel
+    network: Network
     params: dict[str, jax.Array | MXFP4Array | MXArray | layouts.LaidOut]
     card: Card
     folder: pathlib.Path
@@ -141,9 +141,9 @@ def load(model: str | os.PathLike, *, dtype: str = "bfloat16", mesh: Mesh | None
     )
     converted = checkpoint.is_converted(folder)
     read = checkpoint.restore if converted else huggingface.read_params
-    params = read(folder, LanguageModel(config, mesh), jnp.dtype(dtype), mesh)
+    params = read(folder, Network(config, mesh), jnp.dtype(dtype), mesh)
     # What the files hold decides whether the embedding is the head too.
-    network = LanguageModel(dataclasses.replace(config, tie_word_embeddings=weight_files.HEAD not in params), mesh)
+    network = Network(dataclasses.replace(config, tie_word_embeddings=weight_files.HEAD not in params), mesh)
     return Model(network, params, card, folder, drafts=checkpoint.drafts(folder, dtype) if converted else ())
 
 
@@ -193,7 +193,7 @@ def describe(model: str | os.PathLike) -> dict[str, Any]:
     """
     folder = find(model)
     config = config_file.read_config(folder)
-    parameters = sum(math.prod(shape) for shape in LanguageModel(config).shapes().values())
+    parameters = sum(math.prod(shape) for shape in Network(config).shapes().values())
     recorded = read_json_if_there(folder / "generation_config.json")
     defaults = {key: recorded[key] for key in SAMPLING_KEYS if key in recorded}
     return {

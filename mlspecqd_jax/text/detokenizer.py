@@ -29,7 +29,7 @@ class Token(NamedTuple):
     is_special: bool = False
 
 
-class Decoder:
+class Detokenizer:
     """Turns one row's new tokens into text as they come, one after the other, so that it is the same however often one looks.
 
     `push` takes new tokens and returns the text that became final with them; `finish` returns the rest. Text that may still change

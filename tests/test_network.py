@@ -17,8 +17,9 @@ from flax import nnx
 
 from mlspecqd_jax.loading import config_file
 from mlspecqd_jax.network.attention import KVCache, attend, write
+from mlspecqd_jax.network.layers import ACTIVATIONS, Block, RMSNorm
+from mlspecqd_jax.network.network import Network
 from mlspecqd_jax.network.rope import RopeScaling, inverse_frequencies, rotary
-from mlspecqd_jax.network.transformer import ACTIVATIONS, Block, LanguageModel, RMSNorm
 
 TOLERANCE = 1e-4
 B, T = tiny.TOKENS
@@ -40,7 +41,7 @@ def models(tmp_path_factory):
     @functools.cache
     def read(family):
         config = tiny.FAMILIES[family]
-        network = LanguageModel(config_file.read_config(tiny.write_family(tmp_path_factory.mktemp(family), family)))
+        network = Network(config_file.read_config(tiny.write_family(tmp_path_factory.mktemp(family), family)))
         assert network.shapes() == tiny.shapes(config)
         return network, {name: jnp.asarray(value) for name, value in tiny.weights(config, family).items()}
 
@@ -277,7 +278,7 @@ def test_init_gives_every_parameter(models):
         assert {name: leaf.shape for name, leaf in made.items()} == {name: leaf.shape for name, leaf in params.items()}
         assert {leaf.dtype.name for leaf in made.values()} == {"bfloat16"}
     small = dataclasses.replace(models("llama_bias")[0].config, num_hidden_layers=1)
-    made = quick_jit(lambda: LanguageModel(small).init(3, stddev=0.5))()
+    made = quick_jit(lambda: Network(small).init(3, stddev=0.5))()
     assert 0.45 < np.std(made["lm_head.weight"]) < 0.55
     assert np.all(made["model.norm.weight"] == 1)
     assert np.all(made["model.layers.0.mlp.up_proj.bias"] == 0)
