@@ -7,7 +7,7 @@ the catch-up wrong is tried at the end, and heard.
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from stacks import (
+from chains import (
     CHAINS,
     GREEDY,
     LENGTHS,

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 SMALL = ["--layers", "tiny", "--rows", "1", "8", "--bytes", "65536", "--trials", "1", "--model", "tiny", "--new-tokens", "8"]
 REST = ["--draft-len", "2", "--budget", "3600"]  # seconds: nothing is left out
 REAL = ["--checkpoint", "demo-small", "--drafts", "mxfp4:5 ngram:3", "--batches", "1", "2", "--prompts", "2"]

@@ -18,7 +18,7 @@ from test_aot_kernels import bundles
 from mlspecqd_jax.network.network import Network
 
 pytestmark = pytest.mark.aot_full
-RESULTS = pathlib.Path(__file__).resolve().parent.parent / "benchmarks" / "results" / "aot.json"
+RESULTS = pathlib.Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "aot.json"
 BATCH, SIZE = 1, 1280
 NAMES = {LLAMA_8B: "Llama-3.1-8B", LLAMA_3B: "Llama-3.2-3B", LLAMA_1B: "Llama-3.2-1B"}
 

@@ -10,7 +10,7 @@ import mlspecqd_jax as mlsd
 from mlspecqd_jax import specs
 from mlspecqd_jax.loading.models import DEMOS
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 PROMPTS = [json.loads(line)["prompt"] for line in (ROOT / "examples" / "prompts.jsonl").read_text().splitlines()]
 CHOICES = {"greedy": {}, "coupled": {"temperature": 0.8, "seed": 7}}
 STACKS = [

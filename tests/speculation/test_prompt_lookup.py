@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from chains import MIXED, PROMPTS, B, V, assert_equal_to_plain, generate, limits_of, sampling_of, stack_of, table, toy
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from stacks import MIXED, PROMPTS, B, V, assert_equal_to_plain, generate, limits_of, sampling_of, stack_of, table, toy
 from toys import Markov, level, lookup_oracle, quick_jit, ragged
 
 from mlspecqd_jax.speculation.drafters.prompt_lookup import PromptLookup

@@ -50,7 +50,7 @@ def models(tmp_path_factory):
 
 @functools.cache
 def reference(family) -> dict[str, np.ndarray]:
-    with np.load(pathlib.Path(__file__).parent / "reference" / f"{family}.npz") as recorded:
+    with np.load(pathlib.Path(__file__).parents[1] / "reference" / f"{family}.npz") as recorded:
         return dict(recorded)
 
 

@@ -15,7 +15,7 @@ from jax.sharding import Mesh, PartitionSpec
 from mlspecqd_jax.weights import partition
 
 pytestmark = pytest.mark.slow  # four devices, each program compiled for one and for four
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 SIZES = {"hidden_size": 40, "intermediate_size": 56, "num_attention_heads": 8, "head_dim": 6, "num_hidden_layers": 1}
 CONFIGS = {
     "divides": tiny.FAMILIES["llama_bias"] | SIZES | {"num_key_value_heads": 4, "vocab_size": 100},

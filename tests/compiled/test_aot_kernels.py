@@ -23,7 +23,7 @@ from mlspecqd_jax.weights.quantization import HEAD, QUANTIZABLE, _matches
 from pallas_kernels import chip_of, choose, lay_out
 
 pytestmark = pytest.mark.aot
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 MODELS = {"Llama-3.1-8B": LLAMA_8B, "Qwen2.5-7B": QWEN25_7B, "Qwen3-0.6B": QWEN3_06B}
 TPU_ROWS, GPU_ROWS = (1, 16, 40), (1, 40)  # one for each kernel
 SOME = LLAMA_8B.hidden_size, LLAMA_8B.intermediate_size

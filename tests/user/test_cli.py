@@ -17,7 +17,7 @@ import mlspecqd_jax as mlsd
 from mlspecqd_jax import cli, generation, prompt_files, report
 from mlspecqd_jax.loading import checkpoint
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 DEMO = ROOT / "checkpoints" / "demo"
 SHORT = ["--prompt", "def fibonacci(n):\n", "--max-new-tokens", "12"]
 PLAIN = [*SHORT, "--draft", "none"]

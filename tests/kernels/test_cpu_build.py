@@ -12,7 +12,7 @@ import pytest
 from cpu_kernels import build
 from cpu_kernels.products import TOGETHER, UNITS
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 needs_compiler = pytest.mark.skipif(build.find_compiler() is None, reason="needs a C++ compiler")
 
 # A compiler that takes its time and writes what counts the times it ran; the libraries themselves come from this session's cache.

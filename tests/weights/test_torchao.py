@@ -3,7 +3,7 @@
 import ml_dtypes
 import numpy as np
 import pytest
-from test_mxfp4 import blocks_of, codes_of, finite_values
+from test_mx import blocks_of, codes_of, finite_values
 
 from mlspecqd_jax.weights.mx import FORMATS, SCALE_RULES, quantize
 

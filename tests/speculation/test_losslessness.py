@@ -1,14 +1,12 @@
 """Law 5: any stack gives what plain decoding gives, whatever is below the target, broken drafts included.
 
-Plain decoding itself is proved against a Python loop in test_speculation.py, equality in distribution in test_joint.py.
+Plain decoding itself is proved against a Python loop in test_loop.py, equality in distribution in test_joint.py.
 """
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from stacks import (
+from chains import (
     CHAINS,
     GREEDY,
     MIXED,
@@ -27,6 +25,8 @@ from stacks import (
     toy,
     with_models,
 )
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from toys import MODULUS, Toy, chain, level_counts, ragged, rows, run
 
 from mlspecqd_jax.speculation.level import SLACK, Level

@@ -16,7 +16,7 @@ import cpu_kernels
 from mlspecqd_jax.weights.mx import quantize
 from pallas_kernels import mxfp4_matmul as exact_mxfp4
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 BF16, MXFP4 = cpu_kernels.isas("matmul"), cpu_kernels.isas("mxfp4_matmul")
 
 pytestmark = pytest.mark.skipif(not BF16, reason="needs a C++ compiler")

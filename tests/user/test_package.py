@@ -12,7 +12,7 @@ import pytest
 
 import cpu_kernels
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
 def run(*command, cwd=ROOT, **environment):

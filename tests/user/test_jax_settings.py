@@ -13,7 +13,7 @@ from tiny import write_family
 
 import mlspecqd_jax as mlsd
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 CHOICE = {
     "max_new_tokens": 9,
     "temperature": 0.9,
@@ -80,8 +80,8 @@ def test_strange_settings_around_a_users_own_jit_give_the_same_text(folder):
     ids=["all", "the usual noise"],
 )
 def test_strange_settings_of_the_environment_give_the_same_text(folder, setting):
-    code = f"import test_settings; print(test_settings.generated({str(folder)!r}, 'rejection'))"
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    code = f"import test_jax_settings; print(test_jax_settings.generated({str(folder)!r}, 'rejection'))"
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "user")])
     run = subprocess.run(
         [sys.executable, "-c", code], env=os.environ | setting | {"PYTHONPATH": path}, capture_output=True, text=True
     )

@@ -7,8 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from scipy import stats
-from stacks import (
+from chains import (
     CHAINS,
     MIXED,
     PROMPTS,
@@ -23,6 +22,7 @@ from stacks import (
     toy,
     with_models,
 )
+from scipy import stats
 from toys import (
     Toy,
     adjust_oracle,

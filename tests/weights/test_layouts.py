@@ -19,7 +19,7 @@ from mlspecqd_jax.weights.mx import MXFP4Array, quantize
 from mlspecqd_jax.weights.quantization import quantize_params
 from pallas_kernels import LAYOUTS, chip_of, choose, laid_out_matmul, lay_out, unsupported
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 CHIPS = {"tpu": "TPU v5 lite", "tpu without subnormals": "TPU v5 lite", "gpu": "sm_90", "grouped": "TPU v3", "reduced": "sm_75"}
 CHIPS |= {"decoded": "cpu"}
 assert CHIPS.keys() == LAYOUTS.keys()
@@ -180,7 +180,7 @@ print(json.dumps(found))
 @pytest.mark.slow
 def test_split_over_four_devices():
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "weights")])
     environment = os.environ | {"XLA_FLAGS": flags.strip(), "JAX_PLATFORMS": "cpu", "PYTHONPATH": path}
     process = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, timeout=600)
     assert process.returncode == 0, process.stderr

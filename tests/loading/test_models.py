@@ -16,7 +16,7 @@ import mlspecqd_jax as mlsd
 from mlspecqd_jax import specs
 from mlspecqd_jax.loading import models
 
-HERE = pathlib.Path(models.__file__).parent
+HERE = pathlib.Path(mlsd.__file__).parent
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from safetensors.numpy import save_file
 from mlspecqd_jax.loading import config_file, huggingface, models
 from mlspecqd_jax.network.network import Network
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 CONFIG = tiny.FAMILIES["llama3"] | {"num_hidden_layers": 1}
 NAME = "model.layers.0.mlp.up_proj.weight"
 
