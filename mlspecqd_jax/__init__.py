@@ -11,8 +11,10 @@ from mlspecqd_jax.errors import InputError
 from mlspecqd_jax.generation import Generation, Stream, compare, generate, stream
 from mlspecqd_jax.loading.models import Card, Model, convert, load
 from mlspecqd_jax.requests import Arguments, Batch, prepare
+from mlspecqd_jax.speculation.counts import Counts
 from mlspecqd_jax.speculation.level import Level
 from mlspecqd_jax.speculation.loop import State, advance, buffer_length, finished, generate_tokens, init, step
+from mlspecqd_jax.speculation.protocols import Draft, Drafter, Scorer, Sequences
 from mlspecqd_jax.speculation.settings import Sampling
 from mlspecqd_jax.stacks import compiler_options, prompt_lookup, stack
 
@@ -22,11 +24,16 @@ __all__ = [
     "Arguments",
     "Batch",
     "Card",
+    "Counts",
+    "Draft",
+    "Drafter",
     "Generation",
     "InputError",
     "Level",
     "Model",
     "Sampling",
+    "Scorer",
+    "Sequences",
     "State",
     "Stream",
     "advance",

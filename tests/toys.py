@@ -151,11 +151,11 @@ class Script:
     def init(self, prompts, prefill_width):
         return jnp.zeros_like(prompts.length)  # rounds that it was asked
 
-    def propose(self, state, cache, sequences, sampling, draft_len, limit, depth, refeed):
+    def propose(self, state, cache, sequences, sampling, draft_len, wanted, depth, refeed):
         at = sequences.length[:, None] + jnp.arange(draft_len)
         tokens = jnp.take_along_axis(self.tokens, at, axis=1, mode="clip")
         probs = jax.nn.one_hot(tokens, self.vocab_size) if sampling.rule == "rejection" else None
-        return Draft(tokens, probs, jnp.minimum(limit, self.length) if self.heeds_limit else self.length), state + 1, cache
+        return Draft(tokens, probs, jnp.minimum(wanted, self.length) if self.heeds_limit else self.length), state + 1, cache
 
 
 @jax.tree_util.register_dataclass
@@ -171,7 +171,7 @@ class ToyDrafter:
     def init(self, prompts, prefill_width):
         return None
 
-    def propose(self, state, cache, sequences, sampling, draft_len, limit, depth, refeed):
+    def propose(self, state, cache, sequences, sampling, draft_len, wanted, depth, refeed):
         coupled = sampling.rule == "coupled"
 
         def one(tokens, g):
@@ -181,7 +181,7 @@ class ToyDrafter:
             return write_at(tokens, t[:, 0], drawn), (drawn[:, 0], probabilities(logits, sampling)[:, 0])
 
         _, (drawn, probs) = jax.lax.scan(one, sequences.tokens, jnp.arange(draft_len))
-        return Draft(drawn.T, None if coupled else jnp.swapaxes(probs, 0, 1), limit), state, cache
+        return Draft(drawn.T, None if coupled else jnp.swapaxes(probs, 0, 1), wanted), state, cache
 
 
 def level(toy, table, drafter=None, draft_len=0, window_multiple=1):

@@ -22,7 +22,7 @@ from mlspecqd_jax.errors import InputError
 from mlspecqd_jax.speculation.buffers import read_at, write_at
 from mlspecqd_jax.speculation.choosing import adjust, log_probability
 from mlspecqd_jax.speculation.counts import Counts, count
-from mlspecqd_jax.speculation.protocols import Draft, Drafter, Scorer, Sequences
+from mlspecqd_jax.speculation.protocols import Draft, Drafter, Scorer, Sequences, check_draft, check_logits
 from mlspecqd_jax.speculation.settings import Sampling
 from mlspecqd_jax.speculation.verification import Verdict, verify
 
@@ -105,11 +105,11 @@ class Level:
             below = self.drafter.feed(below, prompts, prefill_width, first, pieces)
         return state._replace(cache=cache, below=below)
 
-    def propose(self, state, cache, sequences, sampling, draft_len, limit, depth, refeed):
-        """Run rounds until every row has limit[r] tokens or drafted a stop token (see `Drafter`)."""
+    def propose(self, state, cache, sequences, sampling, draft_len, wanted, depth, refeed):
+        """Run rounds until every row has wanted[r] tokens or drafted a stop token (see `Drafter`)."""
         batch = sequences.length.shape[0]
         probs = jnp.zeros((batch, draft_len, sampling.vocab_size)) if sampling.rule == "rejection" else None
-        limit = sequences.length + limit
+        limit = sequences.length + wanted
         begun = State(
             tokens=sequences.tokens,
             length=sequences.length,
@@ -186,7 +186,9 @@ def run_round(level: Level, progress: State, limit: jax.Array, sampling: Samplin
     draft, below, cache = _drafted(level, progress, limit, unfinished, sampling, depth, refeed)
     tokens = write_at(progress.tokens, length, draft.tokens)
     start = jnp.maximum(length - 1 - refeed, 0)
-    logits, cache = level.model(level.params, read_at(tokens, start, level.window(refeed)), start, cache)
+    window = read_at(tokens, start, level.window(refeed))
+    logits, cache = level.model(level.params, window, start, cache)
+    check_logits(logits, level.model, window)
     logits = read_at(logits, length - 1 - start, rows) if refeed else logits[:, :rows]
     logits = _fitted(logits, sampling.vocab_size)
     adjusted = adjust(logits, tokens, length[:, None] + jnp.arange(rows), sampling)
@@ -247,7 +249,10 @@ def _drafted(level, progress, limit, unfinished, sampling, depth, refeed):
     if depth == 0:
         useful = jnp.minimum(useful, sampling.draft_limit)
     sequences = Sequences(progress.tokens, progress.length)
-    return level.drafter.propose(progress.below, progress.cache, sequences, sampling, level.draft_len, useful, depth + 1, refeed)
+    draft, *handed_back = level.drafter.propose(
+        progress.below, progress.cache, sequences, sampling, level.draft_len, useful, depth + 1, refeed
+    )
+    return check_draft(draft, level.drafter, level.draft_len, sampling), *handed_back
 
 
 def _fitted(logits: jax.Array, vocab_size: int) -> jax.Array:

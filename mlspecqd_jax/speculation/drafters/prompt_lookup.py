@@ -41,7 +41,7 @@ class PromptLookup:
     def init(self, prompts: Sequences, prefill_width: int) -> None:
         """Return None: there is no state."""
 
-    def propose(self, state, cache, sequences, sampling, draft_len, limit, depth, refeed):
+    def propose(self, state, cache, sequences, sampling, draft_len, wanted, depth, refeed):
         """Propose what followed the last tokens before (see `Drafter`)."""
         found, source = jax.vmap(self._search)(*sequences)  # bool [B], int32 [B]
         if sampling.synthetic_acceptance is not None:  # coins decide what is accepted, so there must be something to accept
@@ -52,7 +52,7 @@ class PromptLookup:
         probs = None
         if sampling.rule == "rejection":
             probs = jax.nn.one_hot(tokens, sampling.vocab_size, dtype=jnp.float32)
-        return Draft(tokens, probs, jnp.where(found, limit, 0)), state, cache
+        return Draft(tokens, probs, jnp.where(found, wanted, 0)), state, cache
 
     def _search(self, tokens, length):
         """Return whether one row [S] has a match, and the position that follows it."""
