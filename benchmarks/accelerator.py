@@ -167,7 +167,8 @@ def random_model(name: str):
     import jax
     import jax.numpy as jnp
 
-    from mlspecqd_jax.loading.models import Card, Model
+    from mlspecqd_jax.loading.card import Card
+    from mlspecqd_jax.loading.models import Model
     from mlspecqd_jax.network.config import ModelConfig
     from mlspecqd_jax.network.network import Network
 

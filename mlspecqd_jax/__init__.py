@@ -9,7 +9,8 @@ print(out.text[0])
 
 from mlspecqd_jax.errors import InputError
 from mlspecqd_jax.generation import Generation, Stream, compare, generate, stream
-from mlspecqd_jax.loading.models import Card, Model, convert, load
+from mlspecqd_jax.loading.card import Card
+from mlspecqd_jax.loading.models import Model, convert, load
 from mlspecqd_jax.requests import Arguments, Batch, prepare
 from mlspecqd_jax.speculation.counts import Counts
 from mlspecqd_jax.speculation.level import Level

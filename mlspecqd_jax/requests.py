@@ -13,7 +13,7 @@ import numpy as np
 from mlspecqd_jax import jax_settings
 from mlspecqd_jax.arguments import LARGEST_INT, each_row, flag, instance, texts
 from mlspecqd_jax.errors import InputError
-from mlspecqd_jax.loading.models import Card
+from mlspecqd_jax.loading.card import Card
 from mlspecqd_jax.speculation import loop
 from mlspecqd_jax.speculation.level import Level
 from mlspecqd_jax.speculation.settings import Sampling

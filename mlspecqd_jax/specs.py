@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from mlspecqd_jax.errors import InputError
-from mlspecqd_jax.loading.models import Model, is_known
+from mlspecqd_jax.loading.find import is_known
+from mlspecqd_jax.loading.models import Model
 from mlspecqd_jax.speculation.drafters.prompt_lookup import PromptLookup
 from mlspecqd_jax.stacks import check_draft_len, default_draft_len
 from mlspecqd_jax.weights.mx import FORMATS

@@ -9,7 +9,8 @@ import cpu_kernels
 from mlspecqd_jax import jax_settings
 from mlspecqd_jax.arguments import brief, flag, instance
 from mlspecqd_jax.errors import InputError
-from mlspecqd_jax.loading.models import Card, Model
+from mlspecqd_jax.loading.card import first_difference
+from mlspecqd_jax.loading.models import Model
 from mlspecqd_jax.speculation.drafters.prompt_lookup import PromptLookup
 from mlspecqd_jax.speculation.level import Level
 from mlspecqd_jax.weights.mx import MXArray, MXFP4Array
@@ -169,21 +170,3 @@ def _check_fits(draft: Model, target: Model) -> None:
             f"the tokenizers of {draft.card.name} and {target.card.name} differ: token {token} is {of_draft!r} in the one and "
             f"{of_target!r} in the other; draft with a model of the target's tokenizer"
         )
-
-
-def first_difference(one: Card, other: Card) -> tuple[int, str | None, str | None] | None:
-    """Return (id, token of the one, token of the other) at the least id on which two tokenizers disagree, or None.
-
-    Special tokens that only one of them has, and vocabularies padded to different sizes, are no difference: the other model never
-    chooses them. Models without a tokenizer agree with any.
-    """
-    if one.tokenizer is None or other.tokenizer is None or one.tokenizer is other.tokenizer:
-        return None
-    tokens = [{i: token for token, i in card.tokenizer.get_vocab().items()} for card in (one, other)]
-    added = [set(card.tokenizer.get_added_vocab().values()) for card in (one, other)]
-    for i in sorted(tokens[0].keys() | tokens[1].keys()):
-        a, b = tokens[0].get(i), tokens[1].get(i)
-        extra = (a is None and i in added[1]) or (b is None and i in added[0])
-        if a != b and not extra:
-            return i, a, b
-    return None

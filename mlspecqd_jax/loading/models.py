@@ -6,7 +6,6 @@ import json
 import math
 import os
 import pathlib
-import re
 from typing import Any
 
 import jax
@@ -17,6 +16,8 @@ from mlspecqd_jax import arguments, jax_settings
 from mlspecqd_jax.errors import InputError
 from mlspecqd_jax.json_files import read_json, read_json_if_there
 from mlspecqd_jax.loading import checkpoint, config_file, huggingface, weight_files
+from mlspecqd_jax.loading.card import Card
+from mlspecqd_jax.loading.find import find, is_path
 from mlspecqd_jax.network.network import Network
 from mlspecqd_jax.text import chat, tokenizer_files
 from mlspecqd_jax.weights import layouts
@@ -24,27 +25,8 @@ from mlspecqd_jax.weights.mx import FORMATS, MXArray, MXFP4Array, check_format
 from mlspecqd_jax.weights.partition import usable_mesh
 from mlspecqd_jax.weights.quantization import EMBEDDING, HEAD, Policy, Recipe, default_policy, quantize_params
 
-DEMOS = ("demo", "demo-small")
-WANTED = f"an existing folder, an owner/name id of the Hugging Face hub, or one of {', '.join(DEMOS)}"
 DTYPES = ("bfloat16", "float32", "float16")
 SAMPLING_KEYS = ("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-
-
-@dataclasses.dataclass(frozen=True)
-class Card:
-    """What belongs to a model beside its weights; hashable, so that it can be static under jit.
-
-    Cards are compared without names and tokenizers, which no compiled program reads: a model that is loaded again, under whatever
-    name, runs the programs that its first load compiled.
-    """
-
-    name: str = dataclasses.field(compare=False)
-    vocab_size: int
-    max_positions: int
-    tokenizer: Any = dataclasses.field(compare=False)  # a transformers tokenizer, or None
-    eos_token_ids: tuple[int, ...]
-    chat_end_token_ids: tuple[int, ...] = ()  # what ends an assistant's turn in a chat, beside the above
-    exact: bool | None = None  # set by `stack`
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -147,45 +129,6 @@ def load(model: str | os.PathLike, *, dtype: str = "bfloat16", mesh: Mesh | None
     return Model(network, params, card, folder, drafts=checkpoint.drafts(folder, dtype) if converted else ())
 
 
-def find(model: str | os.PathLike) -> pathlib.Path:
-    """Return the local folder of a model, downloading it if it is a hub id; other names are refused without network use.
-
-    A name of the demo family is that, whatever the working directory holds; `./demo`, `demo/` and a Path are folders.
-    """
-    if not _is_path(model):
-        raise InputError(f"model is {arguments.brief(model)}, but must be {WANTED}")
-    if _is_demo(model):
-        package = pathlib.Path(__file__).parents[1]
-        places = (package / "_demo" / model, package.parent / "checkpoints" / model)  # a wheel, a clone
-        return next(place for place in places if place.is_dir())
-    if _is_folder(model):
-        return pathlib.Path(model)
-    if _is_hub_id(model):
-        return huggingface.download(str(model))
-    raise InputError(f"{arguments.brief(str(model), 300)} is not a model: give {WANTED}")
-
-
-def is_known(model: str | os.PathLike) -> bool:
-    """Return whether `find` would look for a model of this name, without looking on the hub."""
-    return _is_demo(model) or _is_folder(model) or _is_hub_id(model)
-
-
-def _is_path(value) -> bool:
-    return isinstance(value, str | os.PathLike) and isinstance(os.fspath(value), str)
-
-
-def _is_demo(model) -> bool:
-    return isinstance(model, str) and model in DEMOS
-
-
-def _is_folder(model) -> bool:
-    return str(model).splitlines() == [str(model)] and os.path.isdir(model)  # messages hold it, and are one line
-
-
-def _is_hub_id(model) -> bool:
-    return re.fullmatch(r"[\w\-.]+/[\w\-.]+", str(model)) is not None and not str(model).startswith(".")
-
-
 def describe(model: str | os.PathLike) -> dict[str, Any]:
     """Return what a model is, from its small files alone: family, size, positions, tokenizer, and sampling defaults as recorded.
 
@@ -228,7 +171,7 @@ def convert(
     """
     if draft is not None:
         check_format(arguments.instance("draft", draft, str, f"one of {', '.join(FORMATS)}, or None"))
-    if not _is_path(folder) or not os.fspath(folder):
+    if not is_path(folder) or not os.fspath(folder):
         raise InputError(f"folder is {arguments.brief(folder)}, but must be the name of a new folder")
     folder = pathlib.Path(folder)
     checkpoint.check_new(folder)

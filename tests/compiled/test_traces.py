@@ -12,6 +12,7 @@ from hlo import HOST_OPERATIONS, aliased, cache_copies, widened
 
 from mlspecqd_jax import generation, requests, stacks
 from mlspecqd_jax.loading import models
+from mlspecqd_jax.loading.card import Card
 from mlspecqd_jax.network.config import ModelConfig
 from mlspecqd_jax.network.network import Network
 from mlspecqd_jax.speculation import loop
@@ -49,7 +50,7 @@ def request(stack, prompt=PROMPT, max_new_tokens=20, **settings):
 def random_model(config, name):
     network, rng = Network(config), np.random.default_rng(0)
     params = {name: jnp.asarray(0.1 * rng.normal(size=shape), jnp.bfloat16) for name, shape in network.shapes().items()}
-    card = models.Card(name, config.vocab_size, config.max_position_embeddings, None, (5,))
+    card = Card(name, config.vocab_size, config.max_position_embeddings, None, (5,))
     return models.Model(network, params, card, pathlib.Path())
 
 

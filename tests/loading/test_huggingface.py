@@ -18,7 +18,7 @@ import tiny
 from refusals import refused
 from safetensors.numpy import save_file
 
-from mlspecqd_jax.loading import config_file, huggingface, models
+from mlspecqd_jax.loading import config_file, find, huggingface
 from mlspecqd_jax.network.network import Network
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -169,7 +169,7 @@ def test_a_name_that_is_neither_folder_nor_id_is_refused_without_network(monkeyp
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: pytest.fail("used the network"))
     with refused(f"'{name}'", "existing folder", "owner/name", "demo"):
-        models.find(name)
+        find.find(name)
 
 
 SERVED = {
@@ -235,7 +235,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
 DOWNLOAD = """
 import json, sys
-from mlspecqd_jax.loading.models import find
+from mlspecqd_jax.loading.find import find
 found = []
 for name in sys.argv[1:]:
     try:
@@ -292,4 +292,4 @@ def test_the_hub_is_asked_for_no_more_than_is_needed(tmp_path):
 def test_a_file_that_is_no_model_folder(tmp_path):
     save_file({"a": np.ones(3, np.float32)}, tmp_path / "model.safetensors")
     with refused("model.safetensors", "existing folder"):
-        models.find(tmp_path / "model.safetensors")
+        find.find(tmp_path / "model.safetensors")

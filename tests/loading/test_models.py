@@ -14,7 +14,8 @@ from refusals import refused
 
 import mlspecqd_jax as mlsd
 from mlspecqd_jax import specs
-from mlspecqd_jax.loading import models
+from mlspecqd_jax.loading import find, models
+from mlspecqd_jax.loading.card import Card
 
 HERE = pathlib.Path(mlsd.__file__).parent
 
@@ -55,25 +56,25 @@ def test_loading_again_compiles_nothing_and_keeps_nothing(tmp_path, compilations
 
 
 def test_cards_differ_by_what_belongs_to_the_network():
-    card = models.Card("a", 9, 8, None, (1,))
-    assert card == models.Card("b", 9, 8, object(), (1,))
-    assert hash(card) == hash(models.Card("b", 9, 8, object(), (1,)))
-    assert card != models.Card("a", 9, 8, None, (2,))
+    card = Card("a", 9, 8, None, (1,))
+    assert card == Card("b", 9, 8, object(), (1,))
+    assert hash(card) == hash(Card("b", 9, 8, object(), (1,)))
+    assert card != Card("a", 9, 8, None, (2,))
 
 
 # Names
 
 
 def test_a_folder_does_not_shadow_a_demo(tmp_path, monkeypatch):
-    demo = models.find("demo")
-    for name in models.DEMOS:
+    demo = find.find("demo")
+    for name in find.DEMOS:
         folders.write_tokenizer(tmp_path / name)
     monkeypatch.chdir(tmp_path)
-    assert models.find("demo") == demo
+    assert find.find("demo") == demo
     assert demo.is_absolute()
     for name in ("./demo", "demo/", tmp_path / "demo", pathlib.Path("demo")):
-        assert models.find(name).resolve() == tmp_path / "demo"
-        assert models.is_known(name)
+        assert find.find(name).resolve() == tmp_path / "demo"
+        assert find.is_known(name)
     assert [spec.model for spec in specs.parse(["demo@mxfp4", "./demo@mxfp4", "demo/:3"])] == ["demo", "./demo", "demo/"]
 
 
@@ -81,8 +82,8 @@ def test_a_demo_is_not_a_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("./demo", "demo/", pathlib.Path("demo")):
         with refused("is not a model", "existing folder"):
-            models.find(name)
-        assert not models.is_known(name)
+            find.find(name)
+        assert not find.is_known(name)
 
 
 def test_a_folder_whose_name_breaks_the_line_is_none(tmp_path):

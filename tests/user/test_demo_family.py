@@ -8,7 +8,7 @@ import pytest
 
 import mlspecqd_jax as mlsd
 from mlspecqd_jax import specs
-from mlspecqd_jax.loading.models import DEMOS
+from mlspecqd_jax.loading.find import DEMOS
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 PROMPTS = [json.loads(line)["prompt"] for line in (ROOT / "examples" / "prompts.jsonl").read_text().splitlines()]
