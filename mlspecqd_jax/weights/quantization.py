@@ -55,10 +55,10 @@ def quantize_params(
 
     Args:
       params: parameters by Hugging Face's tensor names. A leaf that has its format already stays the same object.
-      format: a name of `mxfp4.FORMATS`.
+      format: a name of `mx.FORMATS`.
       policy: exceptions, from a glob over tensor names to a format or None (keep the model's own weight; of a tied head, keep the
         tie). The first glob that matches a name decides.
-      scale_rule: a name of `mxfp4.SCALE_RULES`.
+      scale_rule: a name of `mx.SCALE_RULES`.
       mesh: where to place the new leaves by the partition table; None leaves them where their weights are.
       finish: what is kept of a new leaf, given its name and the leaf: it may be laid out for a chip.
 
