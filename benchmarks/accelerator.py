@@ -35,7 +35,7 @@ MODELS = {
     "1B": (128256, 2048, 8192, 16, 32, 8, 64, 131072),
     "tiny": (256, 64, 96, 1, 4, 2, 16, 1024),
 }
-IN_TURN = 16  # products of a loop's body, so that the host's work for one round of it, some 20 us, is a small part
+IN_TURN = 16  # products of a loop's body, so that what the host does for one round of it is a small part
 CACHES = 2**27  # bytes: copies of a weight are more than what caches hold, if `IN_TURN` of them can be
 ACCEPTANCE = (0.8, 0.9, 0.95)  # of the twin's tokens; 0.6 of the look-up's that draft for it
 WHILE = "--xla_gpu_enable_command_buffer=+WHILE,+CONDITIONAL"
