@@ -11,12 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from mlspecqd_jax import jax_settings
-from mlspecqd_jax.arguments import LARGEST_INT, each_row, flag, instance, texts
+from mlspecqd_jax.arguments import LARGEST_INT, each_row, flag, texts
 from mlspecqd_jax.errors import InputError
-from mlspecqd_jax.loading.card import Card
 from mlspecqd_jax.speculation import loop
 from mlspecqd_jax.speculation.level import Level
 from mlspecqd_jax.speculation.settings import Sampling
+from mlspecqd_jax.stacks import card_of
 from mlspecqd_jax.text.detokenizer import encode
 
 DEFAULT_NEW_TOKENS = 128
@@ -116,9 +116,3 @@ def request(stack: Level, prompts, arguments: dict[str, Any]) -> tuple[Batch, Sa
     sampling = Sampling.create(len(batch.length), stack.model.vocab_size, **arguments)
     loop.check(stack, sampling)
     return batch, sampling, stops
-
-
-def card_of(stack: Level) -> Card:
-    """Return what `mlsd.stack` keeps with a stack: its name, tokenizer and positions."""
-    loop.check_stack(stack)
-    return instance("the stack's card", stack.card, Card, "one of name, tokenizer and positions: build the stack with mlsd.stack")

@@ -9,8 +9,9 @@ import cpu_kernels
 from mlspecqd_jax import jax_settings
 from mlspecqd_jax.arguments import brief, flag, instance
 from mlspecqd_jax.errors import InputError
-from mlspecqd_jax.loading.card import first_difference
+from mlspecqd_jax.loading.card import Card, first_difference
 from mlspecqd_jax.loading.models import Model
+from mlspecqd_jax.speculation import loop
 from mlspecqd_jax.speculation.drafters.prompt_lookup import PromptLookup
 from mlspecqd_jax.speculation.level import Level
 from mlspecqd_jax.weights.mx import MXArray, MXFP4Array
@@ -72,9 +73,20 @@ def stack(target: Model, *drafters: Any, exact: bool = True, share_cache: bool =
 
 
 def compiler_options(stack: Level) -> dict[str, Any]:
-    """Return the `compiler_options` of a `jax.jit` that runs this stack: on GPU an exact one needs the same products everywhere."""
+    """Return the `compiler_options` of a `jax.jit` that runs this stack: on GPU an exact one needs the same products everywhere.
+
+    Raises:
+      InputError: this is no stack of `mlsd.stack`.
+    """
+    exact = card_of(stack).exact
     platform = next(iter(stack.params[EMBEDDING].devices())).platform
-    return dict(ONE_ALGORITHM) if stack.card.exact and platform == "gpu" else {}
+    return dict(ONE_ALGORITHM) if exact and platform == "gpu" else {}
+
+
+def card_of(stack: Level) -> Card:
+    """Return what `mlsd.stack` keeps with a stack: its name, tokenizer and positions."""
+    loop.check_stack(stack)
+    return instance("the stack's card", stack.card, Card, "one of name, tokenizer and positions: build the stack with mlsd.stack")
 
 
 def prompt_lookup(max_ngram: int = 3, min_ngram: int = 1) -> PromptLookup:

@@ -305,6 +305,27 @@ def test_other_specs_are_refused_before_anything_is_loaded(given, message):
     assert "\n" not in str(caught.value)
 
 
+def test_exact_stacks_on_gpu_are_compiled_for_one_algorithm_a_product(quick):
+    """Elsewhere, and for others, there are no options; what is no stack is told so."""
+
+    class Elsewhere:
+        def __init__(self, platform):
+            self.platform = platform
+
+        def devices(self):
+            return {self}
+
+    def options(platform, exact):
+        stack = mlsd.stack(quick, exact=exact)
+        return mlsd.compiler_options(dataclasses.replace(stack, params=stack.params | {stacks.EMBEDDING: Elsewhere(platform)}))
+
+    assert options("gpu", True) == {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
+    assert options("gpu", False) == options("tpu", True) == options("cpu", True) == {}
+    assert mlsd.compiler_options(mlsd.stack(quick)) == {}
+    with pytest.raises(mlsd.InputError, match="stack"):
+        mlsd.compiler_options(quick)
+
+
 @pytest.mark.slow
 def test_a_limit_of_drafts_for_each_row(quick):
     """Rows that draft less, or nothing, say the same."""
