@@ -47,6 +47,12 @@ class Draft(NamedTuple):
         """Return the draft of no tokens: verifying it is plain decoding."""
         return Draft(jnp.zeros((batch, 0), jnp.int32), jnp.zeros((batch, 0, vocab_size)), jnp.zeros((batch,), jnp.int32))
 
+    @staticmethod
+    def certain(tokens: jax.Array, length: jax.Array, sampling: Sampling) -> "Draft":
+        """Return the draft of a drafter that is certain of each of its tokens [B, G]: its distributions are one-hot."""
+        probs = jax.nn.one_hot(tokens, sampling.vocab_size, dtype=jnp.float32) if sampling.rule == "rejection" else None
+        return Draft(tokens, probs, length)
+
 
 class Drafter(Protocol):
     """A pytree that proposes what comes next.

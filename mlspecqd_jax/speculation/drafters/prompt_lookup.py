@@ -49,10 +49,7 @@ class PromptLookup:
         period = jnp.maximum(sequences.length - source, 1)
         index = source[:, None] + jnp.arange(draft_len) % period[:, None]
         tokens = jnp.take_along_axis(sequences.tokens, index, axis=1, mode="clip")
-        probs = None
-        if sampling.rule == "rejection":
-            probs = jax.nn.one_hot(tokens, sampling.vocab_size, dtype=jnp.float32)
-        return Draft(tokens, probs, jnp.where(found, wanted, 0)), state, cache
+        return Draft.certain(tokens, jnp.where(found, wanted, 0), sampling), state, cache
 
     def _search(self, tokens, length):
         """Return whether one row [S] has a match, and the position that follows it."""
