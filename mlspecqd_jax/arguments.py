@@ -135,7 +135,7 @@ def instance(name: str, value: Any, kind: type, needed: str) -> Any:
 
 
 def recipe(format: Any, policy: Any, scale_rule: Any) -> None:
-    """Raise an InputError unless these are of the types that quantizing takes; it checks which formats there are."""
+    """Raise an InputError unless these are of the types that quantizing takes; whether a format exists, `mx` checks."""
     instance("format", format, str, "the name of a format, such as mxfp4")
     instance("scale_rule", scale_rule, str, "the name of a scale rule, such as floor")
     entries = policy.items() if isinstance(policy, Mapping) else None if policy is not None else ()

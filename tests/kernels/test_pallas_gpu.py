@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import gpu
-from pallas_kernels.blocks import gpu_blocks
+from pallas_kernels.blocks import GPU_CHUNKS, gpu_blocks
 
 
 def product(x, packed, scales, **options):
@@ -105,7 +105,7 @@ def test_nan_and_infinity_stay_in_their_row(m):
     mx_weights.assert_not_finite_rows(product, m)
 
 
-@pytest.mark.parametrize(("few", "many"), [(1, 8), (9, 16), (17, 64)])
+@pytest.mark.parametrize(("few", "many"), [(1, 8), (1, 16), (9, 16), (17, 64)])
 def test_a_row_does_not_depend_on_how_many_there_are(few, many):
     x, packed, scales = mx_weights.random(70, 352, many)
     np.testing.assert_array_equal(product(x[:few], packed, scales), product(x, packed, scales)[:few])
@@ -139,5 +139,13 @@ def test_shapes_that_do_not_belong_together_are_refused():
 def test_k_is_split_where_outputs_are_few(chip, n, chunks):
     block, splits, _, _ = gpu_blocks(chip, n, chunks)
     assert gpu.OUTPUTS % block == 0
-    assert splits == 1 or chunks // splits >= 2
+    assert splits == 1 or chunks // splits >= GPU_CHUNKS
     assert (n, splits) != (1024, 1)
+
+
+@pytest.mark.parametrize(
+    ("n", "k", "blocks"),
+    [(4096, 4096, (64, 8)), (1024, 4096, (64, 16)), (14336, 4096, (64, 4)), (4096, 14336, (64, 8)), (576, 1536, (16, 4))],
+)
+def test_blocks_are_those_that_were_fastest_on_an_h200(n, k, blocks):
+    assert gpu_blocks("sm_90", n, k // gpu.CHUNK)[:2] == blocks
