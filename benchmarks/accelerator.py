@@ -167,10 +167,10 @@ def random_model(name: str):
     import jax
     import jax.numpy as jnp
 
-    from mlspecqd_jax.loading.card import Card
     from mlspecqd_jax.loading.models import Model
     from mlspecqd_jax.network.config import ModelConfig
     from mlspecqd_jax.network.network import Network
+    from mlspecqd_jax.text.card import Card
 
     config = ModelConfig(*MODELS[name])
     network, params = Network(config), {}
@@ -220,7 +220,7 @@ def generated(stack, about: dict, options) -> list[dict]:
     found = []
     for rate in ACCEPTANCE if judges else (None,):
         coins = None if rate is None else [rate, 0.6][:judges]
-        sampling = mlsd.Sampling.create(1, stack.model.vocab_size, synthetic_acceptance=coins)
+        sampling = mlsd.Sampling.create(1, stack.card.vocab_size, synthetic_acceptance=coins)
         call = functools.partial(run, stack, tokens, length, limit, sampling, prefill_width=16)
         start = time.perf_counter()
         state = jax.block_until_ready(call())[2]
@@ -229,7 +229,7 @@ def generated(stack, about: dict, options) -> list[dict]:
         found.append(
             about
             | {
-                "exact": stack.card.exact,
+                "exact": stack.exact,
                 "acceptance": coins,
                 "rounds": rounds,
                 "tokens_per_second": int(state.length[0] - 16) / took["median"],

@@ -78,7 +78,7 @@ def memory(model) -> dict:
     }.items():
         stack = mlsd.stack(model, *drafters, **how)
         batch = mlsd.prepare(stack, [[1, 2, 3]], max_new_tokens=128)
-        sampling = mlsd.Sampling.create(1, stack.model.vocab_size)
+        sampling = mlsd.Sampling.create(1, stack.card.vocab_size)
         state = jax.eval_shape(mlsd.init, stack, batch.tokens, batch.length, sampling)
         program = jax.jit(mlsd.advance, donate_argnames="state").lower(stack, state, batch.limit, sampling, 1).compile()
         caches = [state.cache, getattr(state.below, "cache", None)]

@@ -55,12 +55,12 @@ def passes(model: mlsd.Model, window: int):
     def run(params, tokens, cache):
         def one(_, carry):
             tokens, cache = carry
-            logits, cache = model.network(params, tokens, jnp.full((1,), POSITION, jnp.int32), cache)
+            logits, cache, _ = model.network(params, tokens, jnp.full((1,), POSITION, jnp.int32), cache)
             return jnp.argmax(logits, axis=2).astype(jnp.int32), cache
 
         return jax.lax.fori_loop(0, REPEATED, one, (tokens, cache))
 
-    carry = jnp.ones((1, window), jnp.int32), model.network.init_cache(1, SLOTS, model.params)
+    carry = jnp.ones((1, window), jnp.int32), model.network.init_cache(model.params, 1, SLOTS)
 
     def call():
         nonlocal carry
@@ -206,7 +206,7 @@ def memory(folder: Path) -> dict[str, int]:
 
     (target, twin), _, peak = watch(run)
     kept = {id(leaf) for leaf in jax.tree.leaves(target.params)}
-    caches = target.network.init_cache(1, mlsd.buffer_length(PROMPT + NEW), target.params)
+    caches = target.network.init_cache(target.params, 1, mlsd.buffer_length(PROMPT + NEW))
     return {
         "peak_anonymous_bytes": peak,
         "weights": target.nbytes,

@@ -41,8 +41,8 @@ def ours(folder: Path) -> tuple[dict, np.ndarray]:
         "ours: 8 positions": timed(passes(target, 8), REPEATED),
         "ours: twin, 1 position": timed(passes(twin, 1), REPEATED),
     }
-    cache = target.network.init_cache(1, SLOTS, target.params)
-    logits, _ = target.network(target.params, jnp.array([CHECKED], jnp.int32), jnp.zeros((1,), jnp.int32), cache)
+    cache = target.network.init_cache(target.params, 1, SLOTS)
+    logits, *_ = target.network(target.params, jnp.array([CHECKED], jnp.int32), jnp.zeros((1,), jnp.int32), cache)
     return calls, np.asarray(logits[0, -1], np.float32)
 
 

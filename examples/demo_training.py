@@ -61,7 +61,7 @@ def make_optimizer(schedule: Schedule) -> optax.GradientTransformation:
 def mean_loss(model: Network, params: dict[str, jax.Array], tokens: jax.Array, compute: str) -> jax.Array:
     """Return the mean cross-entropy, in nats, of every next token in tokens [B, W + 1]."""
     params = jax.tree.map(lambda p: p.astype(compute), params)
-    logits, _ = model(params, tokens[:, :-1], jnp.zeros(tokens.shape[0], jnp.int32), None)
+    logits, *_ = model(params, tokens[:, :-1], jnp.zeros(tokens.shape[0], jnp.int32), None)
     return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
 
 

@@ -7,34 +7,46 @@ out = mlsd.generate(stack, "def fibonacci(n):")
 print(out.text[0])
 """
 
+from mlspecqd_jax.arguments import Arguments
 from mlspecqd_jax.errors import InputError
 from mlspecqd_jax.generation import Generation, Stream, compare, generate, stream
-from mlspecqd_jax.loading.card import Card
 from mlspecqd_jax.loading.models import Model, convert, load
-from mlspecqd_jax.requests import Arguments, Batch, prepare
+from mlspecqd_jax.programs import compiler_options
+from mlspecqd_jax.requests import Batch, prepare
+from mlspecqd_jax.speculation.control import Fixed
 from mlspecqd_jax.speculation.counts import Counts
 from mlspecqd_jax.speculation.level import Level
-from mlspecqd_jax.speculation.loop import State, advance, buffer_length, finished, generate_tokens, init, step
-from mlspecqd_jax.speculation.protocols import Draft, Drafter, Scorer, Sequences
+from mlspecqd_jax.speculation.loop import advance, buffer_length, finished, generate_tokens, init, step
+from mlspecqd_jax.speculation.protocols import PADDING, Ask, Control, Draft, Drafter, Lent, Scored, Scorer, Sequences
 from mlspecqd_jax.speculation.settings import Sampling
-from mlspecqd_jax.stacks import compiler_options, prompt_lookup, stack
+from mlspecqd_jax.speculation.stack import Stack
+from mlspecqd_jax.speculation.state import State
+from mlspecqd_jax.stacks import prompt_lookup, stack
+from mlspecqd_jax.text.card import Card
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "PADDING",
     "Arguments",
+    "Ask",
     "Batch",
     "Card",
+    "Control",
     "Counts",
     "Draft",
     "Drafter",
+    "Fixed",
     "Generation",
     "InputError",
+    "Lent",
     "Level",
     "Model",
     "Sampling",
+    "Scored",
     "Scorer",
     "Sequences",
+    "Stack",
     "State",
     "Stream",
     "advance",

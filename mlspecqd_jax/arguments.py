@@ -1,4 +1,4 @@
-"""What every argument may be, in one table, and the sentences that refuse anything else before it is traced or iterated.
+"""What every argument may be, in two tables, and the sentences that refuse anything else before it is traced or iterated.
 
 A sentence says what was given and what is needed. Nothing is converted on the way: a bool is no number and a number no text. Arrays
 of numpy and jax are taken where a list of numbers is, traced ones only where a function can be called inside `jax.jit`.
@@ -9,8 +9,8 @@ import math
 import numbers
 import operator
 import reprlib
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Annotated, Any, NamedTuple, TypedDict, get_type_hints
 
 import jax
 import jax.numpy as jnp
@@ -36,21 +36,75 @@ def _whole(needed: str, least: int, most: float = math.inf) -> Number:
     return Number(needed, lambda x: least <= x <= most, whole=True)
 
 
+class Argument(NamedTuple):
+    """What is told of an argument of a generation, wherever it is told."""
+
+    words: str  # what it does, and its default
+    number: Number | None = None  # what it may be, or each entry of it, if it is a number
+    letter: str | None = None  # what stands for one number on the command line; None where it is spelt there in another way
+
+
+Numbers, Wholes = float | Sequence[float], int | Sequence[int]
+
+NEW_TOKENS = Argument("new tokens, at most; default 128, or what the positions leave", _whole("a positive whole number", 1), "N")
+CHAT = Argument("wrap each prompt, as a user's message, by the model's chat template")
+TEMPERATURE = Argument("default 0", Number("0 (greedy) or more", lambda x: 0 <= x <= LARGEST), "T")
+TOP_K = Argument("keep the likeliest so many; default 0", _whole("0 (off) or a positive whole number", 0), "K")
+TOP_P = Argument("keep the likeliest of this mass; default 1", Number("more than 0 and at most 1 (off)", lambda x: 0 < x <= 1), "P")
+MIN_P = Argument("keep what has this share of the best; default 0", Number("between 0 (off) and 1", lambda x: 0 <= x <= 1), "P")
+SEED = Argument("row r of a batch uses S + r; default 0", _whole("a whole number from 0 to 2**32 - 1", 0, 2**32 - 1), "S")
+REPETITION = Argument("for prompt and text; default 1", Number("positive (1 is off)", lambda x: LEAST <= x <= LARGEST), "R")
+PRESENCE = Argument("for new text; default 0", Number("a finite number (0 is off)", lambda x: abs(x) <= LARGEST), "P")
+FREQUENCY = Argument("for each time in new text; default 0", Number("a finite number (0 is off)", lambda x: abs(x) <= LARGEST), "P")
+DRAFT_LIMIT = Argument("drafted tokens a round, at most; default all", _whole("0 (no drafts) or a positive whole number", 0), "N")
+RULE = Argument("coupled (default) or rejection: which noise sampling uses")
+STOP = Argument("end before this text, which may hold special tokens; repeatable")
+STOP_IDS = Argument(
+    "end a row after this token; repeatable; given once, these ids replace the model's own end-of-text ids",
+    _whole("a token id (a whole number of at least 0)", 0, LARGEST_INT),
+)
+BIAS = Argument(
+    "add a value to the logit of a token (-inf bans it); repeatable",
+    Number("a finite number, or -inf to ban the token", lambda x: abs(x) <= LARGEST or x == -math.inf),
+)
+LOGPROBS = Argument("tell the log-probability of each new token under the model's own logits")
+COINS = Argument(
+    "for benchmarks: coins accept drafts, at one rate for each level that judges, outermost first; the text is meaningless",
+    Number("a probability from 0 to 1 for each level that judges", lambda x: 0 <= x <= 1),
+)
+
+
+class Arguments(TypedDict, total=False):
+    """What may be asked of a generation; anything else is refused by name. A sequence of numbers gives one to each row."""
+
+    max_new_tokens: Annotated[Wholes | None, NEW_TOKENS]
+    chat: Annotated[bool, CHAT]
+    temperature: Annotated[Numbers, TEMPERATURE]
+    top_k: Annotated[Wholes, TOP_K]
+    top_p: Annotated[Numbers, TOP_P]
+    min_p: Annotated[Numbers, MIN_P]
+    seed: Annotated[Wholes, SEED]
+    repetition_penalty: Annotated[Numbers, REPETITION]
+    presence_penalty: Annotated[Numbers, PRESENCE]
+    frequency_penalty: Annotated[Numbers, FREQUENCY]
+    draft_limit: Annotated[Wholes, DRAFT_LIMIT]
+    rule: Annotated[str, RULE]
+    stop: Annotated[str | Sequence[str] | None, STOP]
+    stop_token_ids: Annotated[Collection[int] | None, STOP_IDS]
+    logit_bias: Annotated[Mapping[int, float] | Sequence[Mapping[int, float]] | None, BIAS]
+    logprobs: Annotated[bool, LOGPROBS]
+    synthetic_acceptance: Annotated[Sequence[float] | None, COINS]
+
+
+def _told(hint: Any) -> Argument:
+    (argument,) = hint.__metadata__
+    return argument
+
+
+ARGUMENTS: Mapping[str, Argument] = {name: _told(hint) for name, hint in get_type_hints(Arguments, include_extras=True).items()}
+
 # By name of the argument; of a sequence, what each entry may be.
-NUMBERS = {
-    "max_new_tokens": _whole("a positive whole number", 1),
-    "temperature": Number("0 (greedy) or more", lambda x: 0 <= x <= LARGEST),
-    "top_k": _whole("0 (off) or a positive whole number", 0),
-    "top_p": Number("more than 0 and at most 1 (off)", lambda x: 0 < x <= 1),
-    "min_p": Number("between 0 (off) and 1", lambda x: 0 <= x <= 1),
-    "repetition_penalty": Number("positive (1 is off)", lambda x: LEAST <= x <= LARGEST),
-    "presence_penalty": Number("a finite number (0 is off)", lambda x: abs(x) <= LARGEST),
-    "frequency_penalty": Number("a finite number (0 is off)", lambda x: abs(x) <= LARGEST),
-    "draft_limit": _whole("0 (no drafts) or a positive whole number", 0),
-    "seed": _whole("a whole number from 0 to 2**32 - 1", 0, 2**32 - 1),
-    "stop_token_ids": _whole("a token id (a whole number of at least 0)", 0, LARGEST_INT),
-    "logit_bias": Number("a finite number, or -inf to ban the token", lambda x: abs(x) <= LARGEST or x == -math.inf),
-    "synthetic_acceptance": Number("a probability from 0 to 1 for each level that judges", lambda x: 0 <= x <= 1),
+NUMBERS = {name: argument.number for name, argument in ARGUMENTS.items() if argument.number} | {
     "batch": _whole(f"a whole number from 1 to {ROWS}", 1, ROWS),
     "vocab_size": _whole(f"a whole number from 1 to {ROWS}", 1, ROWS),
     "longest": _whole("a whole number from 0 to 2**30", 0, 2**30),

@@ -13,27 +13,13 @@ import math
 import os
 import sys
 import warnings
+from typing import Any
 
 from mlspecqd_jax import console, prompt_files
-from mlspecqd_jax.arguments import NUMBERS
+from mlspecqd_jax.arguments import ARGUMENTS, Argument
 from mlspecqd_jax.errors import InputError
 
 INTERRUPTED = 130
-# Options of `generate` that go to the API under their own names, where they are given.
-NUMERIC = {
-    "max_new_tokens": ("N", "default 128, or what the positions leave"),
-    "temperature": ("T", "default 0"),
-    "top_k": ("K", "default 0"),
-    "top_p": ("P", "default 1"),
-    "min_p": ("P", "default 0"),
-    "repetition_penalty": ("R", "default 1"),
-    "presence_penalty": ("P", "default 0"),
-    "frequency_penalty": ("P", "default 0"),
-    "seed": ("S", "default 0; prompt r of a batch uses S + r"),
-    "draft_limit": ("N", "drafted tokens a round, at most; default the draft's length"),
-}
-PASSED_ON = [*NUMERIC, "chat", "rule", "stop", "stop_token_ids", "logit_bias", "logprobs", "synthetic_acceptance"]
-
 DRAFT_HELP = (
     "BASE[:LEN], what drafts for the model, repeated for what drafts for the draft; BASE is a format such as mxfp4 (the same "
     "weights in it), MODEL[@FORMAT], ngram, or none (plain decoding); the default is what was found to pay for models of this size "
@@ -43,8 +29,6 @@ DRAFT_HELP = (
 PROMPT_FILE_HELP = (
     "UTF-8 text, - is stdin; a file is one prompt (one newline at its end is dropped), a .jsonl file holds one a line"
 )
-STOP_TOKEN_HELP = "end a row after this token; repeatable; given once, these ids replace the model's own end-of-text ids"
-BIAS_HELP = "add VALUE to the logit of token ID (-inf bans it); repeatable"
 
 
 class Parser(argparse.ArgumentParser):
@@ -98,23 +82,13 @@ def _parser() -> Parser:
     source = g.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", action="append", metavar="TEXT", help="repeat it for a batch")
     source.add_argument("--prompt-file", metavar="F", help=PROMPT_FILE_HELP)
-    g.add_argument("--chat", action="store_true", help="wrap each prompt by the model's chat template")
     g.add_argument("--draft", action="append", default=[], metavar="SPEC", help=DRAFT_HELP)
     g.add_argument("--own-cache", action="store_true", help="give twins a cache of their own instead of their verifier's")
-    g.add_argument("--rule", default="coupled", metavar="R", help="coupled (default) or rejection: which noise sampling uses")
     g.add_argument("--inexact", action="store_true", help="do not pad windows: fastest, equal up to rounding")
     g.add_argument("--dtype", default="bfloat16", metavar="D", help="bfloat16 (default), float32 or float16")
-    for name, (metavar, words) in NUMERIC.items():
-        option, kind = "--" + name.replace("_", "-"), NUMBERS[name]
-        words = f"{kind.needed}; {words}"
-        g.add_argument(option, type=int if kind.whole else float, default=argparse.SUPPRESS, metavar=metavar, help=words)
-    g.add_argument(
-        "--stop", action="append", metavar="TEXT", help="end before this text, which may hold special tokens; repeatable"
-    )
-    g.add_argument("--stop-token-id", dest="stop_token_ids", action="append", type=int, metavar="ID", help=STOP_TOKEN_HELP)
-    g.add_argument("--logit-bias", action="append", type=_bias, metavar="ID=VALUE", help=BIAS_HELP)
-    g.add_argument("--logprobs", action="store_true", help="with --json: the log-probability of each new token")
-    g.add_argument("--synthetic-acceptance", type=_rates, metavar="A[,A2...]", help="benchmark with coins; meaningless text")
+    for name, argument in ARGUMENTS.items():
+        option, form = _spelt(name, argument)
+        g.add_argument(option, dest=name, default=argparse.SUPPRESS, **form)
     g.add_argument("--compare", action="store_true", help="also decode plainly and report the ratio")
     g.add_argument("--json", action="store_true", help="print one JSON object with text, tokens and report")
 
@@ -131,11 +105,35 @@ def _parser() -> Parser:
     return parser
 
 
+def _spelt(name: str, argument: Argument) -> tuple[str, dict[str, Any]]:
+    """Return an argument's option on the command line, and what it takes there."""
+    option, words, kind = "--" + name.replace("_", "-"), argument.words, argument.number
+    if argument.letter and kind:
+        form = {"type": int if kind.whole else float, "metavar": argument.letter}
+        return option, form | {"help": f"{kind.needed}; {words}"}
+    match name:
+        case "stop":
+            form = {"action": "append", "metavar": "TEXT"}
+        case "stop_token_ids":
+            option, form = "--stop-token-id", {"action": "append", "type": int, "metavar": "ID"}
+        case "logit_bias":
+            form = {"action": "append", "type": _bias, "metavar": "ID=VALUE"}
+        case "synthetic_acceptance":
+            form = {"type": _rates, "metavar": "A[,A2...]"}
+        case "rule":
+            form = {"metavar": "R"}
+        case _:
+            form = {"action": "store_true"}
+    return option, form | {"help": words}
+
+
 def _generate(a: argparse.Namespace) -> None:
-    if a.logprobs and not a.json:
+    arguments = {name: getattr(a, name) for name in ARGUMENTS if hasattr(a, name)}
+    if "logprobs" in arguments and not a.json:
         raise InputError("--logprobs needs --json to print them; add --json")
     prompts = a.prompt or prompt_files.read(a.prompt_file)
-    a.logit_bias = _biases(a.logit_bias)
+    if "logit_bias" in arguments:
+        arguments["logit_bias"] = _biases(arguments["logit_bias"])
 
     from mlspecqd_jax import generation, planner, specs, stacks
     from mlspecqd_jax.loading import models
@@ -146,11 +144,10 @@ def _generate(a: argparse.Namespace) -> None:
     drafts = a.draft or planner.default_drafts(target)
     drafters = specs.drafters(specs.parse(drafts), target, load)
     stack = stacks.stack(target, *drafters, exact=not a.inexact, share_cache=not a.own_cache)
-    arguments = {name: getattr(a, name) for name in PASSED_ON if hasattr(a, name)}
     if a.json or a.compare or len(prompts) > 1:
         out = (generation.compare if a.compare else generation.generate)(stack, prompts, **arguments)
         if a.json:
-            keys = ["text", "tokens", "prompt_tokens", "finish_reason", "report"] + ["logprobs"] * a.logprobs
+            keys = ["text", "tokens", "prompt_tokens", "finish_reason", "report"] + ["logprobs"] * ("logprobs" in arguments)
             console.put(json.dumps({key: _finite(getattr(out, key)) for key in keys}, allow_nan=False) + "\n")
             return
         for prompt, text in zip(prompts, out.text, strict=True):
@@ -217,12 +214,12 @@ def _bias(text: str) -> tuple[int, float]:
         raise argparse.ArgumentTypeError(f"{text!r} is not ID=VALUE, such as 17=-2.5 or 17=-inf") from None
 
 
-def _biases(pairs: list[tuple[int, float]] | None) -> dict[int, float] | None:
-    given = collections.Counter(token for token, _ in pairs or ())
+def _biases(pairs: list[tuple[int, float]]) -> dict[int, float]:
+    given = collections.Counter(token for token, _ in pairs)
     twice = next((token for token, n in given.items() if n > 1), None)
     if twice is not None:
         raise InputError(f"--logit-bias names token {twice} more than once; give it one value")
-    return dict(pairs) if pairs else None
+    return dict(pairs)
 
 
 def _convert(a: argparse.Namespace) -> None:

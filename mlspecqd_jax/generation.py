@@ -1,50 +1,28 @@
 """`generate` and `stream`: text in, text out, over the pure functions of `speculation`."""
 
 import dataclasses
-import functools
 import time
 import warnings
 from collections.abc import Iterator
-from typing import Any, NamedTuple, Unpack
+from typing import Any, Unpack
 
 import jax
 import numpy as np
 
 from mlspecqd_jax import jax_settings, report
-from mlspecqd_jax.arguments import LARGEST_INT, is_array
+from mlspecqd_jax.arguments import LARGEST_INT, Arguments, is_array
 from mlspecqd_jax.errors import InputError
-from mlspecqd_jax.requests import Arguments, Batch, request
-from mlspecqd_jax.speculation import loop
-from mlspecqd_jax.speculation.level import Level, piece_width
-from mlspecqd_jax.speculation.loop import State
+from mlspecqd_jax.programs import programs
+from mlspecqd_jax.requests import Batch, Request, request
+from mlspecqd_jax.speculation.level import Level
+from mlspecqd_jax.speculation.loop import piece_width
 from mlspecqd_jax.speculation.settings import Sampling
-from mlspecqd_jax.stacks import compiler_options
+from mlspecqd_jax.speculation.stack import Stack
+from mlspecqd_jax.speculation.state import State
 from mlspecqd_jax.text.detokenizer import Detokenizer
 
 ROUNDS_TO_STOP_STRINGS = 16  # rounds between looks at the text when stop strings are given
 SLICE_SECONDS = 0.2  # of work in one call, after which an interrupt is heeded
-
-
-class Programs(NamedTuple):
-    """The jitted functions of a generation; each compiles anew for other shapes."""
-
-    begin: Any
-    feed: Any
-    advance: Any
-
-
-@functools.cache
-def _jitted(options: tuple[tuple[str, Any], ...]) -> Programs:
-    jit = functools.partial(jax.jit, compiler_options=dict(options))
-    return Programs(
-        begin=jit(loop.begin, static_argnames="prefill_width"),
-        feed=jit(loop.feed, static_argnames="prefill_width", donate_argnames="state"),
-        advance=jit(loop.advance, donate_argnames="state"),
-    )
-
-
-def _programs(stack: Level) -> Programs:
-    return _jitted(tuple(compiler_options(stack).items()))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +37,7 @@ class Generation:
     report: dict[str, Any]
 
 
-def generate(stack: Level, prompts, **arguments: Unpack[Arguments]) -> Generation:
+def generate(stack: Stack, prompts, **arguments: Unpack[Arguments]) -> Generation:
     """Continue one or several prompts.
 
     Args:
@@ -99,7 +77,7 @@ class Stream:
                 yield pieces[0]
 
 
-def stream(stack: Level, prompt, **arguments: Unpack[Arguments]) -> Stream:
+def stream(stack: Stack, prompt, **arguments: Unpack[Arguments]) -> Stream:
     """Continue one prompt and iterate over its text piece by piece, round by round; the arguments are those of `generate`.
 
     A piece never ends within a character, nor within what may become a stop string.
@@ -114,23 +92,24 @@ def stream(stack: Level, prompt, **arguments: Unpack[Arguments]) -> Stream:
     return Stream(run)
 
 
-def compare(stack: Level, prompts, **arguments: Unpack[Arguments]) -> Generation:
+def compare(stack: Stack, prompts, **arguments: Unpack[Arguments]) -> Generation:
     """Generate, then decode the same prompts plainly in the fastest form (inexact), and put the ratio of times into the report."""
     ours = generate(stack, prompts, **arguments)
     arguments.pop("synthetic_acceptance", None)
-    plain = Level(stack.model, stack.params, card=dataclasses.replace(stack.card, exact=False))
+    plain = Stack(Level(stack.level.model, stack.level.params), stack.cards[:1], exact=False)
     baseline = generate(plain, prompts, **arguments)
     per_token = [g.report["seconds"] / max(g.report["new_tokens"], 1) for g in (baseline, ours)]
     return dataclasses.replace(ours, report=ours.report | {"speedup": per_token[0] / per_token[1]})
 
 
-def _run(stack: Level, prompts, most_rounds: int, arguments: dict[str, Any]):
+def _run(stack: Stack, prompts, most_rounds: int, arguments: dict[str, Any]):
     """Check, compile, then yield the new text of each row after every slice of at most so many rounds; return the Generation.
 
     The first yield comes before anything is generated.
     """
-    batch, sampling, stops = request(stack, prompts, dict(arguments))
-    state, compile_seconds = _compile(stack, batch, sampling)
+    asked = request(stack, prompts, dict(arguments))
+    batch, sampling, _, stops = asked
+    state, compile_seconds = _compile(stack, asked)
     rows, begin, limit = range(len(batch.length)), np.asarray(batch.length), np.array(batch.limit)
     prompt_tokens = [np.asarray(batch.tokens)[r, : begin[r]].tolist() for r in rows]
     yield [""] * len(rows)
@@ -173,22 +152,22 @@ def _run(stack: Level, prompts, most_rounds: int, arguments: dict[str, Any]):
 
 
 @jax_settings.held
-def _compile(stack: Level, batch: Batch, sampling: Sampling) -> tuple[State, float]:
+def _compile(stack: Stack, asked: Request) -> tuple[State, float]:
     """Compile by calls that have nothing to do; return the state in which nothing is fed yet, and the seconds it took."""
     began = time.perf_counter()
-    run = _programs(stack)
-    state = run.begin(stack, batch.tokens, batch.length, sampling, prefill_width=batch.prefill_width)
+    run, (batch, sampling, control, _) = programs(stack), asked
+    state = run.begin(stack, batch.tokens, batch.length, sampling, control=control)
     state = run.feed(stack, state, prefill_width=batch.prefill_width, first=np.int32(0), pieces=np.int32(0))
     state = run.advance(stack, state, np.array(batch.limit), sampling, np.int32(0))
     return jax.block_until_ready(state), time.perf_counter() - began
 
 
 @jax_settings.held
-def _prefill(stack: Level, state: State, batch: Batch) -> State:
+def _prefill(stack: Stack, state: State, batch: Batch) -> State:
     """Feed the prompts, some pieces a call."""
     width = piece_width(batch.prefill_width, batch.tokens.shape[1])
     total = -(-(int(np.max(batch.length)) - 1) // width)
-    first, pieces, feed = 0, 1, _programs(stack).feed
+    first, pieces, feed = 0, 1, programs(stack).feed
     while first < total:
         began = time.perf_counter()
         state = feed(stack, state, prefill_width=batch.prefill_width, first=np.int32(first), pieces=np.int32(pieces))
@@ -198,9 +177,9 @@ def _prefill(stack: Level, state: State, batch: Batch) -> State:
 
 
 @jax_settings.held
-def _slice(stack: Level, state: State, limit: np.ndarray, sampling: Sampling, rounds: int):
+def _slice(stack: Stack, state: State, limit: np.ndarray, sampling: Sampling, rounds: int):
     """Run some rounds; return the state, and what the host looks at of it: tokens, length, ended, broken."""
-    state = _programs(stack).advance(stack, state, limit, sampling, np.int32(rounds))
+    state = programs(stack).advance(stack, state, limit, sampling, np.int32(rounds))
     return state, jax.device_get((state.tokens, state.length, state.ended, state.broken))
 
 
@@ -209,7 +188,7 @@ def _next(n: int, seconds: float, most: int) -> int:
     return max(1, min(int(n * SLICE_SECONDS / max(seconds, 1e-9)), 2 * n, most))
 
 
-def _broken_sentence(stack: Level, row: int, new_tokens: np.ndarray) -> str:
+def _broken_sentence(stack: Stack, row: int, new_tokens: np.ndarray) -> str:
     """Say why a row cannot go on: it names the row, and what to change."""
     dtype = report.dtype_of(stack)
     cause = (

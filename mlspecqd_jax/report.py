@@ -8,10 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from mlspecqd_jax.speculation.counts import Counts
-from mlspecqd_jax.speculation.level import DrafterState, Level
-from mlspecqd_jax.speculation.loop import State
 from mlspecqd_jax.speculation.settings import Sampling
-from mlspecqd_jax.stacks import name_of
+from mlspecqd_jax.speculation.stack import Stack
+from mlspecqd_jax.speculation.state import State, counts_of
 
 JUDGED, COLLAPSED = 64, 0.2  # a token acceptance below this, among at least so many judged, is warned of
 
@@ -47,17 +46,17 @@ def summarize(counts: Counts, row: int | None = None) -> dict[str, Any]:
     }
 
 
-def build(stack: Level, state: State, sampling: Sampling, new_tokens: list[int], timing: Timing) -> dict[str, Any]:
+def build(stack: Stack, state: State, sampling: Sampling, new_tokens: list[int], timing: Timing) -> dict[str, Any]:
     """Return the report of one generation as plain JSON values; levels[0] is the target, what it judges counted there."""
-    counts = jax.device_get(_counts(state))
+    counts = jax.device_get(counts_of(state))
     levels = [
-        {"name": level.card.name, "draft_len": level.draft_len} | summarize(of_level) | {"passes": int(of_level.passes)}
-        for level, of_level in zip(stack.levels, counts, strict=True)
+        {"name": card.name, "draft_len": level.draft_len} | summarize(of_level) | {"passes": int(of_level.passes)}
+        for card, level, of_level in zip(stack.cards, stack.levels, counts, strict=True)
     ]
     innermost = stack.levels[-1].drafter
     if innermost is not None:  # drafts without a model, so that there is nothing to count
         nothing = jax.device_get(Counts.zeros(len(new_tokens), 0))
-        levels.append({"name": name_of(innermost), "draft_len": 0} | summarize(nothing) | {"passes": 0})
+        levels.append({"name": innermost.name, "draft_len": 0} | summarize(nothing) | {"passes": 0})
     total = sum(new_tokens)
     rates = sampling.synthetic_acceptance
     return {
@@ -67,7 +66,7 @@ def build(stack: Level, state: State, sampling: Sampling, new_tokens: list[int],
             for row, n in enumerate(new_tokens)
         ],
         "rule": sampling.rule,
-        "exact": stack.card.exact,
+        "exact": stack.exact,
         "synthetic_acceptance": None
         if rates is None
         else [round(rate, 6) for rate in rates.tolist()],  # then the text is meaningless
@@ -91,19 +90,13 @@ def warnings_of(report: dict[str, Any]) -> list[str]:
     ]
 
 
-def dtype_of(stack: Level) -> str:
+def dtype_of(stack: Stack) -> str:
     """Return the name of the dtype of the target's weights that are not quantized."""
     return _leaf(stack).dtype.name
 
 
-def _leaf(stack: Level) -> jax.Array:
-    return next(leaf for leaf in jax.tree.leaves(stack.params) if jnp.issubdtype(leaf.dtype, jnp.floating))
-
-
-def _counts(state: State) -> list[Counts]:
-    """Return the counts of every level, outermost first."""
-    below = _counts(state.below) if isinstance(state.below, DrafterState) else []
-    return [state.counts, *below]
+def _leaf(stack: Stack) -> jax.Array:
+    return next(leaf for leaf in jax.tree.leaves(stack.level.params) if jnp.issubdtype(leaf.dtype, jnp.floating))
 
 
 def _ratio(part, whole) -> float | None:

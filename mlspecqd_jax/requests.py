@@ -3,46 +3,26 @@
 Notation: B batch, S buffer length.
 """
 
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any, NamedTuple, TypedDict
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from mlspecqd_jax import jax_settings
-from mlspecqd_jax.arguments import LARGEST_INT, each_row, flag, texts
+from mlspecqd_jax.arguments import ARGUMENTS, LARGEST_INT, each_row, flag, instance, texts
 from mlspecqd_jax.errors import InputError
 from mlspecqd_jax.speculation import loop
-from mlspecqd_jax.speculation.level import Level
+from mlspecqd_jax.speculation.control import Fixed
+from mlspecqd_jax.speculation.protocols import Control
 from mlspecqd_jax.speculation.settings import Sampling
-from mlspecqd_jax.stacks import card_of
+from mlspecqd_jax.speculation.stack import Stack, outermost
+from mlspecqd_jax.text.card import Card
 from mlspecqd_jax.text.detokenizer import encode
 
 DEFAULT_NEW_TOKENS = 128
 PREFILL_WIDTHS = (16, 64, loop.PREFILL_WIDTH)
-
-
-class Arguments(TypedDict, total=False):
-    """What may be asked of a generation; anything else is refused by name. A list gives one value a row."""
-
-    max_new_tokens: int | Sequence[int] | None  # None (default): 128, or what the positions leave
-    chat: bool  # wrap each text as a user's message by the tokenizer's chat template; default False
-    temperature: float | Sequence[float]  # default 0: greedy
-    top_k: int | Sequence[int]  # default 0: off
-    top_p: float | Sequence[float]  # default 1: off
-    min_p: float | Sequence[float]  # default 0: off
-    seed: int | Sequence[int]  # default 0; an int s means s, s + 1, ... for rows 0, 1, ...
-    draft_limit: int | Sequence[int]  # drafted tokens a round for the target, at most; default the stack's draft_len; 0: plain
-    rule: str  # "coupled" (default) or "rejection"
-    repetition_penalty: float | Sequence[float]  # default 1: off
-    presence_penalty: float | Sequence[float]  # default 0: off
-    frequency_penalty: float | Sequence[float]  # default 0: off
-    logit_bias: Mapping[int, float] | Sequence[Mapping[int, float]] | None  # token id to what is added to its logit
-    stop_token_ids: Collection[int] | None  # ids that end a row, in place of the model's own; None (default): the model's own
-    stop: str | Sequence[str] | None  # text ends before the first of these that is completed; may be or hold special tokens
-    logprobs: bool  # record the log-probability of each new token under the model's own logits; default False
-    synthetic_acceptance: Sequence[float] | None  # for benchmarks: coins accept drafts, one rate a level; meaningless output
 
 
 class Batch(NamedTuple):
@@ -55,7 +35,7 @@ class Batch(NamedTuple):
 
 
 @jax_settings.held
-def prepare(stack: Level, prompts, *, max_new_tokens: int | Sequence[int] | None = None, chat: bool = False) -> Batch:
+def prepare(stack: Stack, prompts, *, max_new_tokens: int | Sequence[int] | None = None, chat: bool = False) -> Batch:
     """Encode prompts and lay them out in a buffer whose size is a bucket, so that another prompt is rarely another trace.
 
     Args:
@@ -87,7 +67,7 @@ def prepare(stack: Level, prompts, *, max_new_tokens: int | Sequence[int] | None
             f"positions of {card.name}; lower max_new_tokens or shorten the prompt"
         )
     limit = np.minimum(limit, card.max_positions)
-    for draft in (level.card for level in stack.levels[1:]):
+    for draft in stack.cards[1:]:
         if limit.max() > draft.max_positions:
             raise InputError(
                 f"{draft.name} has {draft.max_positions} positions, but prompt and new tokens take {limit.max()}; "
@@ -100,11 +80,27 @@ def prepare(stack: Level, prompts, *, max_new_tokens: int | Sequence[int] | None
     return Batch(jnp.asarray(tokens), jnp.asarray(length, jnp.int32), jnp.asarray(limit, jnp.int32), width)
 
 
-def request(stack: Level, prompts, arguments: dict[str, Any]) -> tuple[Batch, Sampling, tuple[str, ...]]:
-    """Check all arguments and turn them into a batch, its sampling and its stop strings."""
-    unknown = sorted(set(arguments) - set(Arguments.__annotations__))
+def card_of(stack: Stack) -> Card:
+    """Return the target's card: what generating from text needs to know of it."""
+    outermost(stack)
+    card = stack.card if isinstance(stack, Stack) else None
+    return instance("the stack's card", card, Card, "one of name, tokenizer and positions: build the stack with mlsd.stack")
+
+
+class Request(NamedTuple):
+    """What is asked, checked."""
+
+    batch: Batch
+    sampling: Sampling
+    control: Control
+    stops: tuple[str, ...]  # strings at whose first text ends
+
+
+def request(stack: Stack, prompts, arguments: dict[str, Any]) -> Request:
+    """Check prompts and all arguments."""
+    unknown = sorted(arguments.keys() - ARGUMENTS.keys())
     if unknown:
-        raise InputError(f"'{unknown[0]}' is not supported; supported: {', '.join(sorted(Arguments.__annotations__))}")
+        raise InputError(f"'{unknown[0]}' is not supported; supported: {', '.join(sorted(ARGUMENTS))}")
     card, stops = card_of(stack), texts("stop", arguments.pop("stop", None))
     if stops and card.tokenizer is None:
         raise InputError(f"{card.name} has no tokenizer, which stop strings need; use stop_token_ids")
@@ -113,6 +109,7 @@ def request(stack: Level, prompts, arguments: dict[str, Any]) -> tuple[Batch, Sa
     if arguments.get("stop_token_ids") is None:
         ends = card.chat_end_token_ids if batch_arguments.get("chat") else ()
         arguments["stop_token_ids"] = tuple(dict.fromkeys((*card.eos_token_ids, *ends)))
-    sampling = Sampling.create(len(batch.length), stack.model.vocab_size, **arguments)
+    rows, limit = len(batch.length), {name: arguments.pop(name) for name in ("draft_limit",) if name in arguments}
+    sampling = Sampling.create(rows, stack.level.model.vocab_size, **arguments)
     loop.check(stack, sampling)
-    return batch, sampling, stops
+    return Request(batch, sampling, Fixed.create(rows, **limit), stops)

@@ -1,6 +1,5 @@
-"""`stack`: a target and its drafters, outermost first, checked against each other and built into one `Level`."""
+"""`stack`: a target and its drafters, outermost first, checked against each other and built into one `Stack`."""
 
-import dataclasses
 from typing import Any
 
 import jax
@@ -9,11 +8,11 @@ import cpu_kernels
 from mlspecqd_jax import jax_settings
 from mlspecqd_jax.arguments import brief, flag, instance
 from mlspecqd_jax.errors import InputError
-from mlspecqd_jax.loading.card import Card, first_difference
 from mlspecqd_jax.loading.models import Model
-from mlspecqd_jax.speculation import loop
 from mlspecqd_jax.speculation.drafters.prompt_lookup import PromptLookup
 from mlspecqd_jax.speculation.level import Level
+from mlspecqd_jax.speculation.stack import Stack
+from mlspecqd_jax.text.card import first_difference
 from mlspecqd_jax.weights.mx import MXArray, MXFP4Array
 from mlspecqd_jax.weights.quantization import EMBEDDING
 
@@ -21,13 +20,9 @@ from mlspecqd_jax.weights.quantization import EMBEDDING
 # on every processor. Elsewhere one padded width is alike by construction.
 CPU_ROWS, ROWS = 2, 16
 
-# Else XLA:GPU times several algorithms for each product whenever it compiles, and two programs may get two for the same product:
-# 7 of 32 rows of a real model differed on an H200. cuBLAS takes one algorithm for a shape.
-ONE_ALGORITHM = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
-
 
 @jax_settings.held
-def stack(target: Model, *drafters: Any, exact: bool = True, share_cache: bool = True) -> Level:
+def stack(target: Model, *drafters: Any, exact: bool = True, share_cache: bool = True) -> Stack:
     """Build what generates: a target, what drafts for it, what drafts for that, and so on; the target alone decodes plainly.
 
     Args:
@@ -67,26 +62,8 @@ def stack(target: Model, *drafters: Any, exact: bool = True, share_cache: bool =
             lengths[i],
             window_multiple=1 if i else rows,
             share_cache=share_cache and i > 0 and is_twin(model, models[i - 1]),
-            card=model.card if i else dataclasses.replace(model.card, exact=exact),
         )
-    return below
-
-
-def compiler_options(stack: Level) -> dict[str, Any]:
-    """Return the `compiler_options` of a `jax.jit` that runs this stack: on GPU an exact one needs the same products everywhere.
-
-    Raises:
-      InputError: this is no stack of `mlsd.stack`.
-    """
-    exact = card_of(stack).exact
-    platform = next(iter(stack.params[EMBEDDING].devices())).platform
-    return dict(ONE_ALGORITHM) if exact and platform == "gpu" else {}
-
-
-def card_of(stack: Level) -> Card:
-    """Return what `mlsd.stack` keeps with a stack: its name, tokenizer and positions."""
-    loop.check_stack(stack)
-    return instance("the stack's card", stack.card, Card, "one of name, tokenizer and positions: build the stack with mlsd.stack")
+    return Stack(below, tuple(model.card for model in models), exact)
 
 
 def prompt_lookup(max_ngram: int = 3, min_ngram: int = 1) -> PromptLookup:
@@ -134,9 +111,7 @@ def is_twin(model: Model, other: Model) -> bool:
 
 def name_of(drafter: Any) -> str:
     """Return what reports and messages call a drafter."""
-    if isinstance(drafter, (Model, Level)):
-        return drafter.card.name
-    return "ngram" if isinstance(drafter, PromptLookup) else type(drafter).__name__
+    return drafter.card.name if isinstance(drafter, Model) else getattr(drafter, "name", type(drafter).__name__)
 
 
 def default_draft_len(drafter: Any, nested: bool) -> int:

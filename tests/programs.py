@@ -9,10 +9,10 @@ from jax.sharding import NamedSharding
 
 from mlspecqd_jax.network.config import ModelConfig
 from mlspecqd_jax.network.network import Network
+from mlspecqd_jax.programs import ONE_ALGORITHM
 from mlspecqd_jax.speculation import loop
 from mlspecqd_jax.speculation.level import Level
 from mlspecqd_jax.speculation.settings import Sampling
-from mlspecqd_jax.stacks import ONE_ALGORITHM
 from mlspecqd_jax.weights import layouts
 from mlspecqd_jax.weights.partition import cache_sharding, weight_sharding
 from mlspecqd_jax.weights.quantization import quantize_params

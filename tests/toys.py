@@ -11,16 +11,18 @@ import jax.numpy as jnp
 import numpy as np
 from scipy import stats
 
+from mlspecqd_jax.arguments import LARGEST_INT
 from mlspecqd_jax.speculation.buffers import write_at
-from mlspecqd_jax.speculation.choosing import DRAW, RESIDUAL, choose, gumbel, noise, probabilities
+from mlspecqd_jax.speculation.choosing import DRAW, RESIDUAL, draw, gumbel, noise, probabilities
 from mlspecqd_jax.speculation.drafters.prompt_lookup import PromptLookup
 from mlspecqd_jax.speculation.level import SLACK, Level
 from mlspecqd_jax.speculation.loop import generate_tokens
-from mlspecqd_jax.speculation.protocols import Draft
+from mlspecqd_jax.speculation.protocols import PADDING, Ask, Draft, Lent
 from mlspecqd_jax.speculation.settings import Sampling
+from mlspecqd_jax.speculation.state import counts_of
 
 MODULUS = 1009
-EMPTY = -1
+EMPTY = PADDING  # so that an entry that a row of padding wrote is as good as none
 
 
 def _quick_options():
@@ -59,12 +61,15 @@ class Toy:
         table[:, self.alarm] = -60
         return jnp.asarray(table, jnp.float32)
 
-    def init_cache(self, batch, length, params):
-        return jnp.full((batch, length), EMPTY, jnp.int32)
+    def init_cache(self, params, batch, slots):
+        return jnp.full((batch, slots), EMPTY, jnp.int32)
 
-    def __call__(self, params, tokens, start, cache):
+    def row_multiple(self, params):
+        return 1
+
+    def __call__(self, params, tokens, start, cache, *, features=False):
         cache = write_at(cache, start, tokens)
-        return self.score(params, cache, start[:, None] + jnp.arange(tokens.shape[1])), cache
+        return self.score(params, cache, start[:, None] + jnp.arange(tokens.shape[1])), cache, None
 
     def score(self, params, cache, position):
         """Return the logits [B, W, V] that the cached tokens [B, S] up to each position [B, W] give."""
@@ -93,17 +98,20 @@ class Markov:
         shape = ((self.vocab_size + 1) ** self.order, self.vocab_size)
         return jnp.asarray(scale * np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
-    def init_cache(self, batch, length, params):
-        return jnp.full((batch, length), EMPTY, jnp.int32)
+    def init_cache(self, params, batch, slots):
+        return jnp.full((batch, slots), EMPTY, jnp.int32)
 
-    def __call__(self, params, tokens, start, cache):
+    def row_multiple(self, params):
+        return 1
+
+    def __call__(self, params, tokens, start, cache, *, features=False):
         cache = write_at(cache, start, tokens)
         context = 0
         for i in range(self.order):
             at = start[:, None] + jnp.arange(tokens.shape[1]) - i
             last = jnp.take_along_axis(cache, jnp.clip(at, 0, cache.shape[1] - 1), axis=1)
             context += jnp.where(at < 0, 0, last + 1) * (self.vocab_size + 1) ** i
-        return params[context], cache
+        return params[context], cache, None
 
     def truth(self, table, tokens):
         """Return the logits f32 [V] after a list of tokens, in plain Python."""
@@ -125,15 +133,19 @@ class SharedToy:
     def vocab_size(self):
         return self.toy.vocab_size
 
-    def init_cache(self, batch, length, params):
-        return self.toy.init_cache(batch, length, params)
+    def init_cache(self, params, batch, slots):
+        return self.toy.init_cache(params, batch, slots)
 
-    def __call__(self, params, tokens, start, cache):
+    def row_multiple(self, params):
+        return 1
+
+    def __call__(self, params, tokens, start, cache, *, features=False):
         table, mark = params
-        cache = write_at(cache, start, tokens + self.vocab_size * mark)
+        marked = jnp.where(tokens == PADDING, EMPTY, tokens + self.vocab_size * mark)
+        cache = write_at(cache, start, marked)
         foreign = cache >= self.vocab_size * (mark + 1)
         read = jnp.where(foreign | (cache == EMPTY), EMPTY, cache % self.vocab_size)
-        return self.toy.score(table, read, start[:, None] + jnp.arange(tokens.shape[1])), cache
+        return self.toy.score(table, read, start[:, None] + jnp.arange(tokens.shape[1])), cache, None
 
 
 @jax.tree_util.register_dataclass
@@ -141,21 +153,26 @@ class SharedToy:
 class Script:
     """A `Drafter` that proposes tokens[r, t] for index t of row r, certain of each; `length` of them at most."""
 
-    must_follow = False
+    name = "script"
+    must_follow = uses_features = False
 
     tokens: jax.Array  # int32 [B, S]
     length: jax.Array  # int32 [B]
     vocab_size: int = dataclasses.field(metadata={"static": True})
     heeds_limit: bool = dataclasses.field(metadata={"static": True}, default=True)
 
-    def init(self, prompts, prefill_width):
-        return jnp.zeros_like(prompts.length)  # rounds that it was asked
+    def init(self, batch, slots):
+        return jnp.zeros((batch,), jnp.int32)  # rounds that it was asked
 
-    def propose(self, state, cache, sequences, sampling, draft_len, wanted, depth, refeed):
-        at = sequences.length[:, None] + jnp.arange(draft_len)
+    def feed(self, state, tokens, start, lent):
+        return state
+
+    def propose(self, state, ask, sampling):
+        at = ask.sequences.length[:, None] + jnp.arange(ask.draft_len)
         tokens = jnp.take_along_axis(self.tokens, at, axis=1, mode="clip")
         probs = jax.nn.one_hot(tokens, self.vocab_size) if sampling.rule == "rejection" else None
-        return Draft(tokens, probs, jnp.minimum(wanted, self.length) if self.heeds_limit else self.length), state + 1, cache
+        length = jnp.minimum(ask.wanted, self.length) if self.heeds_limit else self.length
+        return Draft(tokens, probs, length), state + 1, ask.lent
 
 
 @jax.tree_util.register_dataclass
@@ -163,25 +180,30 @@ class Script:
 class ToyDrafter:
     """A `Drafter` that draws from another toy's table, without a cache of its own."""
 
-    must_follow = False
+    name = "toy"
+    must_follow = uses_features = False
 
     params: jax.Array
     model: Toy = dataclasses.field(metadata={"static": True})
 
-    def init(self, prompts, prefill_width):
+    def init(self, batch, slots):
         return None
 
-    def propose(self, state, cache, sequences, sampling, draft_len, wanted, depth, refeed):
+    def feed(self, state, tokens, start, lent):
+        return None
+
+    def propose(self, state, ask, sampling):
+        sequences = ask.sequences
         coupled = sampling.rule == "coupled"
 
         def one(tokens, g):
             t = sequences.length[:, None] + g
             logits = self.model.score(self.params, tokens, t - 1)
-            drawn = choose(logits, noise(sampling.seed, t, 0 if coupled else 1, DRAW), sampling)
+            drawn = draw(logits, noise(sampling.seed, t, 0 if coupled else 1, DRAW), sampling)
             return write_at(tokens, t[:, 0], drawn), (drawn[:, 0], probabilities(logits, sampling)[:, 0])
 
-        _, (drawn, probs) = jax.lax.scan(one, sequences.tokens, jnp.arange(draft_len))
-        return Draft(drawn.T, None if coupled else jnp.swapaxes(probs, 0, 1), wanted), state, cache
+        _, (drawn, probs) = jax.lax.scan(one, sequences.tokens, jnp.arange(ask.draft_len))
+        return Draft(drawn.T, None if coupled else jnp.swapaxes(probs, 0, 1), ask.wanted), state, ask.lent
 
 
 def level(toy, table, drafter=None, draft_len=0, window_multiple=1):
@@ -209,6 +231,13 @@ def chain(names, tables, draft_lens, model):
             params = (tables[i], jnp.int32(marks[i])) if isinstance(model, SharedToy) else tables[i]
             drafter = Level(model, params, drafter, draft_len, share_cache=names[i] == "shared")
     return drafter
+
+
+def ask_of(sequences, wanted, draft_len, cache=None, below=0):
+    """Return what a target without features asks of its drafter, where `below` levels under that may draft all they can."""
+    batch = len(sequences.length)
+    lent = Lent(cache, None, jnp.zeros((batch,), jnp.int32))
+    return Ask(sequences, wanted, jnp.full((below, batch), LARGEST_INT, jnp.int32), lent, draft_len, depth=1, refeed=0)
 
 
 def ragged(prompts, size, filler=0):
@@ -277,11 +306,7 @@ def logprob_rows(state):
 
 def level_counts(state):
     """Return the counts of all levels as numpy arrays, outermost first."""
-    found = []
-    while hasattr(state, "counts"):
-        found.append(jax.tree.map(np.asarray, state.counts))
-        state = state.below
-    return found
+    return jax.tree.map(np.asarray, list(counts_of(state)))
 
 
 def softmax(x):

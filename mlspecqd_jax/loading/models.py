@@ -16,10 +16,10 @@ from mlspecqd_jax import arguments, jax_settings
 from mlspecqd_jax.errors import InputError
 from mlspecqd_jax.json_files import read_json, read_json_if_there
 from mlspecqd_jax.loading import checkpoint, config_file, huggingface, weight_files
-from mlspecqd_jax.loading.card import Card
 from mlspecqd_jax.loading.find import find, is_path
 from mlspecqd_jax.network.network import Network
 from mlspecqd_jax.text import chat, tokenizer_files
+from mlspecqd_jax.text.card import Card
 from mlspecqd_jax.weights import layouts
 from mlspecqd_jax.weights.mx import FORMATS, MXArray, MXFP4Array, check_format
 from mlspecqd_jax.weights.partition import usable_mesh

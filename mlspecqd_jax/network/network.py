@@ -23,7 +23,7 @@ from mlspecqd_jax.weights.partition import cache_sharding
 
 
 class Transformer(nnx.Module):
-    """Tokens [B, W] at absolute positions `start[r]..start[r]+W-1` to logits [B, W, V] in f32.
+    """Tokens [B, W] at absolute positions `start[r]..start[r]+W-1` to logits [B, W, V] in f32, and to what they are read from.
 
     It always has an `lm_head`; a tied model is one whose parameters give it the embedding (see `Network`).
     """
@@ -36,7 +36,7 @@ class Transformer(nnx.Module):
     def __call__(self, tokens, start, caches):
         x, caches = self.model(tokens, start, caches)
         with jax.named_scope("lm_head"):
-            return self.lm_head(x, out_dtype=jnp.float32), caches
+            return self.lm_head(x, out_dtype=jnp.float32), caches, x
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,10 +71,10 @@ class Network:
         flat = {_name(path): leaf.get_value().astype(dtype) for path, leaf in nnx.to_flat_state(state)}
         return {name: flat[name] for name in self.shapes()}
 
-    def init_cache(self, batch: int, length: int, params: dict[str, jax.Array]) -> list[KVCache]:
-        """Return zeroed caches of `length` positions for every layer, in the dtype of the embedding."""
+    def init_cache(self, params: dict[str, jax.Array], batch: int, slots: int) -> list[KVCache]:
+        """Return zeroed caches of `slots` positions for every layer, in the dtype of the embedding."""
         c = self.config
-        shape = (batch, c.num_key_value_heads, length, c.head_dim)
+        shape = (batch, c.num_key_value_heads, slots, c.head_dim)
 
         def zeros():
             buffer = jnp.zeros(shape, params["model.embed_tokens.weight"].dtype)
@@ -84,17 +84,18 @@ class Network:
 
         return [KVCache(zeros(), zeros()) for _ in range(c.num_hidden_layers)]
 
-    def __call__(self, params, tokens: jax.Array, start: jax.Array, cache: list[KVCache] | None):
+    def __call__(self, params, tokens: jax.Array, start: jax.Array, cache: list[KVCache] | None, *, features: bool = False):
         """Score a window and write it to the cache.
 
         Args:
           params: parameters by name.
-          tokens: [B, W] token ids.
+          tokens: [B, W] token ids; -1 only pads.
           start: [B] absolute position of each row's first token.
           cache: caches of at least start + W positions, or None to attend within the window only.
+          features: whether to hand up the hidden states after the last norm, from which the head reads.
 
         Returns:
-          (logits f32 [B, W, V], updated cache or None).
+          (logits f32 [B, W, V], updated cache or None, features [B, W, K] or None).
         """
         graphdef, leaves = _skeleton(self.config)
         head = params.get("lm_head.weight", params["model.embed_tokens.weight"])
@@ -104,7 +105,8 @@ class Network:
         # What is traced here sees by this context that its weights are split.
         partitioned = contextlib.nullcontext() if self.mesh is None else jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh)
         with partitioned:
-            return nnx.merge(graphdef, state)(tokens, start, cache)
+            logits, cache, hidden = nnx.merge(graphdef, state)(tokens, start, cache)
+        return logits, cache, hidden if features else None
 
 
 @functools.lru_cache(maxsize=32)

@@ -89,7 +89,7 @@ def _penalize(logits, tokens, position, s: Sampling):
     )
 
 
-def choose(logits: jax.Array, keys: jax.Array, sampling: Sampling) -> jax.Array:
+def draw(logits: jax.Array, keys: jax.Array, sampling: Sampling) -> jax.Array:
     """argmax(filtered logits + Gumbel noise), or argmax(logits) where a row's temperature is 0.
 
     Args:

@@ -11,19 +11,28 @@ length is neither read nor trimmed. Rows that are finished go around with the ot
 """
 
 import dataclasses
-import math
-from collections.abc import Hashable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from mlspecqd_jax.errors import InputError
-from mlspecqd_jax.speculation.buffers import read_at, write_at
+from mlspecqd_jax.speculation.buffers import padded, read_at, write_at
 from mlspecqd_jax.speculation.choosing import adjust, log_probability
 from mlspecqd_jax.speculation.counts import Counts, count
-from mlspecqd_jax.speculation.protocols import Draft, Drafter, Scorer, Sequences, check_draft, check_logits
+from mlspecqd_jax.speculation.protocols import (
+    Ask,
+    Draft,
+    Drafter,
+    Lent,
+    Scored,
+    Scorer,
+    Sequences,
+    check_proposal,
+    check_scored,
+)
 from mlspecqd_jax.speculation.settings import Sampling
+from mlspecqd_jax.speculation.state import DrafterState, State, is_unfinished
 from mlspecqd_jax.speculation.verification import Verdict, verify
 
 SLACK = 64  # buffer positions beyond the last token, for the window of one round of any level
@@ -34,7 +43,7 @@ SLACK = 64  # buffer positions beyond the last token, for the window of one roun
 class Level:
     """A model, its parameters, and what drafts for it; a pytree whose leaves are the parameters of all levels below.
 
-    The outermost level is the *stack* that the public functions take. Any other is a `Drafter`.
+    Every level but the outermost is a `Drafter`.
     """
 
     model: Scorer = dataclasses.field(metadata={"static": True})
@@ -45,8 +54,6 @@ class Level:
     window_multiple: int = dataclasses.field(metadata={"static": True}, default=1)
     # Whether to read the verifier's cache and to write the drafted positions there, where verification overwrites them.
     share_cache: bool = dataclasses.field(metadata={"static": True}, default=False)
-    # Whatever a caller keeps with the level, such as its name and tokenizer; never read here.
-    card: Hashable = dataclasses.field(metadata={"static": True}, default=None)
 
     def __post_init__(self):
         if (self.drafter is None) != (self.draft_len == 0) or self.draft_len < 0:
@@ -68,55 +75,72 @@ class Level:
         return (self, *(self.drafter.levels if isinstance(self.drafter, Level) else ()))
 
     @property
+    def name(self) -> str:
+        """What it is called where nothing better is known: the type of its model."""
+        return type(self.model).__name__
+
+    @property
     def must_follow(self) -> bool:
         """Whether this level, as a drafter, or what drafts for it keeps a cache that must be fed what was appended above."""
         return not self.share_cache or (self.drafter is not None and self.drafter.must_follow)
 
+    @property
+    def uses_features(self) -> bool:
+        """Whether its verifier is to lend it features: its drafter's, where prompts are fed to the verifier alone."""
+        return self.share_cache and self._lends_features
+
+    @property
+    def draft_lens(self) -> tuple[int, ...]:
+        """The draft_len of every drafter, outermost first."""
+        return tuple(level.draft_len for level in self.levels if level.drafter is not None)
+
+    @property
+    def _lends_features(self) -> bool:
+        return self.drafter is not None and self.drafter.uses_features
+
     def window(self, refeed: int = 0) -> int:
-        """Return the depth of positions that one round feeds to the model, `refeed` of them for the second time."""
+        """Return the number of positions that one round feeds to the model, `refeed` of them for the second time."""
         return -(-(refeed + self.draft_len + 1) // self.window_multiple) * self.window_multiple
 
-    def init(self, prompts: Sequences, prefill_width: int) -> "DrafterState":
-        """Feed all prompt tokens but the last to every cache of this level and those below."""
-        return self.feed(self.begin(prompts, prefill_width), prompts, prefill_width)
+    def score(self, tokens: jax.Array, start: jax.Array, cache: Any) -> Scored:
+        """Run one pass of the model over tokens [B, W] at positions start[r] + 0..W-1, and check what it returns."""
+        features = self._lends_features
+        return check_scored(self.model(self.params, tokens, start, cache, features=features), self.model, tokens, features)
 
-    def begin(self, prompts: Sequences, prefill_width: int) -> "DrafterState":
-        """Return empty caches for `feed`; what drafts and is no level is fed here."""
-        batch, size = prompts.tokens.shape
-        below = self.drafter
-        if below is not None:
-            below = (below.begin if isinstance(below, Level) else below.init)(prompts, prefill_width)
-        cache = None if self.share_cache else self.model.init_cache(batch, size, self.params)
-        return DrafterState(cache, below, Counts.zeros(batch, self.draft_len))
+    def init(self, batch: int, slots: int) -> DrafterState:
+        """Return the empty caches of this level and those below (see `Drafter`)."""
+        below = None if self.drafter is None else self.drafter.init(batch, slots)
+        cache = None if self.share_cache else self.model.init_cache(self.params, batch, slots)
+        counts = Counts.zeros(batch, self.draft_len)
+        return DrafterState(cache, self._no_features(batch, slots), jnp.zeros((batch,), jnp.int32), below, counts)
 
-    def feed(
-        self,
-        state: "DrafterState",
-        prompts: Sequences,
-        prefill_width: int,
-        first: jax.Array | int = 0,
-        pieces: jax.Array | int | None = None,
-    ) -> "DrafterState":
-        """Feed the prompts' pieces `first` to `first + pieces - 1` (None: all from `first` on) to every cache of levels."""
-        cache, below = state.cache, state.below
-        if not self.share_cache:
-            cache = _fed(self, cache, prompts, prefill_width, first, pieces)
-        if isinstance(self.drafter, Level):
-            below = self.drafter.feed(below, prompts, prefill_width, first, pieces)
-        return state._replace(cache=cache, below=below)
+    def feed(self, state: DrafterState, tokens: jax.Array, start: jax.Array, lent: Lent | None = None) -> DrafterState:
+        """Feed a piece of the prompts to every cache of this level and those below (see `Drafter`)."""
+        if self.share_cache:  # what its verifier was fed is in the cache already
+            mine = lent
+        else:
+            scored = self.score(tokens, start, state.cache)
+            mine = Lent(scored.cache, scored.features, start)
+            state = state._replace(cache=scored.cache)
+        if self.drafter is None:
+            return state
+        return state._replace(below=self.drafter.feed(state.below, tokens, start, mine))
 
-    def propose(self, state, cache, sequences, sampling, draft_len, wanted, depth, refeed):
+    def propose(self, state: DrafterState, ask: Ask, sampling: Sampling) -> tuple[Draft, DrafterState, Lent]:
         """Run rounds until every row has wanted[r] tokens or drafted a stop token (see `Drafter`)."""
-        batch = sequences.length.shape[0]
-        probs = jnp.zeros((batch, draft_len, sampling.vocab_size)) if sampling.rule == "rejection" else None
-        limit = sequences.length + wanted
+        tokens, length = ask.sequences
+        batch = length.shape[0]
+        probs = jnp.zeros((batch, ask.draft_len, sampling.vocab_size)) if sampling.rule == "rejection" else None
+        limit = length + ask.wanted
         begun = State(
-            tokens=sequences.tokens,
-            length=sequences.length,
-            begin=sequences.length,
+            tokens=tokens,
+            length=length,
+            begin=length,
             ended=jnp.zeros((batch,), bool),
             broken=jnp.zeros((batch,), bool),
-            cache=cache if self.share_cache else state.cache,
+            cache=ask.lent.cache if self.share_cache else state.cache,
+            features=state.features,
+            scored_from=state.scored_from,
             below=state.below,
             counts=state.counts,
             probs=probs,
@@ -124,9 +148,9 @@ class Level:
         )
 
         def run(progress, refeed):
-            return run_round(self, progress, limit, sampling, depth, refeed)
+            return run_round(self, progress, limit, sampling, ask.limits, ask.depth, refeed)
 
-        refeed = refeed if self.share_cache else depth
+        refeed = ask.refeed if self.share_cache else ask.depth
         if refeed:
             begun = run(begun, refeed)
 
@@ -136,61 +160,52 @@ class Level:
             return first | jnp.any(is_unfinished(progress, limit))
 
         end = jax.lax.while_loop(more, lambda progress: run(progress, 0), begun)
-        draft = Draft(read_at(end.tokens, end.begin, draft_len), end.probs, end.length - end.begin)
-        if self.share_cache:
-            return draft, DrafterState(None, end.below, end.counts), end.cache
-        return draft, DrafterState(end.cache, end.below, end.counts), cache
+        draft = Draft(read_at(end.tokens, end.begin, ask.draft_len), end.probs, end.length - end.begin)
+        state = DrafterState(None if self.share_cache else end.cache, end.features, end.scored_from, end.below, end.counts)
+        return draft, state, ask.lent._replace(cache=end.cache) if self.share_cache else ask.lent
+
+    def _no_features(self, batch: int, slots: int) -> jax.Array | None:
+        """Return the features of a round before there was one: zeros [B, draft_len + 1, F], or None where nobody uses them."""
+        if not self._lends_features:
+            return None
+
+        def one_pass():
+            rows = jnp.zeros((batch, self.draft_len + 1), jnp.int32)
+            cache = self.model.init_cache(self.params, batch, slots)
+            return self.score(rows, rows[:, 0], cache).features
+
+        found = jax.eval_shape(one_pass)
+        return jnp.zeros(found.shape, found.dtype)
 
 
-class DrafterState(NamedTuple):
-    """What a level keeps between rounds of the level above it."""
-
-    cache: Any  # None where it shares its verifier's
-    below: Any  # its drafter's state
-    counts: Counts
-
-
-class State(NamedTuple):
-    """Everything that a round of a level reads and writes."""
-
-    tokens: jax.Array  # int32 [B, S]
-    length: jax.Array  # int32 [B]
-    begin: jax.Array  # int32 [B], the length before the first round
-    ended: jax.Array  # bool [B], whether the last token is a stop token
-    broken: jax.Array  # bool [B], whether the target's logits after the last token are no numbers to choose by
-    cache: Any
-    below: Any  # the drafter's state
-    counts: Counts
-    probs: jax.Array | None  # f32 [B, G, V], what the tokens from `begin` on were drawn from: under the rejection rule, for a draft
-    logprobs: jax.Array | None  # f32 [B, S], of the tokens chosen, when asked for
-
-
-def is_unfinished(progress: State, limit: jax.Array) -> jax.Array:
-    """Return bool [B]: which rows have neither ended, nor broken, nor reached their limit."""
-    return ~progress.ended & ~progress.broken & (progress.length < limit)
-
-
-def run_round(level: Level, progress: State, limit: jax.Array, sampling: Sampling, depth: int = 0, refeed: int = 0) -> State:
-    """Draft, score, verify: append 1 to draft_len + 1 tokens to every open row.
+def run_round(
+    level: Level, progress: State, limit: jax.Array, sampling: Sampling, limits: jax.Array, depth: int = 0, refeed: int = 0
+) -> State:
+    """Draft, score, verify: append 1 to draft_len + 1 tokens to every unfinished row.
 
     Args:
       level: whose exact samples to append.
       progress: where the rows stand.
       limit: int32 [B], the length at which a row is finished.
       sampling: the rows' settings.
+      limits: int32 [D, B], how many tokens each level below may draft a round, outermost first.
       depth: how many levels above it there are.
       refeed: how many tokens before the pending one to feed again (fewer where a row has fewer).
     """
     unfinished = is_unfinished(progress, limit)
     length, rows = progress.length, level.draft_len + 1
-    draft, below, cache = _drafted(level, progress, limit, unfinished, sampling, depth, refeed)
+    draft, below, cache = _drafted(level, progress, limit, unfinished, sampling, limits, depth, refeed)
     tokens = write_at(progress.tokens, length, draft.tokens)
     start = jnp.maximum(length - 1 - refeed, 0)
-    window = read_at(tokens, start, level.window(refeed))
-    logits, cache = level.model(level.params, window, start, cache)
-    check_logits(logits, level.model, window)
-    logits = read_at(logits, length - 1 - start, rows) if refeed else logits[:, :rows]
-    logits = _fitted(logits, sampling.vocab_size)
+    # A draft's row that is finished here may yet have to catch up; the target's has nothing to be fed.
+    known = length + draft.length if depth else jnp.where(unfinished, length + draft.length, 0)
+    window = padded(read_at(tokens, start, level.window(refeed)), start, known)
+    logits, cache, features = level.score(window, start, cache)
+
+    def of_round(x):  # [B, W, ...] -> [B, G + 1, ...]
+        return read_at(x, length - 1 - start, rows) if refeed else x[:, :rows]
+
+    logits = _fitted(of_round(logits), sampling.vocab_size)
     adjusted = adjust(logits, tokens, length[:, None] + jnp.arange(rows), sampling)
     verdict = verify(_lawful(adjusted) if depth else adjusted, draft, length, sampling, depth)
     appended, ended = _cut(verdict, length, limit, unfinished, sampling.stop_token_ids)
@@ -205,13 +220,14 @@ def run_round(level: Level, progress: State, limit: jax.Array, sampling: Samplin
         probs = write_at(probs, length - progress.begin, verdict.probs)
     if logprobs is not None:
         logprobs = write_at(logprobs, length, log_probability(logits, verdict.tokens))
-    return State(
+    return progress._replace(
         tokens=write_at(tokens, length, verdict.tokens),
         length=length + appended,
-        begin=progress.begin,
         ended=progress.ended | ended,
         broken=broken,
         cache=cache,
+        features=None if progress.features is None else of_round(features),
+        scored_from=length - 1,
         below=below,
         counts=count(progress.counts, draft, verdict, appended, unfinished),
         probs=probs,
@@ -219,40 +235,23 @@ def run_round(level: Level, progress: State, limit: jax.Array, sampling: Samplin
     )
 
 
-def piece_width(prefill_width: int, size: int) -> int:
-    """Return the width of the pieces in which prompts are fed to a buffer of `size`: at most prefill_width, and they fill it."""
-    return math.gcd(prefill_width, size)
-
-
-def _fed(level: Level, cache: Any, prompts: Sequences, prefill_width: int, first, pieces) -> Any:
-    """Return the level's cache after some pieces of all prompt tokens but the last."""
-    batch, size = prompts.tokens.shape
-    width = piece_width(prefill_width, size)
-    first = jnp.asarray(first, jnp.int32)
-    end = (jnp.max(prompts.length) - 1 + width - 1) // width
-    if pieces is not None:
-        end = jnp.minimum(end, first + pieces)
-
-    def feed(i, cache):
-        start = i * width
-        window = jax.lax.dynamic_slice(prompts.tokens, (0, start), (batch, width))
-        return level.model(level.params, window, jnp.full((batch,), start, jnp.int32), cache)[1]
-
-    return jax.lax.fori_loop(first, end, feed, cache)
-
-
-def _drafted(level, progress, limit, unfinished, sampling, depth, refeed):
+def _drafted(level, progress, limit, unfinished, sampling, limits, depth, refeed):
     if level.drafter is None:
         return Draft.empty(unfinished.shape[0], sampling.vocab_size), progress.below, progress.cache
     # The token after the draft comes from the verifier, so one less than what is missing is of use.
     useful = jnp.where(unfinished, jnp.clip(limit - progress.length - 1, 0, level.draft_len), 0)
-    if depth == 0:
-        useful = jnp.minimum(useful, sampling.draft_limit)
-    sequences = Sequences(progress.tokens, progress.length)
-    draft, *handed_back = level.drafter.propose(
-        progress.below, progress.cache, sequences, sampling, level.draft_len, useful, depth + 1, refeed
+    ask = Ask(
+        sequences=Sequences(progress.tokens, progress.length),
+        wanted=jnp.minimum(useful, limits[0]),
+        limits=limits[1:],
+        lent=Lent(progress.cache, progress.features, progress.scored_from),
+        draft_len=level.draft_len,
+        depth=depth + 1,
+        refeed=refeed,
     )
-    return check_draft(draft, level.drafter, level.draft_len, sampling), *handed_back
+    proposal = level.drafter.propose(progress.below, ask, sampling)
+    draft, below, lent = check_proposal(proposal, level.drafter, ask, sampling)
+    return draft, below, lent.cache
 
 
 def _fitted(logits: jax.Array, vocab_size: int) -> jax.Array:

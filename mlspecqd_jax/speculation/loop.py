@@ -13,11 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from mlspecqd_jax import jax_settings
-from mlspecqd_jax.arguments import LARGEST_INT, instance, integers, is_array, number
+from mlspecqd_jax.arguments import LARGEST_INT, brief, instance, integers, is_array, number
 from mlspecqd_jax.errors import InputError
-from mlspecqd_jax.speculation.level import SLACK, DrafterState, Level, State, is_unfinished, run_round
-from mlspecqd_jax.speculation.protocols import Sequences
+from mlspecqd_jax.speculation.buffers import padded
+from mlspecqd_jax.speculation.control import Fixed
+from mlspecqd_jax.speculation.level import SLACK, Level, run_round
+from mlspecqd_jax.speculation.protocols import Control, check_limits
 from mlspecqd_jax.speculation.settings import Sampling
+from mlspecqd_jax.speculation.stack import Stack, outermost
+from mlspecqd_jax.speculation.state import DrafterState, State, counts_of, is_unfinished
 
 PREFILL_WIDTH = 256
 
@@ -29,49 +33,67 @@ def buffer_length(longest: int, multiple: int = 256) -> int:
 
 
 @jax_settings.held
-def init(stack: Level, tokens: jax.Array, length: jax.Array, sampling: Sampling, *, prefill_width: int = PREFILL_WIDTH) -> State:
+def init(
+    stack: Stack | Level,
+    tokens: jax.Array,
+    length: jax.Array,
+    sampling: Sampling,
+    *,
+    control: Control | None = None,
+    prefill_width: int = PREFILL_WIDTH,
+) -> State:
     """Feed all prompt tokens but the last, which becomes the pending one.
 
     Args:
-      stack: the outermost level.
+      stack: from `mlsd.stack`, or a level that is to be the outermost.
       tokens: int32 [B, S], left-aligned prompts; S at least the final length plus SLACK (`buffer_length`).
       length: int32 [B], prompt lengths, at least 1.
       sampling: the rows' settings.
+      control: of draft lengths; None lets every level draft its draft_len.
       prefill_width: static; prompts are fed in pieces of (at most) this many tokens.
     """
-    return feed(stack, begin(stack, tokens, length, sampling, prefill_width=prefill_width), prefill_width=prefill_width)
+    prefill_width = number("prefill_width", prefill_width)
+    return feed(stack, begin(stack, tokens, length, sampling, control=control), prefill_width=prefill_width)
 
 
 @jax_settings.held
-def begin(stack: Level, tokens: jax.Array, length: jax.Array, sampling: Sampling, *, prefill_width: int = PREFILL_WIDTH) -> State:
+def begin(
+    stack: Stack | Level, tokens: jax.Array, length: jax.Array, sampling: Sampling, *, control: Control | None = None
+) -> State:
     """Return the state before the prompts are fed, for `feed`; the arguments are those of `init`."""
-    check(stack, sampling)
-    number("prefill_width", prefill_width)
+    level = check(stack, sampling)
     batch, size = integers("tokens", tokens, "BS").shape
     _check_rows("length", integers("length", length, "B").shape[0], batch)
     _check_rows("sampling", sampling.seed.shape[0], batch)
-    widest = max(level.window(i) for i, level in enumerate(stack.levels))
+    widest = max(each.window(depth) for depth, each in enumerate(level.levels))
     if size < widest + 1:
         raise InputError(f"tokens has {size} positions, but a window of {widest} needs more; see buffer_length")
-    prompts = Sequences(jnp.asarray(tokens).astype(jnp.int32), jnp.asarray(length).astype(jnp.int32))
-    below = stack.begin(prompts, prefill_width)
+    control = Fixed.create(batch) if control is None else control
+    if not all(hasattr(control, method) for method in ("init", "limits", "update")):
+        raise InputError(f"control is {brief(control)}, but must have init, limits and update: see mlsd.Control, or leave it out")
+    length = jnp.asarray(length).astype(jnp.int32)
+    empty = level.init(batch, size)
     return State(
-        tokens=prompts.tokens,
-        length=prompts.length,
-        begin=prompts.length,
+        tokens=jnp.asarray(tokens).astype(jnp.int32),
+        length=length,
+        begin=length,
         ended=jnp.zeros((batch,), bool),
         broken=jnp.zeros((batch,), bool),
-        cache=below.cache,
-        below=below.below,
-        counts=below.counts,
+        cache=empty.cache,
+        features=empty.features,
+        scored_from=empty.scored_from,
+        below=empty.below,
+        counts=empty.counts,
         probs=None,
         logprobs=jnp.zeros((batch, size), jnp.float32) if sampling.logprobs else None,
+        control=control,
+        plan=control.init(level.draft_lens, batch),
     )
 
 
 @jax_settings.held
 def feed(
-    stack: Level,
+    stack: Stack | Level,
     state: State,
     *,
     prefill_width: int = PREFILL_WIDTH,
@@ -79,33 +101,43 @@ def feed(
     pieces: jax.Array | int | None = None,
 ) -> State:
     """Feed the prompts' pieces `first` to `first + pieces - 1` (None: all from `first` on), each of (at most) prefill_width."""
-    fed = stack.feed(
-        DrafterState(state.cache, state.below, state.counts), Sequences(state.tokens, state.begin), prefill_width, first, pieces
-    )
-    return state._replace(cache=fed.cache, below=fed.below, counts=fed.counts)
+    level = outermost(stack)
+    batch, size = _checked(state).tokens.shape
+    width = piece_width(prefill_width, size)
+    first = jnp.asarray(first, jnp.int32)
+    end = (jnp.max(state.begin) - 1 + width - 1) // width
+    if pieces is not None:
+        end = jnp.minimum(end, first + pieces)
+
+    def feed_piece(i, fed):
+        start = jnp.full((batch,), i * width, jnp.int32)
+        piece = jax.lax.dynamic_slice(state.tokens, (0, i * width), (batch, width))
+        return level.feed(fed, padded(piece, start, state.begin - 1), start)
+
+    fed = DrafterState(state.cache, state.features, state.scored_from, state.below, state.counts)
+    return state._replace(**jax.lax.fori_loop(first, end, feed_piece, fed)._asdict())
 
 
-def check(stack: Level, sampling: Sampling) -> None:
-    """Raise an InputError unless the stack can be run as the outermost level, with these settings."""
-    check_stack(stack)
+def piece_width(prefill_width: int, size: int) -> int:
+    """Return the width of the pieces in which prompts are fed to a buffer of `size`: at most prefill_width, and they fill it."""
+    return math.gcd(number("prefill_width", prefill_width), size)
+
+
+def check(stack: Stack | Level, sampling: Sampling) -> Level:
+    """Return the outermost level, or raise an InputError unless the stack can be run with these settings."""
+    level = outermost(stack)
     instance("sampling", sampling, Sampling, "settings that Sampling.create made")
-    if sampling.vocab_size != stack.model.vocab_size:
+    if sampling.vocab_size != level.model.vocab_size:
         raise InputError(
-            f"sampling is for a vocabulary of {sampling.vocab_size}, but the target's has {stack.model.vocab_size}; "
+            f"sampling is for a vocabulary of {sampling.vocab_size}, but the target's has {level.model.vocab_size}; "
             "create it with the target's"
         )
-    rates, judges = sampling.synthetic_acceptance, sum(level.draft_len > 0 for level in stack.levels)
+    rates, judges = sampling.synthetic_acceptance, len(level.draft_lens)
     if rates is not None and len(rates) != judges:
         raise InputError(
             f"synthetic_acceptance has {len(rates)} rates, but {judges} levels of the stack judge a draft; give one rate for each"
         )
-
-
-def check_stack(stack: Level) -> None:
-    """Raise an InputError unless this is a stack: a level, and the outermost one."""
-    instance("stack", stack, Level, "a stack: build it with mlsd.stack(model, *drafters)")
-    if stack.share_cache:
-        raise InputError("the outermost level has no verifier whose cache it could share; build it with share_cache=False")
+    return level
 
 
 @jax_settings.held
@@ -115,22 +147,27 @@ def finished(state: State, limit: jax.Array) -> jax.Array:
 
 
 @jax_settings.held
-def step(stack: Level, state: State, limit: jax.Array, sampling: Sampling) -> State:
+def step(stack: Stack | Level, state: State, limit: jax.Array, sampling: Sampling) -> State:
     """Run one round: append 1 to draft_len + 1 tokens to every unfinished row.
 
     Args:
-      stack: the outermost level.
+      stack: the one that the state is of.
       state: from `init`, `step` or `advance`.
       limit: int32 [B], the length at which a row is finished, prompt counted.
       sampling: the rows' settings; may differ from call to call.
     """
-    check(stack, sampling)
+    level = check(stack, sampling)
     sampling = dataclasses.replace(sampling, prompt_length=_checked(state).begin)
-    return run_round(stack, state, _clipped(limit, state), sampling)
+    batch, control = state.length.shape[0], state.control
+    limits = check_limits(control.limits(state.plan), control, len(level.draft_lens), batch)
+    state = run_round(level, state, _clipped(limit, state), sampling, limits)
+    return state._replace(plan=control.update(state.plan, counts_of(state)))
 
 
 @jax_settings.held
-def advance(stack: Level, state: State, limit: jax.Array, sampling: Sampling, rounds: jax.Array | int | None = None) -> State:
+def advance(
+    stack: Stack | Level, state: State, limit: jax.Array, sampling: Sampling, rounds: jax.Array | int | None = None
+) -> State:
     """Run rounds until every row is finished, or at most `rounds` of them (None: no bound), in one `lax.while_loop`."""
     check(stack, sampling)
     limit = _clipped(limit, _checked(state))
@@ -151,29 +188,31 @@ def advance(stack: Level, state: State, limit: jax.Array, sampling: Sampling, ro
 
 @jax_settings.held
 def generate_tokens(
-    stack: Level,
+    stack: Stack | Level,
     tokens: jax.Array,
     length: jax.Array,
     limit: jax.Array,
     sampling: Sampling,
     *,
+    control: Control | None = None,
     prefill_width: int = PREFILL_WIDTH,
 ) -> tuple[jax.Array, jax.Array, State]:
     """Continue every row up to its limit; pure, and callable inside the user's own `jax.jit`.
 
     Args:
-      stack: the outermost level.
+      stack: from `mlsd.stack`, or a level that is to be the outermost.
       tokens: int32 [B, S] prompts, left-aligned, with S as `buffer_length` gives it.
       length: int32 [B] prompt lengths.
       limit: int32 [B] final lengths, prompt counted; clipped to S - SLACK.
       sampling: the rows' settings.
+      control: of draft lengths, see `init`.
       prefill_width: static, see `init`.
 
     Returns:
       (tokens [B, S], length [B], state): row r's text is tokens[r, :length[r]]. `advance` continues from the state.
     """
     limit = _limit(limit, *integers("tokens", tokens, "BS").shape)
-    state = advance(stack, init(stack, tokens, length, sampling, prefill_width=prefill_width), limit, sampling)
+    state = advance(stack, init(stack, tokens, length, sampling, control=control, prefill_width=prefill_width), limit, sampling)
     return state.tokens, state.length, state
 
 

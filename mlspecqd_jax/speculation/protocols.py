@@ -1,6 +1,6 @@
-"""What the recursion asks of those that score and those that draft, and what they hand each other.
+"""What the recursion asks of those that score, draft and control, and what they hand each other.
 
-Notation: B batch, S buffer length, W window, G draft_len, V vocabulary.
+Notation: B batch, S slots of a buffer or a cache, W window, G draft_len, V vocabulary, F features, D levels that draft.
 """
 
 from typing import Any, NamedTuple, Protocol
@@ -11,21 +11,38 @@ import jax.numpy as jnp
 from mlspecqd_jax.errors import InputError
 from mlspecqd_jax.speculation.settings import Sampling
 
+PADDING = -1  # the token id of a window's row that nothing is known of, or that nobody asks for
+
+
+class Scored(NamedTuple):
+    """What one pass of a scorer gives; a plain tuple of the same will do."""
+
+    logits: jax.Array  # f32 [B, W, V]
+    cache: Any
+    features: jax.Array | None = None  # [B, W, F], such as hidden states, where they were asked for
+
 
 class Scorer(Protocol):
     """A pure, hashable scoring function of parameters.
 
     Law 2: logits[:, w] depend on the tokens at absolute positions up to start + w alone, as fed in this call and, below start, as
-    last fed in earlier ones. Entries of the cache beyond them, and other rows, change nothing.
+    last fed in earlier ones. Entries of the cache beyond them, other rows, and rows of `PADDING` change nothing.
     """
 
     vocab_size: int
 
-    def init_cache(self, batch: int, length: int, params: Any) -> Any:
-        """Return an empty cache of `length` positions."""
+    def row_multiple(self, params: Any) -> int:
+        """Return the number of rows at whose multiples a window's rows are computed alike, bit for bit; 1 where always.
 
-    def __call__(self, params: Any, tokens: jax.Array, start: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
-        """Feed tokens [B, W] at positions start[r] + 0..W-1; return (logits f32 [B, W, V], cache)."""
+        Raises:
+          InputError: no number is known; one sentence on what to change.
+        """
+
+    def init_cache(self, params: Any, batch: int, slots: int) -> Any:
+        """Return an empty cache of `slots` positions."""
+
+    def __call__(self, params: Any, tokens: jax.Array, start: jax.Array, cache: Any, *, features: bool = False) -> Scored:
+        """Feed tokens [B, W] at positions start[r] + 0..W-1; hand up features if they are asked for."""
 
 
 class Sequences(NamedTuple):
@@ -54,65 +71,114 @@ class Draft(NamedTuple):
         return Draft(tokens, probs, length)
 
 
+class Lent(NamedTuple):
+    """What a verifier lends its drafter for a round, and gets back."""
+
+    cache: Any  # the verifier's own, for drafters that share it
+    features: jax.Array | None  # of the verifier's last pass, [B, W, F], where its drafter uses them
+    start: jax.Array  # int32 [B], the position of the first of these
+
+
+class Ask(NamedTuple):
+    """What a verifier asks of its drafter in one round."""
+
+    sequences: Sequences  # what is committed so far, and drafted by the levels above
+    wanted: jax.Array  # int32 [B], how many tokens are of use this round, at most draft_len
+    limits: jax.Array  # int32 [D, B], how many tokens each level below the drafter may draft a round, outermost first
+    lent: Lent
+    draft_len: int  # static, G
+    # Static: how many levels above the drafter there are. A cache of its own may lack as many tokens before the pending one, since
+    # each of them may have appended one that the drafter never ran.
+    depth: int
+    # Static: how many tokens before the pending one the verifier feeds again this round. A drafter that shares its cache feeds
+    # these and must not write below them.
+    refeed: int
+
+
 class Drafter(Protocol):
     """A pytree that proposes what comes next.
 
     Law 1: each proposed token was drawn from exactly the distribution handed up with it.
+    Law 3: it is fed what its verifier is fed of a prompt; what is appended later it finds in what it is asked.
     """
 
+    name: str  # in reports
     must_follow: bool  # here or in what drafts for it: then it is asked in every round, to be fed what was appended above
+    uses_features: bool  # whether its verifier is to lend it the features of its passes
 
-    def init(self, prompts: Sequences, prefill_width: int) -> Any:
-        """Return the drafter's state, a cache of its own fed with all prompt tokens but the last."""
+    def init(self, batch: int, slots: int) -> Any:
+        """Return the drafter's state before anything is fed, for rows of at most `slots` tokens."""
 
-    def propose(
-        self,
-        state: Any,
-        cache: Any,
-        sequences: Sequences,
-        sampling: Sampling,
-        draft_len: int,
-        wanted: jax.Array,
-        depth: int,
-        refeed: int,
-    ) -> tuple[Draft, Any, Any]:
-        """Propose up to wanted[r] <= draft_len tokens a row; return (draft, state, the verifier's cache).
+    def feed(self, state: Any, tokens: jax.Array, start: jax.Array, lent: Lent) -> Any:
+        """Return the state after a piece of the prompts: tokens [B, W] at positions start[r] + 0..W-1, `PADDING` where none."""
 
-        Args:
-          state: the drafter's own state.
-          cache: the verifier's cache, handed down for drafters that share it and handed back.
-          sequences: what is committed so far, and drafted by the levels above.
-          sampling: the rows' settings; the only noise is a function of its seeds, positions, levels and purposes.
-          draft_len: static maximum G.
-          wanted: int32 [B], how many tokens are of use this round.
-          depth: how many levels above it there are. A cache of its own may lack as many tokens before the pending one, since
-            each level above may have appended one that this drafter never ran.
-          refeed: how many tokens before the pending one the verifier feeds again this round. A drafter that shares its cache
-            feeds these and must not write below them.
+    def propose(self, state: Any, ask: Ask, sampling: Sampling) -> tuple[Draft, Any, Lent]:
+        """Propose up to ask.wanted[r] tokens a row, drawn as the rows' settings say; return (draft, state, what was lent).
+
+        The only noise is a function of the settings' seeds, of positions, depths and purposes.
         """
 
 
-def check_draft(draft: Any, drafter: Drafter, draft_len: int, sampling: Sampling) -> Draft:
-    """Return what a drafter proposed, or raise an InputError that says how it is not the `Draft` that was asked for."""
-    name = type(drafter).__name__
-    if not isinstance(draft, Draft):
-        raise InputError(f"{name}.propose returned {type(draft).__name__} first, but must return (Draft, state, cache)")
+class Control(Protocol):
+    """A pytree that says how many tokens each level may draft now; with its state in the loop's carry, as a step size control.
+
+    Contract C12: pure, and a function of what was committed. Under the coupled rule no text depends on it; under the rejection
+    rule it is part of what a seed means.
+    """
+
+    def init(self, draft_lens: tuple[int, ...], batch: int) -> Any:
+        """Return the state before the first round, given the draft_len of every drafter, outermost first."""
+
+    def limits(self, state: Any) -> jax.Array:
+        """Return int32 [D, B]: how many tokens every drafter, outermost first, may draft for each row a round."""
+
+    def update(self, state: Any, counts: tuple) -> Any:
+        """Return the state after a round, given the `Counts` of every level, outermost first."""
+
+
+def check_proposal(proposal: Any, drafter: Drafter, ask: Ask, sampling: Sampling) -> tuple[Draft, Any, Lent]:
+    """Return what a drafter returned, or raise an InputError that says how it is not what it was asked for."""
+    name, form = f"{type(drafter).__name__}.propose", "(Draft, state, Lent)"
+    if not isinstance(proposal, tuple) or len(proposal) != 3 or not isinstance(proposal[0], Draft):
+        raise InputError(f"{name} returned {_listed(proposal)}, but must return {form}")
+    if not isinstance(proposal[2], Lent):
+        raise InputError(f"{name} returned {type(proposal[2]).__name__} last, but must return {form}: hand ask.lent back")
     batch = sampling.temperature.shape[0]
-    wanted = {"tokens": ((batch, draft_len), jnp.int32), "length": ((batch,), jnp.int32)}
+    wanted = {"tokens": ((batch, ask.draft_len), jnp.int32), "length": ((batch,), jnp.int32)}
     if sampling.rule == "rejection":
-        wanted["probs"] = ((batch, draft_len, sampling.vocab_size), jnp.float32)
+        wanted["probs"] = ((batch, ask.draft_len, sampling.vocab_size), jnp.float32)
     for field, (shape, dtype) in wanted.items():
-        found = getattr(draft, field)
-        if getattr(found, "shape", None) != shape or found.dtype != dtype:
-            raise InputError(f"{name}.propose returned {field} {_described(found)}, but must return {dtype.__name__} {list(shape)}")
-    return draft
+        _check_array(f"{name} returned {field}", getattr(proposal[0], field), shape, dtype)
+    return proposal
 
 
-def check_logits(logits: Any, scorer: Scorer, tokens: jax.Array) -> None:
-    """Raise an InputError unless a scorer returned logits for every position of its window, tokens [B, W]."""
-    if getattr(logits, "shape", ())[:2] != tokens.shape or logits.ndim != 3 or logits.dtype != jnp.float32:
-        wanted = f"float32 {[*tokens.shape, scorer.vocab_size]}"
-        raise InputError(f"{type(scorer).__name__} returned logits {_described(logits)}, but must return {wanted}")
+def check_scored(scored: Any, scorer: Scorer, tokens: jax.Array, features: bool) -> Scored:
+    """Return what a scorer returned for a window, tokens [B, W], or raise an InputError that says how it is not `Scored`."""
+    name = type(scorer).__name__
+    if not isinstance(scored, tuple) or len(scored) != 3:
+        raise InputError(f"{name} returned {_listed(scored)}, but must return Scored(logits, cache, features)")
+    scored = Scored(*scored)
+    width = scored.logits.shape[-1] if getattr(scored.logits, "ndim", 0) == 3 else scorer.vocab_size
+    _check_array(f"{name} returned logits", scored.logits, (*tokens.shape, width), jnp.float32)
+    if features and getattr(scored.features, "shape", ())[:2] != tokens.shape:
+        given = _described(scored.features)
+        raise InputError(f"{name} returned features {given}, but its drafter uses features: return {[*tokens.shape, 'F']}")
+    return scored
+
+
+def check_limits(limits: Any, control: Control, drafters: int, batch: int) -> jax.Array:
+    """Return a control's limits, or raise an InputError that says how they are not int32 [D, B]."""
+    _check_array(f"{type(control).__name__}.limits returned", limits, (drafters, batch), jnp.int32)
+    return limits
+
+
+def _check_array(what: str, found: Any, shape: tuple[int, ...], dtype: Any) -> None:
+    if getattr(found, "shape", None) != shape or found.dtype != dtype:
+        raise InputError(f"{what} {_described(found)}, but must return {dtype.__name__} {list(shape)}")
+
+
+def _listed(value: Any) -> str:
+    return f"({', '.join(type(part).__name__ for part in value)})" if type(value) is tuple else type(value).__name__
 
 
 def _described(value: Any) -> str:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mlspecqd_jax import jax_settings
-from mlspecqd_jax.arguments import LARGEST_INT, ROWS, brief, choice, each_row, flag, number, sequence
+from mlspecqd_jax.arguments import ROWS, brief, choice, each_row, flag, number, sequence
 from mlspecqd_jax.errors import InputError
 
 RULES = ("coupled", "rejection")
@@ -31,7 +31,6 @@ class Sampling:
     presence_penalty: jax.Array  # f32 [B]; 0 is off; over new tokens
     frequency_penalty: jax.Array  # f32 [B]; 0 is off; over new tokens
     seed: jax.Array  # uint32 [B]
-    draft_limit: jax.Array  # int32 [B]; drafted tokens a round that the target judges, at most; 0 decodes the row plainly
     prompt_length: jax.Array  # int32 [B]; where a row's new tokens begin
     stop_token_ids: jax.Array  # int32 [E], padded with -1
     logit_bias: jax.Array | None  # f32 [B, V], or None for no bias
@@ -51,7 +50,6 @@ class Sampling:
         top_p=1.0,
         min_p=0.0,
         seed=0,
-        draft_limit=LARGEST_INT,
         rule: str = "coupled",
         repetition_penalty=1.0,
         presence_penalty=0.0,
@@ -66,8 +64,6 @@ class Sampling:
         Args:
           batch: B.
           vocab_size: V of the target.
-          draft_limit: at most this many tokens a round are drafted for the target, within the stack's draft_len; another value is
-            no other trace.
           seed: an int s, which means s, s + 1, ... for rows 0, 1, ...; or one int a row.
           logit_bias: token id to the number added to its logit (-inf bans it); one mapping for all rows or one a row.
           stop_token_ids: ids that end a row.
@@ -95,7 +91,6 @@ class Sampling:
             presence_penalty=row("presence_penalty", presence_penalty),
             frequency_penalty=row("frequency_penalty", frequency_penalty),
             seed=_seeds(seed, batch),
-            draft_limit=row("draft_limit", draft_limit, np.int32),
             prompt_length=jnp.zeros((batch,), jnp.int32),
             stop_token_ids=_stop_ids(stop_token_ids, vocab_size),
             logit_bias=_bias(logit_bias, batch, vocab_size),

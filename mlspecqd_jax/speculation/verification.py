@@ -29,7 +29,7 @@ class Verdict(NamedTuple):
     probs: jax.Array | None  # f32 [B, G + 1, V], the verifier's own distributions; None under the coupled rule
 
 
-def verify(logits: jax.Array, draft: Draft, position: jax.Array, sampling: Sampling, level: int = 0) -> Verdict:
+def verify(logits: jax.Array, draft: Draft, position: jax.Array, sampling: Sampling, depth: int = 0) -> Verdict:
     """Accept the longest lawful prefix of a draft and choose the token after it.
 
     Args:
@@ -37,23 +37,23 @@ def verify(logits: jax.Array, draft: Draft, position: jax.Array, sampling: Sampl
       draft: the tokens to judge.
       position: int32 [B], index of the first drafted token in the row's own sequence.
       sampling: the rows' settings; `sampling.rule` selects the rule.
-      level: the verifier's number (0 is the target), which keeps the rejection rule's noise apart between levels.
+      depth: how many levels are above the verifier, which keeps the rejection rule's noise apart between levels.
     """
     t = position[:, None] + jnp.arange(logits.shape[1])[None, :]  # [B, G + 1]
     rule = _coupled if sampling.rule == "coupled" else _rejection
-    verdict = rule(logits, draft, t, sampling, level)
+    verdict = rule(logits, draft, t, sampling, depth)
     if sampling.synthetic_acceptance is None or draft.tokens.shape[1] == 0:
         return verdict
-    return _synthetic(verdict, draft, t, sampling, level)
+    return _synthetic(verdict, draft, t, sampling, depth)
 
 
-def _coupled(logits, draft, t, sampling, level):
-    own = choosing.choose(logits, choosing.noise(sampling.seed, t, 0, choosing.DRAW), sampling)
+def _coupled(logits, draft, t, sampling, depth):
+    own = choosing.draw(logits, choosing.noise(sampling.seed, t, 0, choosing.DRAW), sampling)
     accepted = _prefix(draft.tokens == own[:, :-1], draft.length)
     return Verdict(own, accepted, None)
 
 
-def _rejection(logits, draft, t, sampling, level):
+def _rejection(logits, draft, t, sampling, depth):
     p = choosing.probabilities(logits, sampling)
     q = jnp.pad(draft.probs, ((0, 0), (0, 1), (0, 0)))
     g = jnp.arange(logits.shape[1])[None, :]
@@ -62,7 +62,7 @@ def _rejection(logits, draft, t, sampling, level):
     def of_drafted(x):  # [B, G + 1, V] -> [B, G]
         return jnp.take_along_axis(x[:, :-1], draft.tokens[..., None], axis=-1)[..., 0]
 
-    coins = choosing.uniform(choosing.noise(sampling.seed, t[:, :-1], level, choosing.COIN))
+    coins = choosing.uniform(choosing.noise(sampling.seed, t[:, :-1], depth, choosing.COIN))
     accepted = _prefix(coins * of_drafted(q) < of_drafted(p), draft.length)
 
     def at_end(x):  # the row after the accepted prefix: [B, G + 1, V] -> [B, 1, V]
@@ -71,7 +71,7 @@ def _rejection(logits, draft, t, sampling, level):
     p_end = at_end(p)
     residual = jnp.maximum(p_end - at_end(q), 0)
     residual = jnp.where(jnp.sum(residual, axis=-1, keepdims=True) > 0, residual, p_end)
-    keys = choosing.noise(sampling.seed, jnp.take_along_axis(t, accepted[:, None], axis=1), level, choosing.RESIDUAL)
+    keys = choosing.noise(sampling.seed, jnp.take_along_axis(t, accepted[:, None], axis=1), depth, choosing.RESIDUAL)
     drawn = jax.lax.cond(
         jnp.any(sampling.temperature > 0),
         lambda r: jnp.argmax(jnp.log(r) + choosing.gumbel(keys, r.shape[-1]), axis=-1),
@@ -82,10 +82,10 @@ def _rejection(logits, draft, t, sampling, level):
     return Verdict(tokens, accepted, p)
 
 
-def _synthetic(verdict, draft, t, sampling, level):
+def _synthetic(verdict, draft, t, sampling, depth):
     """Let coins decide: the same work and the same shapes, at a token acceptance that a benchmark chooses."""
-    coins = choosing.uniform(choosing.noise(sampling.seed, t[:, :-1], level, choosing.COIN))
-    accepted = _prefix(coins < sampling.synthetic_acceptance[level], draft.length)
+    coins = choosing.uniform(choosing.noise(sampling.seed, t[:, :-1], depth, choosing.COIN))
+    accepted = _prefix(coins < sampling.synthetic_acceptance[depth], draft.length)
     drafted = jnp.arange(t.shape[1])[None, :] < accepted[:, None]
     tokens = jnp.where(drafted, jnp.pad(draft.tokens, ((0, 0), (0, 1))), verdict.tokens)
     return Verdict(tokens, accepted, verdict.probs)

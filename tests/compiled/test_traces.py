@@ -12,11 +12,11 @@ from hlo import HOST_OPERATIONS, aliased, cache_copies, widened
 
 from mlspecqd_jax import generation, requests, stacks
 from mlspecqd_jax.loading import models
-from mlspecqd_jax.loading.card import Card
 from mlspecqd_jax.network.config import ModelConfig
 from mlspecqd_jax.network.network import Network
 from mlspecqd_jax.speculation import loop
 from mlspecqd_jax.speculation.settings import Sampling
+from mlspecqd_jax.text.card import Card
 
 # Sizes that no activation shares, so that a weight or a cache is known by its shape.
 CONFIG = ModelConfig(
@@ -72,10 +72,10 @@ def program(stack):
     state = jax.eval_shape(lambda *arguments: loop.init(*arguments, prefill_width=16), stack, tokens, length, sampling)
     whole = jax.jit(loop.generate_tokens, static_argnames="prefill_width")
     lowered = {
-        "feed": lambda: generation._programs(stack).feed.lower(
+        "feed": lambda: generation.programs(stack).feed.lower(
             stack, state, prefill_width=16, first=np.int32(0), pieces=np.int32(1)
         ),
-        "advance": lambda: generation._programs(stack).advance.lower(stack, state, limit, sampling, np.int32(1)),
+        "advance": lambda: generation.programs(stack).advance.lower(stack, state, limit, sampling, np.int32(1)),
         "generate_tokens": lambda: whole.lower(stack, tokens, length, limit, sampling, prefill_width=16),
     }
     return functools.cache(lambda name: lowered[name]().compile().as_text())
@@ -171,9 +171,9 @@ def test_generate_tokens_traces_once_for_many_requests(stack):
 
 
 def test_generate_traces_once_for_many_requests(stack):
-    before = [f._cache_size() for f in generation._programs(stack)]
+    before = [f._cache_size() for f in generation.programs(stack)]
     for settings in REQUESTS:
         arguments = {"max_new_tokens": 20} | settings
         out = generation.generate(stack, [arguments.pop("prompt", PROMPT)], **arguments)
         assert 1 <= len(out.tokens[0]) <= 25
-    assert [f._cache_size() for f in generation._programs(stack)] == [n + 1 for n in before]
+    assert [f._cache_size() for f in generation.programs(stack)] == [n + 1 for n in before]

@@ -52,9 +52,9 @@ def logits(network, params, tokens, window, slots):
 
     @functools.partial(jax.jit, static_argnums=(2, 3))
     def run(params, tokens, window, slots):
-        cache = network.init_cache(tokens.shape[0], slots, params)
+        cache = network.init_cache(params, tokens.shape[0], slots)
         start = jnp.zeros((tokens.shape[0],), jnp.int32)
-        _, cache = network(params, tokens[:, :FED], start, cache)
+        _, cache, _ = network(params, tokens[:, :FED], start, cache)
         return network(params, tokens[:, FED : FED + window], start + FED, cache)[0]
 
     return np.asarray(run(params, tokens, window, slots))

@@ -15,7 +15,7 @@ from refusals import refused
 import mlspecqd_jax as mlsd
 from mlspecqd_jax import specs
 from mlspecqd_jax.loading import find, models
-from mlspecqd_jax.loading.card import Card
+from mlspecqd_jax.text.card import Card
 
 HERE = pathlib.Path(mlsd.__file__).parent
 

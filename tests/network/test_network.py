@@ -60,7 +60,7 @@ quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimizati
 
 @functools.partial(quick_jit, static_argnums=0)
 def apply(network, params, tokens, start, cache):
-    return network(params, tokens, start, cache)
+    return network(params, tokens, start, cache)[:2]
 
 
 def whole(network, params, tokens=None):
@@ -72,7 +72,7 @@ def whole(network, params, tokens=None):
 def stale_cache(network, params):
     """Caches full of what may be left behind by longer sequences: large, finite and random."""
     random = np.random.RandomState(3)
-    empty = jax.eval_shape(lambda: network.init_cache(B, S, params))
+    empty = jax.eval_shape(lambda: network.init_cache(params, B, S))
     return jax.tree.map(lambda leaf: (1e4 * random.standard_normal(leaf.shape)).astype(leaf.dtype), empty)
 
 
@@ -102,7 +102,7 @@ def test_logits_of_single_steps_over_a_stale_cache(models, family):
     network, params = models(family)
     logits, cache = single_steps(network, params, stale_cache(network, params))
     assert error(logits, reference(family)["logits"]) <= TOLERANCE
-    clean, clean_cache = single_steps(network, params, network.init_cache(B, S, params))
+    clean, clean_cache = single_steps(network, params, network.init_cache(params, B, S))
     np.testing.assert_array_equal(logits, clean)
     for ours, zeros in zip(jax.tree.leaves(cache), jax.tree.leaves(clean_cache), strict=True):
         np.testing.assert_array_equal(ours[:, :, :T], zeros[:, :, :T])
@@ -122,8 +122,8 @@ def test_logits_of_ragged_windows(models, family):
 def test_a_window_is_its_single_steps(models, width):
     network, params = models("qwen2_window")
     starts = np.repeat(np.minimum(np.arange(0, T, width), T - width)[:, None], B, axis=1)
-    logits, cache = windows(network, params, network.init_cache(B, S, params), starts, width)
-    steps, steps_cache = single_steps(network, params, network.init_cache(B, S, params))
+    logits, cache = windows(network, params, network.init_cache(params, B, S), starts, width)
+    steps, steps_cache = single_steps(network, params, network.init_cache(params, B, S))
     assert error(logits, steps) <= 1e-5
     for ours, theirs in zip(jax.tree.leaves(cache), jax.tree.leaves(steps_cache), strict=True):
         assert error(ours, theirs) <= 1e-5
@@ -230,7 +230,7 @@ def test_narrow_weights_stay_close(models, dtype):
     assert np.all(np.isfinite(logits))
     # Rounding of the weights alone moves a logit by about 2^-9 (bfloat16) of the terms that it sums, layer by layer.
     assert error(logits, reference("mistral")["logits"]) <= {"bfloat16": 0.1, "float16": 0.02}[dtype]
-    cache = network.init_cache(B, S, narrow)
+    cache = network.init_cache(narrow, B, S)
     assert {leaf.dtype.name for leaf in jax.tree.leaves(cache)} == {dtype}
 
 
@@ -265,7 +265,7 @@ def test_attention_is_its_formula(monkeypatch, platform):
 def test_a_masked_nan_is_harmless(models):
     """A token whose keys overflow must not poison those that never see it (0 * NaN is NaN)."""
     network, params = models("llama_linear")
-    cache = network.init_cache(B, S, params)
+    cache = network.init_cache(params, B, S)
     broken = params | {"model.embed_tokens.weight": params["model.embed_tokens.weight"].at[5].set(jnp.nan)}
     _, cache = apply(network, broken, np.full((B, 1), 5, np.int32), np.array([20, 20], np.int32), cache)
     assert np.all([np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(cache)])

@@ -137,7 +137,7 @@ def test_the_choice_of_a_token_and_its_log_probability(vocab):
         s = Sampling.create(len(logits), vocab, **filters)
         position = jnp.full((len(logits), 1), 20, jnp.int32)
         adjusted = choosing.adjust(logits, tokens[: len(logits)], position, s)
-        chosen = choosing.choose(adjusted, choosing.noise(seed, position, 0, choosing.DRAW), s)
+        chosen = choosing.draw(adjusted, choosing.noise(seed, position, 0, choosing.DRAW), s)
         return (
             choosing.log_probability(logits, chosen),
             adjusted,
@@ -189,9 +189,9 @@ def test_whole_models(name, dtype):
 
     @functools.partial(jax.jit, static_argnums=(2, 3))
     def run(params, tokens, window, slots):
-        cache = network.init_cache(len(tokens), slots, params)
+        cache = network.init_cache(params, len(tokens), slots)
         start = jnp.zeros((len(tokens),), jnp.int32)
-        _, cache = network(params, tokens[:, :fed], start, cache)
+        _, cache, _ = network(params, tokens[:, :fed], start, cache)
         return network(params, tokens[:, fed : fed + max(window, FEWEST)], start + fed, cache)[0][:, :window]
 
     expected = np.asarray(run(params, tokens, 16, 256))

@@ -10,7 +10,7 @@ import pytest
 from toys import adjust_oracle, count_sequences, filtered_oracle, g_test, quick_jit, softmax
 
 from mlspecqd_jax.speculation import choosing as module
-from mlspecqd_jax.speculation.choosing import COIN, DRAW, RESIDUAL, adjust, choose, filtered, noise, probabilities, uniform
+from mlspecqd_jax.speculation.choosing import COIN, DRAW, RESIDUAL, adjust, draw, filtered, noise, probabilities, uniform
 from mlspecqd_jax.speculation.settings import Sampling
 
 # One row each: temperature, top_k, top_p, min_p.
@@ -43,7 +43,7 @@ jit_adjust = quick_jit(adjust)
 def jit_choose(logits, t, level, purpose, sampling):
     """Choose from logits [B or 1, W, V] at the indices t [W]; level and purpose are traced, for a single compilation."""
     t = jnp.broadcast_to(t, (len(sampling.seed), len(t)))
-    return choose(jnp.broadcast_to(logits, (*t.shape, logits.shape[-1])), noise(sampling.seed, t, level, purpose), sampling)
+    return draw(jnp.broadcast_to(logits, (*t.shape, logits.shape[-1])), noise(sampling.seed, t, level, purpose), sampling)
 
 
 def filter_rows(logits, **settings):
@@ -130,7 +130,7 @@ def test_a_greedy_batch_skips_noise_and_filters(monkeypatch):
     @quick_jit
     def poisoned(sampling):
         keys = noise(sampling.seed, jnp.zeros((3, 4), jnp.int32), 0, DRAW)
-        return choose(logits, keys, sampling), probabilities(logits, sampling)
+        return draw(logits, keys, sampling), probabilities(logits, sampling)
 
     first = np.argmax(logits, axis=-1)
     chosen, probs = poisoned(sampling)

@@ -25,6 +25,7 @@ from chains import (
 from toys import level_counts, quick_jit, ragged, rows
 
 from mlspecqd_jax.speculation import level as levels
+from mlspecqd_jax.speculation.level import Level
 from mlspecqd_jax.speculation.loop import advance, generate_tokens
 
 jit_advance = quick_jit(advance)
@@ -123,15 +124,15 @@ def refeeding(drafter_shares, change):
     """Return `run_round` with another number of tokens fed again, for drafters that share their cache or those that do not."""
     real = levels.run_round
 
-    def mutated(level, progress, limit, sampling, depth=0, refeed=0):
+    def mutated(level, progress, limit, sampling, limits, depth=0, refeed=0):
         changes = depth > 0 and level.share_cache == drafter_shares and (refeed > 0 or change > 0)
-        return real(level, progress, limit, sampling, depth, refeed + change if changes else refeed)
+        return real(level, progress, limit, sampling, limits, depth, refeed + change if changes else refeed)
 
     return mutated
 
 
-def without_prefill(level, cache, *rest, real=levels._fed):
-    return cache if level.drafter is None else real(level, cache, *rest)
+def without_prefill(level, state, tokens, start, lent=None, real=Level.feed):
+    return state if level.drafter is None else real(level, state, tokens, start, lent)
 
 
 LONG = "twin below an own cache re-fed nothing"
@@ -140,12 +141,12 @@ MUTATIONS = {
     "own cache re-fed one token less": ("own", "run_round", refeeding(False, -1)),
     "own cache below a twin re-fed one token less": ("shared>own", "run_round", refeeding(False, -1)),
     LONG: ("own>shared", "run_round", refeeding(True, -1)),
-    "own cache not prefilled": ("own", "_fed", without_prefill),
+    "own cache not prefilled": ("own", "Level.feed", without_prefill),
 }
 
 
 def run_mutated(monkeypatch, name, attribute, mutated, stack):
-    monkeypatch.setattr(levels, attribute, mutated)
+    monkeypatch.setattr(f"{levels.__name__}.{attribute}", mutated)
     sampling = sampling_of(seed=7, **MIXED)
     tokens, length = ragged(PROMPTS, S, toy.alarm)
     mutated_run = quick_jit(lambda *arguments: generate_tokens(*arguments))  # traced anew

@@ -1,7 +1,6 @@
 """Levels: what they hand up (law 1, C3), rows apart from each other (law 6), one trace (law 7), and what they count (C10)."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +25,7 @@ from scipy import stats
 from toys import (
     Toy,
     adjust_oracle,
+    ask_of,
     choice_oracle,
     filtered_oracle,
     level_counts,
@@ -61,9 +61,12 @@ def unlike(name):
 # Law 1
 
 
-@functools.partial(quick_jit, static_argnames=("depth", "draft_len"))
-def jit_propose(stack, state, cache, sequences, sampling, limit, depth, draft_len):
-    return stack.drafter.propose(state, cache, sequences, sampling, draft_len, limit, depth, 0)
+@quick_jit
+def jit_propose(stack, state, cache, sequences, sampling, wanted):
+    draft, state, lent = stack.drafter.propose(
+        state, ask_of(sequences, wanted, stack.draft_len, cache, len(stack.draft_lens) - 1), sampling
+    )
+    return draft, state, lent.cache
 
 
 @pytest.mark.exhaustive
@@ -81,7 +84,7 @@ def test_a_level_hands_up_its_own_models_probabilities(name):
     s = jax.tree.map(np.asarray, sampling)
     for _ in range(2):
         tokens, length = ragged(prefixes, S, toy.alarm)
-        draft, state, cache = jit_propose(stack, state, cache, Sequences(tokens, length), sampling, limit, 1, draft_len)
+        draft, state, cache = jit_propose(stack, state, cache, Sequences(tokens, length), sampling, limit)
         checked = 0
         for r, prefix in enumerate(prefixes):
             drafted = draft.tokens[r, : draft.length[r]].tolist()
@@ -115,8 +118,8 @@ def test_no_probabilities_are_kept_under_the_coupled_rule():
     def propose(rule):
         settings = dataclasses.replace(sampling, rule=rule)
         state = init(stack, tokens, length, settings)
-        limit = jnp.full((B,), 5)
-        return stack.drafter.propose(state.below, state.cache, Sequences(tokens, length), settings, 5, limit, 1, 0)[0].probs
+        ask = ask_of(Sequences(tokens, length), jnp.full((B,), 5), 5, state.cache, len(stack.draft_lens) - 1)
+        return stack.drafter.propose(state.below, ask, settings)[0].probs
 
     assert jax.eval_shape(lambda: propose("coupled")) is None
     assert jax.eval_shape(lambda: propose("rejection")).shape == (B, 5, V)

@@ -7,7 +7,7 @@ import pytest
 from chains import MIXED, PROMPTS, B, V, assert_equal_to_plain, generate, limits_of, sampling_of, stack_of, table, toy
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toys import Markov, level, lookup_oracle, quick_jit, ragged
+from toys import Markov, ask_of, level, lookup_oracle, quick_jit, ragged
 
 from mlspecqd_jax.speculation.drafters.prompt_lookup import PromptLookup
 from mlspecqd_jax.speculation.protocols import Sequences
@@ -20,8 +20,7 @@ NGRAMS = [(3, 1), (1, 1), (3, 3), (4, 2)]
 def propose_of(drafter, rule="coupled", draft_len=G):
     def propose(tokens, length, limit, sampling):
         sequences = Sequences(tokens, length)
-        state = drafter.init(sequences, 8)
-        return drafter.propose(state, "the verifier's", sequences, sampling, draft_len, limit, 1, 0)[0]
+        return drafter.propose(None, ask_of(sequences, limit, draft_len), sampling)[0]
 
     return quick_jit(propose), Sampling.create(8, V, rule=rule)
 
@@ -79,12 +78,13 @@ def test_it_keeps_nothing_and_hands_the_verifiers_cache_back():
     assert jax.tree.leaves(drafter) == []
 
     def trace(tokens, length):
-        sequences = Sequences(tokens, length)
-        propose.append(drafter.propose(drafter.init(sequences, 8), cache, sequences, Sampling.create(1, V), 2, length, 1, 0))
+        ask = ask_of(Sequences(tokens, length), length, 2, cache)
+        state = drafter.feed(drafter.init(1, SIZE), tokens, length, ask.lent)
+        propose.append(drafter.propose(state, ask, Sampling.create(1, V)))
 
     jax.eval_shape(trace, *ragged([[1, 2, 1]], SIZE))
     assert propose[0][1] is None
-    assert propose[0][2] is cache
+    assert propose[0][2].cache is cache
 
 
 @pytest.mark.parametrize(

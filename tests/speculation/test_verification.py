@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from toys import count_sequences, g_test, quick_jit
 
-from mlspecqd_jax.speculation.choosing import DRAW, RESIDUAL, choose, noise
+from mlspecqd_jax.speculation.choosing import DRAW, RESIDUAL, draw, noise
 from mlspecqd_jax.speculation.protocols import Draft
 from mlspecqd_jax.speculation.settings import Sampling
 from mlspecqd_jax.speculation.verification import verify
@@ -18,7 +18,7 @@ jit_verify = quick_jit(verify)  # the level is traced, and nearly all tests shar
 
 @quick_jit
 def jit_choose(logits, t, sampling, purpose=DRAW):
-    return choose(logits, noise(sampling.seed, t, 0, purpose), sampling)
+    return draw(logits, noise(sampling.seed, t, 0, purpose), sampling)
 
 
 def conditionals(seed, scale=1.2):

@@ -148,7 +148,7 @@ def test_every_odd_value_is_refused_in_one_line_and_at_once(calls, monkeypatch):
 
     for name in ("run_round", "DrafterState"):  # what every trace of a generation comes by
         monkeypatch.setattr(loop, name, compiled)
-    monkeypatch.setattr(mlsd.Level, "begin", compiled)
+    monkeypatch.setattr(mlsd.Level, "init", compiled)
     wrong, tried = [], 0
     for call, function in calls.items():
         name = call.split(" ")[1]

@@ -87,7 +87,7 @@ def test_transformers_gives_the_same_logits_and_greedy_text(name):
     assert ids.shape == (1, ours.card.max_positions)  # so that every position is compared
     with torch.no_grad():
         expected = theirs(torch.tensor(ids)).logits.numpy()
-    logits, _ = ours.network(ours.params, ids, np.zeros(1, np.int32), None)
+    logits, *_ = ours.network(ours.params, ids, np.zeros(1, np.int32), None)
     np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
     out = mlsd.generate(mlsd.stack(ours), PROMPTS[:3], max_new_tokens=NEW)
     for prompt, text in zip(PROMPTS, out.text, strict=False):

@@ -37,7 +37,7 @@ def greedy_by_hand(demo, ids, n):
     padded = np.zeros((1, size), np.int32)
     padded[0, : len(ids)] = ids
     for end in range(len(ids), size):
-        logits, _ = demo.network(demo.params, jnp.asarray(padded), jnp.zeros((1,), jnp.int32), None)
+        logits, *_ = demo.network(demo.params, jnp.asarray(padded), jnp.zeros((1,), jnp.int32), None)
         padded[0, end] = int(jnp.argmax(logits[0, end - 1]))
     return padded[0, len(ids) :].tolist()
 
@@ -66,9 +66,9 @@ def test_row_r_of_a_batch_at_seed_s_is_that_prompt_alone_at_seed_s_plus_r(stack,
 
 def test_a_stack_built_again_is_not_traced_again(demo, stack):
     mlsd.generate(stack, PROMPTS[0], max_new_tokens=4)
-    before = [f._cache_size() for f in generation._programs(stack)]
+    before = [f._cache_size() for f in generation.programs(stack)]
     mlsd.generate(mlsd.stack(demo), PROMPTS[1], max_new_tokens=5, temperature=0.5, seed=9)
-    assert [f._cache_size() for f in generation._programs(stack)] == before
+    assert [f._cache_size() for f in generation.programs(stack)] == before
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
@@ -82,7 +82,7 @@ def test_sixteen_bits_generate(dtype):
 
 def test_inexact_differs_in_the_window_alone(demo, stack):
     fast = mlsd.stack(demo, exact=False)
-    assert (fast.window(), stack.window()) == (1, 1)  # the C++ kernels compute every row by itself
+    assert (fast.level.window(), stack.level.window()) == (1, 1)  # the C++ kernels compute every row by itself
     a, b = (mlsd.generate(s, PROMPTS, max_new_tokens=NEW) for s in (fast, stack))
     assert a.tokens == b.tokens  # float32
     assert (a.report["exact"], b.report["exact"]) == (False, True)
@@ -133,7 +133,7 @@ def test_logprobs_are_the_models_own(demo, stack):
 
     out = mlsd.generate(stack, PROMPTS[0], max_new_tokens=NEW, logprobs=True, temperature=1.3, top_k=9, repetition_penalty=1.2)
     ids = out.prompt_tokens[0] + out.tokens[0]
-    logits, _ = demo.network(demo.params, jnp.asarray([ids]), jnp.zeros((1,), jnp.int32), None)
+    logits, *_ = demo.network(demo.params, jnp.asarray([ids]), jnp.zeros((1,), jnp.int32), None)
     own = jax.nn.log_softmax(logits[0], axis=-1)
     begin = len(out.prompt_tokens[0])
     expected = [float(own[begin - 1 + i, t]) for i, t in enumerate(out.tokens[0])]
@@ -195,11 +195,11 @@ def test_positions_limit_the_text(demo, stack):
     ],
 )
 def test_bad_arguments_are_one_sentence(stack, arguments, message):
-    before = generation._programs(stack).advance._cache_size()
+    before = generation.programs(stack).advance._cache_size()
     with pytest.raises(ValueError, match=message) as caught:
         mlsd.generate(stack, "x", **arguments)
     assert "\n" not in str(caught.value)
-    assert generation._programs(stack).advance._cache_size() == before  # refused before tracing
+    assert generation.programs(stack).advance._cache_size() == before  # refused before tracing
 
 
 def test_arguments_are_those_of_the_batch_and_of_sampling():
@@ -313,7 +313,7 @@ def test_slices_of_any_size_give_one_text_and_one_trace(small, monkeypatch):
         monkeypatch.setattr(generation, "SLICE_SECONDS", seconds)
         calls.clear()
         found.append(mlsd.generate(stack, IDS, **arguments))
-        traces.append(generation._programs(stack).advance._cache_size())
+        traces.append(generation.programs(stack).advance._cache_size())
         assert calls == ([1] * NEW if seconds == 0 else [1, 2, 4, 8, 16])
     assert traces[0] == traces[1]
     assert (found[0].tokens, found[0].logprobs) == (found[1].tokens, found[1].logprobs)
@@ -332,13 +332,13 @@ def test_a_long_prompt_is_fed_in_slices(small, monkeypatch):
     monkeypatch.setattr(requests, "PREFILL_WIDTHS", (16,))
     monkeypatch.setattr(generation, "SLICE_SECONDS", 1e9)
     stack, fed = mlsd.stack(small), []
-    programs = generation._programs(stack)
+    compiled = generation.programs(stack)
 
     def counted(*arguments, **pieces):
         fed.append((int(pieces["first"]), int(pieces["pieces"])))
-        return programs.feed(*arguments, **pieces)
+        return compiled.feed(*arguments, **pieces)
 
-    monkeypatch.setattr(generation, "_programs", lambda stack: programs._replace(feed=counted))
+    monkeypatch.setattr(generation, "programs", lambda stack: compiled._replace(feed=counted))
     prompts = [np.arange(5, 75).tolist(), [9]]
     out = mlsd.generate(stack, prompts, max_new_tokens=4, stop_token_ids=[])
     assert fed == [(0, 0), (0, 1), (1, 2), (3, 4)]

@@ -12,7 +12,6 @@ import mlspecqd_jax as mlsd
 from mlspecqd_jax import generation, specs, stacks
 from mlspecqd_jax.network.network import Network
 from mlspecqd_jax.speculation.drafters.prompt_lookup import PromptLookup
-from mlspecqd_jax.speculation.level import Level
 from mlspecqd_jax.weights.mx import quantize
 
 slow, exhaustive = pytest.mark.slow, pytest.mark.exhaustive
@@ -46,10 +45,10 @@ def lengths(stack):
 def test_stacks_are_built_from_the_inside(demo, other):
     twin, lookup = demo.quantized(), mlsd.prompt_lookup(max_ngram=4)
     plain = mlsd.stack(demo)
-    assert (lengths(plain), plain.drafter, plain.window()) == ([0], None, 1)
+    assert (lengths(plain), plain.level.drafter, plain.level.window()) == ([0], None, 1)
     stack = mlsd.stack(demo, (twin, 6), (other, 3), (lookup, 2))
     assert lengths(stack) == [6, 3, 2]
-    assert [level.card.name for level in stack.levels] == ["demo", "demo@mxfp4", "other"]
+    assert [card.name for card in stack.cards] == ["demo", "demo@mxfp4", "other"]
     assert [level.share_cache for level in stack.levels] == [False, True, False]
     assert stack.levels[-1].drafter == lookup
     assert [level.window() for level in stack.levels] == [7, 4, 3]
@@ -57,7 +56,7 @@ def test_stacks_are_built_from_the_inside(demo, other):
     assert lengths(mlsd.stack(demo, other, twin, lookup)) == [5, 3, 4]
     own = mlsd.stack(demo, (twin, 6), share_cache=False)
     assert [level.share_cache for level in own.levels] == [False, False]
-    assert mlsd.stack(demo, (twin, 6), exact=False).window() == 7
+    assert mlsd.stack(demo, (twin, 6), exact=False).level.window() == 7
 
 
 def test_twins_share_what_is_not_quantized(demo):
@@ -213,8 +212,8 @@ def test_windows_are_padded_unless_all_rows_are_computed_apart(demo):
     mxfp4, mxfp8 = (dataclasses.replace(low, params=low.params | {up: leaf}) for leaf in twins)
     apart = cpu_kernels.usable()
     assert [stacks.computes_rows_apart(model) for model in (low, mxfp4, mxfp8, demo)] == [apart] * 4
-    assert mlsd.stack(low).window() == (1 if apart else 2)
-    assert mlsd.stack(low, (mlsd.prompt_lookup(), 6)).window() == (7 if apart else 8)
+    assert mlsd.stack(low).level.window() == (1 if apart else 2)
+    assert mlsd.stack(low, (mlsd.prompt_lookup(), 6)).level.window() == (7 if apart else 8)
 
 
 def test_tokenizers_are_compared_by_their_tokens(demo, other):
@@ -317,7 +316,8 @@ def test_exact_stacks_on_gpu_are_compiled_for_one_algorithm_a_product(quick):
 
     def options(platform, exact):
         stack = mlsd.stack(quick, exact=exact)
-        return mlsd.compiler_options(dataclasses.replace(stack, params=stack.params | {stacks.EMBEDDING: Elsewhere(platform)}))
+        level = dataclasses.replace(stack.level, params={stacks.EMBEDDING: Elsewhere(platform)})
+        return mlsd.compiler_options(dataclasses.replace(stack, level=level))
 
     assert options("gpu", True) == {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
     assert options("gpu", False) == options("tpu", True) == options("cpu", True) == {}
@@ -332,9 +332,9 @@ def test_a_limit_of_drafts_for_each_row(quick):
     stack = mlsd.stack(quick, (quick.quantized(), 4))
     arguments = {"max_new_tokens": 20, "stop_token_ids": [], "temperature": 0.6}
     free = mlsd.generate(stack, PROMPTS * 2, **arguments)
-    before = generation._programs(stack).advance._cache_size()
+    before = generation.programs(stack).advance._cache_size()
     out = mlsd.generate(stack, PROMPTS * 2, draft_limit=[0, 2, 99, 4, 4, 4], **arguments)
-    assert generation._programs(stack).advance._cache_size() == before
+    assert generation.programs(stack).advance._cache_size() == before
     assert out.tokens == free.tokens
     none, two, all_ = out.report["requests"][:3]
     assert (none["rounds"], none["drafted"]) == (20, 0)
@@ -348,7 +348,7 @@ def test_a_limit_of_drafts_for_each_row(quick):
 def cache_bytes(stack):
     """Return the bytes of all caches that a generation allocates."""
     batch = mlsd.prepare(stack, PROMPTS, max_new_tokens=8)
-    sampling = mlsd.Sampling.create(len(PROMPTS), stack.model.vocab_size)
+    sampling = mlsd.Sampling.create(len(PROMPTS), stack.card.vocab_size)
     state = jax.eval_shape(mlsd.init, stack, batch.tokens, batch.length, sampling)
     caches, part = [], state
     while part is not None:
@@ -366,5 +366,5 @@ def test_a_twin_adds_no_cache_unless_asked_to(demo, other):
 
 def test_a_stack_is_a_tree_of_its_weights(demo):
     stack = mlsd.stack(demo, demo.quantized())
-    assert isinstance(jax.tree.map(lambda x: x, stack), Level)
+    assert isinstance(jax.tree.map(lambda x: x, stack), mlsd.Stack)
     assert len(jax.tree.leaves(stack)) > 2 * len(demo.params)

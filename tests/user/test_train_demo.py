@@ -277,5 +277,5 @@ def test_transformers_computes_the_same_logits(script, run, tmp_path):
     expected = theirs(torch.tensor(tokens)).logits.detach().numpy()
     model = script.model_of(script.parse(["demo", *TINY, "--overwrite"]))
     params = {k: np.asarray(v, np.float32) for k, v in load_file(tmp_path / "out" / "model.safetensors").items()}
-    ours, _ = model(params, tokens, np.zeros(1, np.int32), None)
+    ours, *_ = model(params, tokens, np.zeros(1, np.int32), None)
     np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())

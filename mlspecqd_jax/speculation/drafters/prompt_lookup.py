@@ -12,7 +12,8 @@ import jax.numpy as jnp
 
 from mlspecqd_jax.arguments import number
 from mlspecqd_jax.errors import InputError
-from mlspecqd_jax.speculation.protocols import Draft, Sequences
+from mlspecqd_jax.speculation.protocols import Ask, Draft, Lent
+from mlspecqd_jax.speculation.settings import Sampling
 
 
 @jax.tree_util.register_dataclass
@@ -25,7 +26,8 @@ class PromptLookup:
     drafted, on the solutions of HumanEval: 1.84; 1.76 without the repetition, 1.57 from the first occurrence.)
     """
 
-    must_follow = False
+    name = "ngram"
+    must_follow = uses_features = False
 
     max_ngram: int = dataclasses.field(metadata={"static": True}, default=3)
     min_ngram: int = dataclasses.field(metadata={"static": True}, default=1)
@@ -38,18 +40,22 @@ class PromptLookup:
                 f"min_ngram is {self.min_ngram} and max_ngram {self.max_ngram}, but 1 <= min_ngram <= max_ngram is needed"
             )
 
-    def init(self, prompts: Sequences, prefill_width: int) -> None:
+    def init(self, batch: int, slots: int) -> None:
         """Return None: there is no state."""
 
-    def propose(self, state, cache, sequences, sampling, draft_len, wanted, depth, refeed):
+    def feed(self, state: None, tokens: jax.Array, start: jax.Array, lent: Lent) -> None:
+        """Return None: what is looked up is in the sequences."""
+
+    def propose(self, state: None, ask: Ask, sampling: Sampling) -> tuple[Draft, None, Lent]:
         """Propose what followed the last tokens before (see `Drafter`)."""
-        found, source = jax.vmap(self._search)(*sequences)  # bool [B], int32 [B]
+        tokens, length = ask.sequences
+        found, source = jax.vmap(self._search)(tokens, length)  # bool [B], int32 [B]
         if sampling.synthetic_acceptance is not None:  # coins decide what is accepted, so there must be something to accept
             found = jnp.ones_like(found)
-        period = jnp.maximum(sequences.length - source, 1)
-        index = source[:, None] + jnp.arange(draft_len) % period[:, None]
-        tokens = jnp.take_along_axis(sequences.tokens, index, axis=1, mode="clip")
-        return Draft.certain(tokens, jnp.where(found, wanted, 0), sampling), state, cache
+        period = jnp.maximum(length - source, 1)
+        index = source[:, None] + jnp.arange(ask.draft_len) % period[:, None]
+        proposed = jnp.take_along_axis(tokens, index, axis=1, mode="clip")
+        return Draft.certain(proposed, jnp.where(found, ask.wanted, 0), sampling), state, ask.lent
 
     def _search(self, tokens, length):
         """Return whether one row [S] has a match, and the position that follows it."""

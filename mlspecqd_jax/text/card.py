@@ -18,7 +18,6 @@ class Card:
     tokenizer: Any = dataclasses.field(compare=False)  # a transformers tokenizer, or None
     eos_token_ids: tuple[int, ...]
     chat_end_token_ids: tuple[int, ...] = ()  # what ends an assistant's turn in a chat, beside the above
-    exact: bool | None = None  # set by `stack`
 
 
 def first_difference(one: Card, other: Card) -> tuple[int, str | None, str | None] | None:

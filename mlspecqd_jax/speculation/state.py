@@ -1,0 +1,50 @@
+"""What goes around with the rounds of a level: its state in a loop, and what it keeps as a drafter between two loops.
+
+Notation: B batch, S buffer length, G draft_len, V vocabulary, F features.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+
+from mlspecqd_jax.speculation.counts import Counts
+from mlspecqd_jax.speculation.protocols import Control
+
+
+class DrafterState(NamedTuple):
+    """What a level keeps between rounds of the level above it."""
+
+    cache: Any  # None where it shares its verifier's
+    features: jax.Array | None  # of the last pass, [B, draft_len + 1, F], where its drafter uses them
+    scored_from: jax.Array  # int32 [B], the position of the first of these
+    below: Any  # its drafter's state
+    counts: Counts
+
+
+class State(NamedTuple):
+    """Everything that a round of a level reads and writes."""
+
+    tokens: jax.Array  # int32 [B, S]
+    length: jax.Array  # int32 [B]
+    begin: jax.Array  # int32 [B], the length before the first round
+    ended: jax.Array  # bool [B], whether the last token is a stop token
+    broken: jax.Array  # bool [B], whether the target's logits after the last token are no numbers to choose by
+    cache: Any
+    features: jax.Array | None  # of the last pass, [B, draft_len + 1, F], where the drafter uses them
+    scored_from: jax.Array  # int32 [B], the position of the first of these
+    below: Any  # the drafter's state
+    counts: Counts
+    probs: jax.Array | None  # f32 [B, G, V], what the tokens from `begin` on were drawn from: under the rejection rule, for a draft
+    logprobs: jax.Array | None  # f32 [B, S], of the tokens chosen, when asked for
+    control: Control | None = None  # of all levels below, where there is nobody above
+    plan: Any = None  # the control's state
+
+
+def is_unfinished(progress: State, limit: jax.Array) -> jax.Array:
+    """Return bool [B]: which rows have neither ended, nor broken, nor reached their limit."""
+    return ~progress.ended & ~progress.broken & (progress.length < limit)
+
+
+def counts_of(state: State | DrafterState) -> tuple[Counts, ...]:
+    """Return the counts of a level and of those below, outermost first."""
+    return (state.counts, *(counts_of(state.below) if isinstance(state.below, DrafterState) else ()))
