@@ -46,10 +46,11 @@ def multiply(x: jax.Array, w: jax.Array | QuantizedArray, interpret=False) -> ja
     leaf = _leaf(w)
     if not leaf.is_stored:
         return _multiply_arranged(x, leaf, interpret)
-    on_cpu, elsewhere = (functools.partial(_run, product_of(w, x.dtype.name, chip), leaf, chip) for chip in ("cpu", ""))
-    if on_cpu.args[0] is elsewhere.args[0]:
-        return elsewhere(x, leaf.arrays)
-    return jax.lax.platform_dependent(x, leaf.arrays, cpu=on_cpu, default=elsewhere)
+    on_cpu, elsewhere = product_of(w, x.dtype.name, "cpu"), product_of(w, x.dtype.name, "")
+    otherwise = functools.partial(_run, elsewhere, leaf)
+    if on_cpu is elsewhere:
+        return otherwise(x, leaf.arrays)
+    return jax.lax.platform_dependent(x, leaf.arrays, cpu=functools.partial(_run, on_cpu, leaf), default=otherwise)
 
 
 def _multiply_arranged(x, leaf, interpret):
@@ -59,7 +60,7 @@ def _multiply_arranged(x, leaf, interpret):
     reason = why_not(leaf.product, leaf.chip, x.dtype.name, n, x.shape[1] // parts_along(mesh, along_k), format=leaf.format)
     if reason is not None:
         raise NotImplementedError(reason)
-    run = functools.partial(_run, product, leaf, leaf.chip, n=n, interpret=interpret)
+    run = functools.partial(_run, product, leaf, n=n, interpret=interpret)
     if mesh.empty:
         return run(x, leaf.arrays)
 
@@ -92,6 +93,6 @@ def _leaf(w):
     return w if isinstance(w, QuantizedArray) else QuantizedArray({"weight": w}, w.shape, PLAIN)
 
 
-def _run(product, leaf, chip, x, arrays, *, n=None, interpret=False):
+def _run(product, leaf, x, arrays, *, n=None, interpret=False):
     element = FORMATS[leaf.format].element if leaf.format in FORMATS else None
-    return product.run(x, arrays, n=n or leaf.shape[0], chip=chip, element=element, interpret=interpret)
+    return product.run(x, arrays, n=n or leaf.shape[0], chip=leaf.chip, element=element, interpret=interpret)
