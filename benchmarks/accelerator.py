@@ -114,7 +114,8 @@ def kernels(options) -> dict:
 
     from mlspecqd_jax.weights import layouts
     from mlspecqd_jax.weights.mx import dequantize, quantize
-    from pallas_kernels import bf16_matmul, chip_of, choose
+    from mlspecqd_jax.weights.products import multiply
+    from pallas_kernels import best_product, bf16_matmul, chip_of
 
     rate = roof(options.bytes, options.trials)
     chip, found, left_out, began = chip_of(jax.devices()[0]), [], [], time.perf_counter()
@@ -125,9 +126,9 @@ def kernels(options) -> dict:
                 continue
             w = (jax.random.normal(jax.random.key(n + k), (n, k)) / k**0.5).astype(jnp.bfloat16)
             stored = quantize(w)
-            product = choose(chip, "bfloat16", n, k)
-            leaf = layouts.laid_out(stored, product, chip, dtype=jnp.bfloat16)
-            for name, weight, run in ((f"mxfp4 ({product})", leaf, layouts.laid_out_product), ("bf16", w, bf16_matmul)):
+            product = best_product(chip, "bfloat16", n, k).name
+            leaf = layouts.arrange(stored, product, chip, dtype=jnp.bfloat16)
+            for name, weight, run in ((f"mxfp4 ({product})", leaf, multiply), ("bf16", w, bf16_matmul)):
                 decoded = dequantize(stored) if weight is leaf else w
                 chain, passes = chained(run, weight, options.bytes)
                 run = jax.jit(run)

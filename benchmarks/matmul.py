@@ -23,7 +23,7 @@ import cpu_kernels
 from cpu_kernels.build import find_compiler
 from mlspecqd_jax.weights.mx import quantize
 from mlspecqd_jax.weights.placement import place
-from pallas_kernels import bf16_matmul as xla_matmul
+from pallas_kernels import xla
 
 SIZES = ("5632x2048", "2048x5632", "11008x4096")  # of a 1.1B Llama's MLP, and of a 7B one's
 ROWS = (1, 2, 4, 6, 8, 16, 64, 512)
@@ -51,8 +51,8 @@ def passes(kind: str, n: int, k: int, rows: int, size: int):
     random = np.random.RandomState(0)
     w = jnp.asarray(random.standard_normal((n, k)) / np.sqrt(k), jnp.bfloat16)
     leaf = quantize(w)
-    weight = (leaf.packed, leaf.scales) if kind == "mxfp4" else (w,)
-    product = {"xla": xla_matmul, "bf16": cpu_kernels.dense_matmul, "mxfp4": cpu_kernels.mxfp4_matmul}[kind]
+    weight = tuple(leaf.arrays.values()) if kind == "mxfp4" else (w,)
+    product = {"xla": xla.matmul, "bf16": cpu_kernels.dense_matmul, "mxfp4": cpu_kernels.mxfp4_matmul}[kind]
     one = sum(part.nbytes for part in weight)
     copy = (lambda part: part + 0) if kind == "mxfp4" else place  # as models hold them
     copies = [tuple(map(copy, weight)) for _ in range(max(1, size // one))]

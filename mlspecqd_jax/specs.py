@@ -13,7 +13,7 @@ from mlspecqd_jax.loading.find import is_known
 from mlspecqd_jax.loading.models import Model
 from mlspecqd_jax.speculation.drafters.prompt_lookup import PromptLookup
 from mlspecqd_jax.stacks import check_draft_len, default_draft_len
-from mlspecqd_jax.weights.mx import FORMATS
+from mlspecqd_jax.weights.formats import FORMATS
 
 NGRAM, NONE = "ngram", "none"
 

@@ -2,8 +2,6 @@
 
 from typing import Any
 
-import jax
-
 import cpu_kernels
 from mlspecqd_jax import jax_settings
 from mlspecqd_jax.arguments import brief, flag, instance
@@ -13,7 +11,6 @@ from mlspecqd_jax.speculation.drafters.prompt_lookup import PromptLookup
 from mlspecqd_jax.speculation.level import Level
 from mlspecqd_jax.speculation.stack import Stack
 from mlspecqd_jax.text.card import first_difference
-from mlspecqd_jax.weights.mx import MXArray, MXFP4Array
 from mlspecqd_jax.weights.quantization import EMBEDDING
 
 # A row's result was found equal bit for bit at all even widths of XLA's bfloat16 products on CPU; in float32 and float16 it was not
@@ -100,7 +97,7 @@ def exact_rows(platform: str, dtype: str, draft_len: int, apart: bool = False) -
 
 def computes_rows_apart(model: Model) -> bool:
     """Return whether a model's products, norms and attention are all in C++, where a row's bits do not depend on the window."""
-    in_cpp = all(isinstance(leaf, jax.Array | MXFP4Array | MXArray) for leaf in model.params.values())
+    in_cpp = all(getattr(leaf, "is_stored", True) for leaf in model.params.values())
     return in_cpp and model.network.mesh is None and cpu_kernels.usable(model.params[EMBEDDING].dtype.name)
 
 

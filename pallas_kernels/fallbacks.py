@@ -6,24 +6,27 @@ Notation: M rows of activations, N outputs, K contracted, G = K/32 MX blocks (th
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.reference import BLOCK
+from pallas_kernels.product import STORED_AXES, Product, as_stored
+from pallas_kernels.reference import BLOCK, whole_blocks
+from pallas_kernels.xla import decoded_matmul
 
 ROWS = 16  # up to this many; with more, a decoded weight costs less than decoding for every row
 
 
-def lay_out_groups(packed: jax.Array, scales: jax.Array) -> tuple[jax.Array, jax.Array]:
+def arrange_groups(codes: jax.Array, scales: jax.Array, along_n: int = 1, along_k: int = 1) -> dict[str, jax.Array]:
     """Return an MXFP4 weight as `grouped_matmul` reads it: K before N, element i of an MX block beside element i + 16.
 
     Args:
-      packed: uint8 [N, K/2], element 2i in the low half of byte i.
+      codes: uint8 [N, K/2], element 2i in the low half of byte i.
       scales: uint8 [N, K/32].
+      along_n, along_k: number of equal parts of N and K that will lie on different devices, which change nothing.
 
     Returns:
-      (uint8 [G, 16, N], element i in the low half of byte i, i + 16 in the high half; uint8 [G, N]).
+      codes: uint8 [G, 16, N], element i in the low half of byte i, i + 16 in the high half; scales: uint8 [G, N].
     """
     n, groups = scales.shape
-    codes = jnp.stack([packed & 15, packed >> 4], axis=-1).reshape(n, groups, 2, 16)
-    return jnp.transpose(codes[:, :, 0] | codes[:, :, 1] << 4, (1, 2, 0)), scales.T
+    codes = jnp.stack([codes & 15, codes >> 4], axis=-1).reshape(n, groups, 2, 16)
+    return {"codes": jnp.transpose(codes[:, :, 0] | codes[:, :, 1] << 4, (1, 2, 0)), "scales": scales.T}
 
 
 def grouped_matmul(x: jax.Array, codes: jax.Array, scales: jax.Array) -> jax.Array:
@@ -31,7 +34,7 @@ def grouped_matmul(x: jax.Array, codes: jax.Array, scales: jax.Array) -> jax.Arr
 
     Args:
       x: [M, K], bfloat16, float16 or float32.
-      codes: uint8 [G, 16, N] of `lay_out_groups`.
+      codes: uint8 [G, 16, N] of `arrange_groups`.
       scales: uint8 [G, N].
 
     Returns:
@@ -47,12 +50,12 @@ def grouped_matmul(x: jax.Array, codes: jax.Array, scales: jax.Array) -> jax.Arr
     return jnp.sum(sums * _scales(scales)[:, None], axis=0)
 
 
-def reduced_matmul(x: jax.Array, packed: jax.Array, scales: jax.Array) -> jax.Array:
+def reduced_matmul(x: jax.Array, codes: jax.Array, scales: jax.Array) -> jax.Array:
     """x @ w.T as a sum of f32 products: one reduction that XLA:GPU fuses with the decoding.
 
     Args:
       x: [M, K], bfloat16, float16 or float32, M up to 16.
-      packed: uint8 [N, K/2], element 2i in the low half of byte i.
+      codes: uint8 [N, K/2], element 2i in the low half of byte i.
       scales: uint8 [N, K/32].
 
     Returns:
@@ -60,7 +63,7 @@ def reduced_matmul(x: jax.Array, packed: jax.Array, scales: jax.Array) -> jax.Ar
     """
     n, groups = scales.shape
     # XLA:GPU reads this type two to a byte; decoded by shifts, several rows would be kept as a weight in memory.
-    weight = jax.lax.bitcast_convert_type(packed, jnp.float4_e2m1fn).astype(jnp.float32).reshape(n, groups, BLOCK)
+    weight = jax.lax.bitcast_convert_type(codes, jnp.float4_e2m1fn).astype(jnp.float32).reshape(n, groups, BLOCK)
     weight = (weight * _scales(scales)[:, :, None]).reshape(n, -1)
     return jnp.sum(x.astype(jnp.float32)[:, None] * weight, axis=-1)
 
@@ -81,3 +84,30 @@ def _values(codes):
 def _scales(scales):
     # A float32 whose exponent is the byte; the byte 0 is the number 0.
     return jax.lax.bitcast_convert_type(scales.astype(jnp.int32) << 23, jnp.float32)
+
+
+def _on_a_tpu(chip, dtype, n, k, along_n, along_k):
+    return None if chip.startswith("TPU") else "is made for TPUs; use 'decoded'"
+
+
+def _on_nvidia(chip, dtype, n, k, along_n, along_k):
+    return None if chip.startswith("sm_") else "is made for NVIDIA GPUs; use 'decoded'"
+
+
+def _run_grouped(x, arrays, *, n, chip, element, interpret):
+    return grouped_matmul(whole_blocks(x), **arrays)
+
+
+def _run_reduced(x, arrays, *, n, chip, element, interpret):
+    x = whole_blocks(x)
+    return reduced_matmul(x, **arrays) if x.shape[0] <= ROWS else decoded_matmul(x, **arrays, exponent_bits=2, mantissa_bits=1)
+
+
+def row_multiple(chip: str, dtype: str) -> int:
+    """The most rows for which both multiply codes, not a decoded weight."""
+    return ROWS
+
+
+GROUPED_AXES = {"codes": ("k", None, "n"), "scales": ("k", "n")}
+GROUPED = Product("grouped", ("mxfp4",), _on_a_tpu, arrange_groups, GROUPED_AXES, _run_grouped, row_multiple)
+REDUCED = Product("reduced", ("mxfp4",), _on_nvidia, as_stored, STORED_AXES, _run_reduced, row_multiple)

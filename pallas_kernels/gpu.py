@@ -17,6 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.blocks import gpu_blocks
+from pallas_kernels.product import Product
 
 CHUNK = 128  # elements of a row in 16 words, one 16-byte load for each of four threads
 OUTPUTS = 64  # what N is a multiple of: every block size of `gpu_blocks` divides it
@@ -28,7 +29,7 @@ GREATEST = 254 - BIAS  # the scale byte, 2, whose product with 2^BIAS is the gre
 SHIFTS = ((0, 0), (3, 3), (6, 1), (-3, 2))
 
 
-def lay_out(packed: jax.Array, scales: jax.Array, along_n: int = 1, along_k: int = 1) -> tuple[jax.Array, jax.Array, jax.Array]:
+def arrange(codes: jax.Array, scales: jax.Array, along_n: int = 1, along_k: int = 1) -> dict[str, jax.Array]:
     """Return an MXFP4 weight as the kernel reads it: chunks of 128 along K, one row after the other within a chunk.
 
     Words 2i and 2i + 1 of a row's 16 in a chunk hold elements 16 s + 2i (lower halves) and 16 s + 2i + 1 (upper halves): the first
@@ -37,34 +38,35 @@ def lay_out(packed: jax.Array, scales: jax.Array, along_n: int = 1, along_k: int
     is filled up to whole 64s and K to whole 128s with zeros.
 
     Args:
-      packed: uint8 [N, K/2], element 2i in the low half of byte i.
+      codes: uint8 [N, K/2], element 2i in the low half of byte i.
       scales: uint8 [N, K/32].
       along_n: number of equal parts of N that will lie on different devices, each filled up by itself.
       along_k: likewise of K.
 
     Returns:
-      (int32 [C, N, 16], int32 [C, N], f32 [N]: what each output is multiplied by).
+      words: int32 [C, N, 16]; scales: int32 [C, N]; power: f32 [N], what each output is multiplied by.
     """
     scales = scales.astype(jnp.int32)
     too_large = jnp.maximum(jnp.max(scales, axis=1, initial=0) - GREATEST, 0)  # [N]
     scales = jnp.where(scales > 0, jnp.maximum(scales + BIAS - too_large[:, None], 0), 0)
     power = jax.lax.bitcast_convert_type(too_large + 127 << 23, jnp.float32)
-    packed, scales = (_filled(array, along_n, along_k, per_chunk) for array, per_chunk in ((packed, 64), (scales, 4)))
-    n = packed.shape[0]
-    codes = jnp.stack([packed & 15, packed >> 4], axis=-1).reshape(n, -1, 2, 4, 8, 2).astype(jnp.uint32)
+    codes, scales = (_filled(array, along_n, along_k, per_chunk) for array, per_chunk in ((codes, 64), (scales, 4)))
+    n = codes.shape[0]
+    codes = jnp.stack([codes & 15, codes >> 4], axis=-1).reshape(n, -1, 2, 4, 8, 2).astype(jnp.uint32)
     placed = [(codes[:, :, :, s] & 7) << 6 - low | codes[:, :, :, s] >> 3 << 15 - sign for s, (low, sign) in enumerate(SHIFTS)]
     halves = functools.reduce(jnp.bitwise_or, placed)  # [N, C, word, pair, half]
     words = jnp.transpose(halves[..., 0] | halves[..., 1] << 16, (1, 0, 3, 2)).reshape(-1, n, 16)
     scales = scales.reshape(n, -1, 4)
     scales = jnp.sum(scales.astype(jnp.uint32) << 8 * jnp.arange(4, dtype=jnp.uint32), axis=2, dtype=jnp.uint32).T
-    return *(jax.lax.bitcast_convert_type(array, jnp.int32) for array in (words, scales)), power
+    words, scales = (jax.lax.bitcast_convert_type(array, jnp.int32) for array in (words, scales))
+    return {"words": words, "scales": scales, "power": power}
 
 
 @functools.partial(jax.jit, static_argnames=("n", "chip", "interpret"))
 def mxfp4_matmul(
     x: jax.Array, words: jax.Array, scales: jax.Array, power: jax.Array, *, n: int, chip: str = "", interpret: bool = False
 ) -> jax.Array:
-    """x @ w.T for a weight laid out by `lay_out`, with f32 accumulation and an f32 result.
+    """x @ w.T for a weight arranged by `arrange`, with f32 accumulation and an f32 result.
 
     M is padded to 8, to 16 or to a multiple of 64, and within each of them a row's result does not depend on M.
 
@@ -190,3 +192,24 @@ def _pairs(words, exponent, step):
     value = jnp.where(magnitude < 2, magnitude / 2, (2 + magnitude % 2) * jnp.exp2(magnitude // 2 - 2))
     scale = jax.lax.bitcast_convert_type(jnp.maximum(exponent - BIAS, 0) << 23, jnp.float32)
     return (jnp.where(negative == 1, -value, value) * scale).astype(jnp.bfloat16)
+
+
+def why_not(chip: str, dtype: str, n: int, k: int, along_n: int, along_k: int) -> str | None:
+    """Return why this kernel cannot be had, as the end of a sentence."""
+    if not chip.startswith("sm_") or int(chip[3:]) < 80:
+        return "needs an NVIDIA GPU of compute capability 8.0 or more; on an older one use 'reduced'"
+    return None if dtype in ("bfloat16", "float16") else "takes bfloat16 and float16; use 'reduced'"
+
+
+def _run(x, arrays, *, n, chip, element, interpret):
+    return mxfp4_matmul(x, **arrays, n=n, chip=chip, interpret=interpret)
+
+
+def row_multiple(chip: str, dtype: str) -> int:
+    """The most rows that are padded to one number of them."""
+    return 16
+
+
+DECODE = Product(
+    "gpu", ("mxfp4",), why_not, arrange, {"words": ("k", "n", None), "scales": ("k", "n"), "power": ("n",)}, _run, row_multiple
+)

@@ -1,11 +1,9 @@
-"""Matrix products in plain jnp: the definition that every kernel is compared with, and the form that runs where none applies.
+"""Matrix products in plain jnp: the definition that every kernel is compared with. What is run is in `xla` and the kernels' files.
 
 Notation: M rows of activations, N outputs, K contracted. Weights are [N, K], K last. An MX weight has K a multiple of 32: codes of
 E exponent and M mantissa bits, and one scale byte s for each block of 32 along K, read as 2^(s - 127) (OCP Microscaling Formats
 v1.0, section 5).
 """
-
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -23,17 +21,18 @@ def bf16_matmul(x: jax.Array, w: jax.Array) -> jax.Array:
     Returns:
       f32 [M, N].
     """
-    return jax.lax.platform_dependent(x, w, cpu=_two_rows_at_least, default=_product)
+    # Float32 weights are asked for when exactness matters more than speed, so the reduced-precision passes
+    # that TPUs and GPUs use by default for f32 products are switched off.
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    return jax.lax.dot_general(x, w, (((1,), (1,)), ((), ())), precision=precision, preferred_element_type=jnp.float32)
 
 
-def mxfp4_matmul(x: jax.Array, packed: jax.Array, scales: jax.Array, product: Callable = bf16_matmul) -> jax.Array:
-    """`mx_matmul` for MXFP4 weights: packed uint8 [N, K/2], scales uint8 [N, K/32]."""
-    return mx_matmul(x, packed, scales, 2, 1, product)
+def mxfp4_matmul(x: jax.Array, codes: jax.Array, scales: jax.Array) -> jax.Array:
+    """`mx_matmul` for MXFP4 weights: codes uint8 [N, K/2], scales uint8 [N, K/32]."""
+    return mx_matmul(x, codes, scales, 2, 1)
 
 
-def mx_matmul(
-    x: jax.Array, codes: jax.Array, scales: jax.Array, exponent_bits: int, mantissa_bits: int, product: Callable = bf16_matmul
-) -> jax.Array:
+def mx_matmul(x: jax.Array, codes: jax.Array, scales: jax.Array, exponent_bits: int, mantissa_bits: int) -> jax.Array:
     """x @ mx_decode(codes, scales).T in x's dtype, with f32 accumulation and an f32 result.
 
     Args:
@@ -42,7 +41,6 @@ def mx_matmul(
       scales: uint8 [N, K/32].
       exponent_bits: of an element.
       mantissa_bits: of an element.
-      product: of x and the decoded weight, as `bf16_matmul`.
 
     Returns:
       f32 [M, N].
@@ -50,18 +48,8 @@ def mx_matmul(
     Raises:
       ValueError: the shapes do not belong together.
     """
-    per_byte = 2 if exponent_bits + mantissa_bits == 3 else 1
-    n, blocks = scales.shape
-    if codes.shape != (n, blocks * BLOCK // per_byte) or x.shape[1:] != (blocks * BLOCK,):
-        raise ValueError(
-            f"x {list(x.shape)}, codes {list(codes.shape)} and scales {list(scales.shape)} do not belong together; "
-            f"give x [M, K], codes [N, K{'/2' if per_byte == 2 else ''}] and scales [N, K/{BLOCK}], with K padded to whole blocks"
-        )
-    # Behind the barrier the decoded weight is not hoisted out of a generation loop (XLA:CPU would keep it as f32, eight times the
-    # packed bytes), and after its own x it is made one product at a time, so that no two layers' decoded weights are alive at once.
-    x, codes, scales = jax.lax.optimization_barrier((x, codes, scales))
-    scales = jax.lax.platform_dependent(x, scales, cpu=_after, default=lambda x, scales: scales)
-    return product(x, mx_decode(codes, scales, exponent_bits, mantissa_bits).astype(x.dtype))
+    check_shapes(x, codes, scales, exponent_bits, mantissa_bits)
+    return bf16_matmul(x, mx_decode(codes, scales, exponent_bits, mantissa_bits).astype(x.dtype))
 
 
 def mx_decode(codes: jax.Array, scales: jax.Array, exponent_bits: int, mantissa_bits: int) -> jax.Array:
@@ -97,23 +85,17 @@ def mx_decode(codes: jax.Array, scales: jax.Array, exponent_bits: int, mantissa_
     return jax.lax.bitcast_convert_type(bits.astype(jnp.uint16), jnp.bfloat16).reshape(n, blocks * BLOCK)
 
 
-def _after(x, scales):
-    # XLA:CPU removes barriers before it orders operations, and then decodes every weight first. Only data holds it back: no number
-    # has more than 63 bits set, which XLA does not work out.
-    bits = jax.lax.bitcast_convert_type(x[0, 0], jnp.uint32 if x.dtype == jnp.float32 else jnp.uint16)
-    return scales + (jax.lax.population_count(bits) >> 6).astype(scales.dtype)
+def whole_blocks(x: jax.Array) -> jax.Array:
+    """Fill x [M, K] up with zeros to whole MX blocks along K."""
+    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % BLOCK)))
 
 
-def _product(x, w):
-    # Float32 weights are asked for when exactness matters more than speed, so the reduced-precision passes
-    # that TPUs and GPUs use by default for f32 products are switched off.
-    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    return jax.lax.dot_general(x, w, (((1,), (1,)), ((), ())), precision=precision, preferred_element_type=jnp.float32)
-
-
-def _two_rows_at_least(x, w):
-    # XLA:CPU converts the whole weight to f32 for a one-row product of a 16-bit type (about ten times slower, and
-    # hoisted out of a loop it doubles or triples the memory); from two rows on it reads the weight as it is.
-    if x.shape[0] == 1 and x.dtype != jnp.float32:
-        return _product(jnp.concatenate([x, x]), w)[:1]
-    return _product(x, w)
+def check_shapes(x: jax.Array, codes: jax.Array, scales: jax.Array, exponent_bits: int, mantissa_bits: int) -> None:
+    """Raise a ValueError unless activations and the arrays of an MX weight belong together."""
+    per_byte = 2 if exponent_bits + mantissa_bits == 3 else 1
+    n, blocks = scales.shape
+    if codes.shape != (n, blocks * BLOCK // per_byte) or x.shape[1:] != (blocks * BLOCK,):
+        raise ValueError(
+            f"x {list(x.shape)}, codes {list(codes.shape)} and scales {list(scales.shape)} do not belong together; "
+            f"give x [M, K], codes [N, K{'/2' if per_byte == 2 else ''}] and scales [N, K/{BLOCK}], with K padded to whole blocks"
+        )

@@ -19,41 +19,45 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.blocks import ROWS, tpu_block_n, tpu_tile
+from pallas_kernels.product import Product
 
+PALLAS_TPUS = ("TPU v5 lite", "TPU v5", "TPU v5p", "TPU v5e", "TPU v6 lite", "TPU v6e", "TPU7x")
+MOST_K = 2**17  # the activations of all of K are kept on the chip
 CONTRACTED = 128  # by the matrix unit at once
 GROUPS = CONTRACTED // 32  # MX blocks among them
 
 
-def lay_out(packed: jax.Array, scales: jax.Array, along_k: int = 1) -> tuple[jax.Array, jax.Array]:
+def arrange(codes: jax.Array, scales: jax.Array, along_n: int = 1, along_k: int = 1) -> dict[str, jax.Array]:
     """Return an MXFP4 weight as the kernels read it: K before N, in tiles, two codes a byte.
 
     A byte of row r of a tile holds code r of its first half in bits 6 to 4 (magnitude) and 0 (sign), and code r of its second half
     in bits 3 to 1 and 7. Zeros fill the last tile.
 
     Args:
-      packed: uint8 [N, K/2], element 2i in the low half of byte i.
+      codes: uint8 [N, K/2], element 2i in the low half of byte i.
       scales: uint8 [N, K/32].
-      along_k: number of equal parts of K that will lie on different devices, each in tiles of its own.
+      along_n: number of equal parts of N that will lie on different devices, which changes nothing.
+      along_k: likewise of K, each in tiles of its own.
 
     Returns:
-      (uint8 [T, tile/2, N], uint8 [T, tile/32, N]).
+      codes: uint8 [T, tile/2, N]; scales: uint8 [T, tile/32, N].
     """
     n, blocks = scales.shape
     k = 32 * blocks // along_k
     tile = tpu_tile(k)
     padding = ((0, 0), (0, 0), (0, -k % tile))
-    codes = jnp.stack([packed & 15, packed >> 4], axis=-1).reshape(n, along_k, k)
+    codes = jnp.stack([codes & 15, codes >> 4], axis=-1).reshape(n, along_k, k)
     codes = jnp.pad(codes, padding).reshape(n, -1, 2, tile // 2)
     first, second = codes[:, :, 0], codes[:, :, 1]
     joined = (first & 7) << 4 | first >> 3 | (second & 7) << 1 | second >> 3 << 7
     scales = jnp.pad(scales.reshape(n, along_k, -1), ((0, 0), (0, 0), (0, -k % tile // 32))).reshape(n, -1, tile // 32)
-    return jnp.transpose(joined, (1, 2, 0)), jnp.transpose(scales, (1, 2, 0))
+    return {"codes": jnp.transpose(joined, (1, 2, 0)), "scales": jnp.transpose(scales, (1, 2, 0))}
 
 
 def mxfp4_matmul(
     x: jax.Array, codes: jax.Array, scales: jax.Array, *, subnormals: bool = True, interpret: bool | pltpu.InterpretParams = False
 ) -> jax.Array:
-    """x @ w.T for a weight laid out by `lay_out`, with f32 accumulation and an f32 result.
+    """x @ w.T for a weight arranged by `arrange`, with f32 accumulation and an f32 result.
 
     M is padded to 8, to 16, or to a multiple of 128, and within each of the three a row's result does not depend on M. Magnitudes
     of x are taken up to 2^113; with more than 16 rows, weights below 2^-112 count as zero.
@@ -93,7 +97,7 @@ def honours_subnormals(run) -> bool:
     x = jnp.zeros((1, 32), jnp.bfloat16).at[0, 0].set(1)
     magnitudes = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
     expected = jnp.array(magnitudes + [-value for value in magnitudes])
-    return bool(jnp.array_equal(run(x, *lay_out(every, scales))[0], expected))
+    return bool(jnp.array_equal(run(x, **arrange(every, scales))[0], expected))
 
 
 @functools.partial(jax.jit, static_argnames=("subnormals", "interpret"))
@@ -209,3 +213,29 @@ def _scales(scales_ref):
 def _cost(rows, k, n, *arrays):
     moved = sum(array.size * array.dtype.itemsize for array in arrays) + 4 * rows * n
     return pl.CostEstimate(flops=2 * rows * k * n, bytes_accessed=moved, transcendentals=0)
+
+
+def why_not(chip: str, dtype: str, n: int, k: int, along_n: int, along_k: int) -> str | None:
+    """Return why these kernels cannot be had, as the end of a sentence."""
+    if chip not in PALLAS_TPUS:
+        return "needs a TPU v5e, v5p, v6e or 7x; on another TPU use 'grouped'"
+    if k // along_k > MOST_K:
+        return f"takes K up to {MOST_K} on a device; use 'grouped'"
+    return None if dtype == "bfloat16" else "takes bfloat16 alone; use 'grouped'"
+
+
+def _run(x, arrays, *, n, chip, element, interpret):
+    return mxfp4_matmul(x, **arrays, interpret=interpret)
+
+
+def _run_without_subnormals(x, arrays, *, n, chip, element, interpret):
+    return mxfp4_matmul(x, **arrays, subnormals=False, interpret=interpret)
+
+
+def row_multiple(chip: str, dtype: str) -> int:
+    """The rows that one kernel takes at once, and the most for which it does not scale the weights."""
+    return ROWS[-1]
+
+
+DECODE = Product("tpu", ("mxfp4",), why_not, arrange, {"codes": ("k", None, "n"), "scales": ("k", None, "n")}, _run, row_multiple)
+DECODE_WITHOUT_SUBNORMALS = DECODE._replace(name="tpu without subnormals", run=_run_without_subnormals)

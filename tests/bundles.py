@@ -69,7 +69,8 @@ def count(mesh, chip: str, n: int, k: int) -> dict:
     def array(shape, dtype):
         return jax.ShapeDtypeStruct(shape, dtype)
 
-    codes, scales = jax.eval_shape(tpu.lay_out, array((n, k // 2), jnp.uint8), array((n, k // 32), jnp.uint8))
+    arranged = jax.eval_shape(tpu.arrange, array((n, k // 2), jnp.uint8), array((n, k // 32), jnp.uint8))
+    codes, scales = arranged["codes"], arranged["scales"]
     tiles, half, _ = codes.shape
     tile, block = 2 * half, tpu_block_n(n, tiles)
     bandwidth, clock = SPEEDS[chip]

@@ -1,5 +1,6 @@
 """The generation program of a three-level stack, compiled for chips that are not here."""
 
+import dataclasses
 import functools
 
 import chips
@@ -13,9 +14,10 @@ from mlspecqd_jax.programs import ONE_ALGORITHM
 from mlspecqd_jax.speculation import loop
 from mlspecqd_jax.speculation.level import Level
 from mlspecqd_jax.speculation.settings import Sampling
-from mlspecqd_jax.weights import layouts
 from mlspecqd_jax.weights.partition import cache_sharding, weight_sharding
+from mlspecqd_jax.weights.products import array_specs
 from mlspecqd_jax.weights.quantization import quantize_params
+from pallas_kernels import named
 
 LLAMA_8B = ModelConfig(
     vocab_size=128256,
@@ -42,19 +44,26 @@ def plain(config: ModelConfig, mesh, dtype=jnp.bfloat16):
 
 
 def twin(config: ModelConfig, mesh, dtype=jnp.bfloat16):
-    """Return the parameters of its MXFP4 twin, laid out for the mesh."""
-    finish = functools.partial(layouts.for_device, dtype=dtype, mesh=mesh)
+    """Return the parameters of its MXFP4 twin, arranged for the mesh."""
     params = plain(config, mesh, dtype)
-    leaves = jax.eval_shape(functools.partial(quantize_params, mesh=mesh, finish=finish), params)
+    leaves = jax.eval_shape(functools.partial(quantize_params, mesh=mesh, dtype=dtype), params)
 
     def placed(name, leaf):
         if name in params and leaf.shape == params[name].shape and not hasattr(leaf, "arrays"):
             return params[name]
-        arrays = zip(leaf.arrays, leaf.array_specs, strict=True)
-        shapes = (jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh, spec)) for a, spec in arrays)
-        return layouts.LaidOut(tuple(shapes), leaf.shape, leaf.product, leaf.chip, leaf.spec)
+        return on_mesh(leaf, mesh)
 
     return {name: placed(name, leaf) for name, leaf in leaves.items()}
+
+
+def on_mesh(leaf, mesh):
+    """Return an arranged leaf's arrays where its spec says that they lie."""
+    specs = array_specs(named(leaf.product), leaf.spec)
+    arrays = {
+        role: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=NamedSharding(mesh, specs[role]))
+        for role, array in leaf.arrays.items()
+    }
+    return dataclasses.replace(leaf, arrays=arrays)
 
 
 def compile_stack(mesh, target: ModelConfig, small: ModelConfig, batch: int, size: int, dtype=jnp.bfloat16):

@@ -7,6 +7,7 @@ a twin, where they are stored, stand apart (`drafts/FORMAT`), are read when aske
 """
 
 import contextlib
+import dataclasses
 import functools
 import json
 import logging
@@ -15,7 +16,7 @@ import pathlib
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -31,9 +32,10 @@ from mlspecqd_jax.json_files import read_json, reason
 from mlspecqd_jax.loading.huggingface import HUB_FILES
 from mlspecqd_jax.loading.weight_files import HEAD
 from mlspecqd_jax.network.network import Network
-from mlspecqd_jax.weights.mx import FORMATS, MXArray, MXFP4Array
+from mlspecqd_jax.weights.formats import FORMATS
 from mlspecqd_jax.weights.partition import weight_sharding
 from mlspecqd_jax.weights.quantization import Recipe, place_quantized, quantize_params
+from mlspecqd_jax.weights.quantized_array import QuantizedArray
 
 MARKER = "mlspecqd.json"
 WEIGHTS = "weights"
@@ -72,8 +74,10 @@ def save(
         _write(temporary / WEIGHTS, params)
         for recipe, twin in (twins or {}).items():
             (temporary / DRAFTS).mkdir(exist_ok=True)
-            arrays = jax.tree_util.tree_leaves_with_path(_quantized(twin))
-            _write(temporary / DRAFTS / recipe.format, {_file(path): array for path, array in arrays})
+            files = {
+                _file(name, leaf, role): array for name, leaf in _quantized(twin).items() for role, array in leaf.arrays.items()
+            }
+            _write(temporary / DRAFTS / recipe.format, files)
         _mark_finished(temporary, params, list(twins or {}))
         temporary.chmod(0o755)  # mkdtemp makes it private
         os.rename(temporary, folder)
@@ -98,13 +102,14 @@ def _say_whether_tied(path: pathlib.Path, tied: bool) -> None:
         path.write_text(json.dumps(config | {"tie_word_embeddings": tied}, indent=1) + "\n", encoding="utf-8")
 
 
-def _quantized(params: dict[str, Any]) -> dict[str, MXFP4Array | MXArray]:
-    return {name: leaf for name, leaf in params.items() if isinstance(leaf, MXFP4Array | MXArray)}
+def _quantized(params: dict[str, Any]) -> dict[str, QuantizedArray]:
+    return {name: leaf for name, leaf in params.items() if isinstance(leaf, QuantizedArray)}
 
 
-def _file(path) -> str:
-    """Name of one array of a quantized leaf: `lm_head.weight.packed`."""
-    return jax.tree_util.keystr(path, simple=True, separator=".")
+def _file(name: str, leaf: QuantizedArray, role: str) -> str:
+    """Name of one array of a quantized leaf: `lm_head.weight.packed`, as codes are called on disk that share bytes."""
+    packed = role == "codes" and FORMATS[leaf.format].codes_per_byte > 1
+    return f"{name}.{'packed' if packed else role}"
 
 
 @contextlib.contextmanager
@@ -210,10 +215,8 @@ def drafts(folder: pathlib.Path, dtype: str) -> tuple[Recipe, ...]:
     return found if same_values else ()
 
 
-def restore_draft(
-    folder: pathlib.Path, model: Network, recipe: Recipe, finish: Callable = lambda name, leaf: leaf
-) -> dict[str, MXFP4Array | MXArray]:
-    """Map the quantized leaves of a twin that `save` wrote and put them in their place, each as `finish(name, leaf)`.
+def restore_draft(folder: pathlib.Path, model: Network, recipe: Recipe, dtype: jnp.dtype) -> dict[str, QuantizedArray]:
+    """Map the quantized leaves of a twin that `save` wrote and put them in their place, for activations of `dtype`.
 
     Raises:
       InputError: the folder is damaged.
@@ -221,13 +224,14 @@ def restore_draft(
     weights = {name: jax.ShapeDtypeStruct(shape, jnp.bfloat16) for name, shape in model.shapes().items()}
     cast = functools.partial(quantize_params, format=recipe.format, policy=dict(recipe.policy))
 
-    def mapped(path, array):
-        return np.asarray(_map(folder / DRAFTS / recipe.format / _file(path), array.shape), array.dtype)
+    def mapped(name, leaf):
+        files = {role: folder / DRAFTS / recipe.format / _file(name, leaf, role) for role in leaf.arrays}
+        arrays = {role: np.asarray(_map(file, leaf.arrays[role].shape), leaf.arrays[role].dtype) for role, file in files.items()}
+        return dataclasses.replace(leaf, arrays=arrays)
 
     with _damage_named(folder):
-        expected = _quantized(jax.eval_shape(cast, weights))
-        leaves = jax.tree_util.tree_map_with_path(mapped, expected)
-        placed = {name: finish(name, place_quantized(name, leaf, model.mesh)) for name, leaf in leaves.items()}
+        leaves = {name: mapped(name, leaf) for name, leaf in _quantized(jax.eval_shape(cast, weights)).items()}
+        placed = {name: place_quantized(name, leaf, model.mesh, dtype) for name, leaf in leaves.items()}
         return jax.block_until_ready(placed)
 
 

@@ -1,7 +1,6 @@
 """`load`: a demo, a folder, a hub id or a converted checkpoint to a `Model`; `convert`: a model to what loads faster."""
 
 import dataclasses
-import functools
 import json
 import math
 import os
@@ -20,10 +19,10 @@ from mlspecqd_jax.loading.find import find, is_path
 from mlspecqd_jax.network.network import Network
 from mlspecqd_jax.text import chat, tokenizer_files
 from mlspecqd_jax.text.card import Card
-from mlspecqd_jax.weights import layouts
-from mlspecqd_jax.weights.mx import FORMATS, MXArray, MXFP4Array, check_format
+from mlspecqd_jax.weights.formats import FORMATS, check_format
 from mlspecqd_jax.weights.partition import usable_mesh
 from mlspecqd_jax.weights.quantization import EMBEDDING, HEAD, Policy, Recipe, default_policy, quantize_params
+from mlspecqd_jax.weights.quantized_array import QuantizedArray
 
 DTYPES = ("bfloat16", "float32", "float16")
 SAMPLING_KEYS = ("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
@@ -34,7 +33,7 @@ class Model:
     """A loaded model: the static network, its parameters by Hugging Face's tensor names, and its card."""
 
     network: Network
-    params: dict[str, jax.Array | MXFP4Array | MXArray | layouts.LaidOut]
+    params: dict[str, jax.Array | QuantizedArray]
     card: Card
     folder: pathlib.Path
     recipe: Recipe | None = None  # how the weights were quantized
@@ -78,11 +77,10 @@ class Model:
                 f"policy {dict(self.recipe.policy)}); quantize the original model instead"
             )
         dtype = self.params[EMBEDDING].dtype
-        finish = functools.partial(layouts.for_device, dtype=dtype, mesh=self.network.mesh)
         if recipe in self.drafts:
-            params = self.params | checkpoint.restore_draft(self.folder, self.network, recipe, finish)
+            params = self.params | checkpoint.restore_draft(self.folder, self.network, recipe, dtype)
         else:
-            params = quantize_params(self.params, format, dict(recipe.policy), scale_rule, self.network.mesh, finish)
+            params = quantize_params(self.params, format, dict(recipe.policy), scale_rule, self.network.mesh, dtype)
         card = dataclasses.replace(self.card, name=f"{self.card.name}@{format}")
         return dataclasses.replace(self, params=params, card=card, recipe=recipe)
 

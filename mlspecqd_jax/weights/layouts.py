@@ -1,6 +1,6 @@
-"""MXFP4 weights laid out for the kernels of the chip that they are on, once, when they are loaded.
+"""Weights arranged for the kernels of the chip that they are on, once, when they are loaded; nothing is kept as stored beside it.
 
-On CPU nothing changes. Elsewhere the laid out leaf takes the stored one's place. Notation: N outputs, K contracted.
+Notation: N outputs, K contracted.
 """
 
 import dataclasses
@@ -9,134 +9,65 @@ import functools
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from mlspecqd_jax.weights.mx import MXArray, MXFP4Array
-from mlspecqd_jax.weights.partition import weight_sharding
-from pallas_kernels import LAYOUTS, chip_of, choose, honours_subnormals, laid_out_matmul, lay_out, unsupported
+from mlspecqd_jax.weights.products import array_specs, parts_along
+from mlspecqd_jax.weights.quantized_array import QuantizedArray
+from pallas_kernels import best_product, chip_of, honours_subnormals, named, why_not
+from pallas_kernels.tpu import DECODE, DECODE_WITHOUT_SUBNORMALS
+from pallas_kernels.xla import DECODED
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=("arrays",), meta_fields=("shape", "product", "chip", "spec"))
-@dataclasses.dataclass(frozen=True, eq=False)
-class LaidOut:
-    """An MXFP4 weight as one product reads it, possibly split over a mesh."""
-
-    arrays: tuple[jax.Array, ...]
-    shape: tuple[int, int]  # N, K
-    product: str  # a key of pallas_kernels.LAYOUTS
-    chip: str
-    spec: PartitionSpec  # how N and K are split
-
-    format = "mxfp4"
-
-    @property
-    def size(self) -> int:
-        return self.shape[0] * self.shape[1]
-
-    @property
-    def nbytes(self) -> int:
-        return sum(array.nbytes for array in self.arrays)
-
-    @property
-    def array_specs(self) -> tuple[PartitionSpec, ...]:
-        """How the arrays are split."""
-        return _array_specs(self.product, self.spec)
-
-
-def for_device(
-    name: str, leaf: MXFP4Array | MXArray, *, dtype: jax.numpy.dtype, mesh: Mesh | None, product: str | None = None
-) -> MXFP4Array | MXArray | LaidOut:
-    """Lay out a weight for the device or the mesh that it is on; on CPU, and in another format, it stays as it is.
+def for_device(leaf: QuantizedArray, *, dtype: jax.numpy.dtype, mesh: Mesh | None, product: str | None = None) -> QuantizedArray:
+    """Arrange a stored weight for the device or the mesh that it is on; it stays as it is where nothing there wants it otherwise.
 
     Args:
-      name: of the weight, for the partition table.
-      leaf: as `quantize` made it.
+      leaf: as `quantize` made it, placed.
       dtype: of the activations.
       mesh: over which the leaf was placed, or None.
-      product: a key of pallas_kernels.LAYOUTS; None takes the best that the chip supports.
+      product: the name of one; None takes the best that the chip supports.
 
     Raises:
       NotImplementedError: the product that was asked for cannot be had here; one sentence with the shapes.
     """
-    if not isinstance(leaf, MXFP4Array):
-        return leaf
-    device = next(iter(leaf.packed.devices())) if mesh is None else mesh.devices.flat[0]
-    chip = chip_of(device)
-    if chip == "cpu" and product is None:
-        return leaf
-    spec = None if mesh is None else weight_sharding(name, leaf.scales.shape, mesh).spec
-    product = product or _best(device, str(jax.numpy.dtype(dtype)), leaf.shape, _parts(spec, mesh))
-    return laid_out(leaf, product, chip, dtype=dtype, mesh=mesh, spec=spec)
+    device = next(iter(leaf.arrays["scales"].devices())) if mesh is None else mesh.devices.flat[0]
+    if product is None:
+        best = _best(device, str(jax.numpy.dtype(dtype)), leaf, _parts(leaf.spec, mesh))
+        if best is None or best is DECODED:  # which a stored leaf has already, or a better one in C++
+            return leaf
+        product = best.name
+    return arrange(leaf, product, chip_of(device), dtype=dtype, mesh=mesh)
 
 
-def laid_out(
-    leaf: MXFP4Array,
-    product: str,
-    chip: str,
-    *,
-    dtype: jax.numpy.dtype,
-    mesh: Mesh | None = None,
-    spec: PartitionSpec | None = None,
-) -> LaidOut:
-    """Lay out a weight for one product on one chip.
+def arrange(leaf: QuantizedArray, product: str, chip: str, *, dtype: jax.numpy.dtype, mesh: Mesh | None = None) -> QuantizedArray:
+    """Arrange a stored weight for one product on one chip.
 
     Args:
-      leaf: as `quantize` made it.
-      product: a key of pallas_kernels.LAYOUTS.
+      leaf: as `quantize` made it; its spec says how N and K are split over the mesh.
+      product: the name of one.
       chip: of `pallas_kernels.chip_of`.
       dtype: of the activations.
       mesh: over which the result is split.
-      spec: how N and K are split over it; None keeps both whole.
 
     Raises:
       NotImplementedError: the product does not take this; one sentence with the shapes.
     """
-    spec = PartitionSpec(None, None) if spec is None else spec
-    parts = _parts(spec, mesh)
-    reason = unsupported(product, chip, str(jax.numpy.dtype(dtype)), *leaf.shape, *parts)
+    along_n, along_k = _parts(leaf.spec, mesh)
+    reason = why_not(product, chip, str(jax.numpy.dtype(dtype)), *leaf.shape, along_n, along_k, format=leaf.format)
     if reason is not None:
         raise NotImplementedError(reason)
-    placed = None if mesh is None else tuple(NamedSharding(mesh, entry) for entry in _array_specs(product, spec))
-    run = jax.jit(lay_out, static_argnums=(0, 3, 4), out_shardings=placed)
-    return LaidOut(run(product, leaf.packed, leaf.scales, *parts), leaf.shape, product, chip, spec)
+    record = named(product)
+    placed = None if mesh is None else {role: NamedSharding(mesh, at) for role, at in array_specs(record, leaf.spec).items()}
+    run = jax.jit(record.arrange, static_argnames=("along_n", "along_k"), out_shardings=placed)
+    arrays = run(**leaf.arrays, along_n=along_n, along_k=along_k)
+    return dataclasses.replace(leaf, arrays=arrays, product=product, chip=chip)
 
 
-def laid_out_product(x: jax.Array, w: LaidOut, interpret=False) -> jax.Array:
-    """x [M, K] times the transpose of a laid out weight, f32 [M, N]; under a mesh, each device multiplies its part."""
-    mesh = jax.sharding.get_abstract_mesh()
-    along_n, along_k = w.spec
-    if mesh.empty:
-        return laid_out_matmul(w.product, x, w.arrays, w.shape[0], w.chip, interpret)
-    n = w.shape[0] // _size(mesh, along_n)
-
-    def part(x, *arrays):
-        y = laid_out_matmul(w.product, x, arrays, n, w.chip, interpret)
-        return y if along_k is None else jax.lax.psum(y, along_k)
-
-    # A compiler splits no Pallas kernel by itself. Each result is one that it cannot check to be alike on all devices.
-    return jax.shard_map(
-        part,
-        mesh=mesh,
-        in_specs=(PartitionSpec(None, along_k), *w.array_specs),
-        out_specs=PartitionSpec(None, along_n),
-        check_vma=False,
-    )(x, *w.arrays)
+def _parts(spec: PartitionSpec, mesh: Mesh | None) -> tuple[int, ...]:
+    return (1, 1) if mesh is None else tuple(parts_along(mesh, axis) for axis in spec)
 
 
-def _array_specs(product, spec):
-    along = dict(zip(("n", "k"), spec, strict=True)) | {None: None}
-    return tuple(PartitionSpec(*(along[axis] for axis in axes)) for axes in LAYOUTS[product])
-
-
-def _parts(spec, mesh):
-    return (1, 1) if mesh is None else tuple(_size(mesh, axis) for axis in spec)
-
-
-def _size(mesh, axis):
-    return 1 if axis is None else mesh.shape[axis]
-
-
-def _best(device, dtype, shape, parts):
-    product = choose(chip_of(device), dtype, *shape, *parts)
-    return "tpu without subnormals" if product == "tpu" and not _honours_subnormals(device) else product
+def _best(device, dtype, leaf, parts):
+    product = best_product(chip_of(device), dtype, *leaf.shape, *parts, format=leaf.format)
+    return DECODE_WITHOUT_SUBNORMALS if product is DECODE and not _honours_subnormals(device) else product
 
 
 @functools.cache
@@ -145,4 +76,6 @@ def _honours_subnormals(device):
     if device not in jax.local_devices():
         return True
     with jax.default_device(device):
-        return honours_subnormals(lambda x, *arrays: laid_out_matmul("tpu", x, arrays, 16, chip_of(device)))
+        return honours_subnormals(
+            lambda x, **arrays: DECODE.run(x, arrays, n=16, chip=chip_of(device), element=None, interpret=False)
+        )

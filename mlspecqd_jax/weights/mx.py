@@ -1,125 +1,27 @@
-"""MXFP4 and the other MX element formats: weights as small floating-point elements that share a power-of-two scale in blocks of 32.
+"""The cast to MXFP4 and the other MX formats: small floating-point elements that share a power-of-two scale in blocks of 32.
 
-Source: OCP Microscaling Formats (MX) v1.0, section 5 (formats) and section 6.3 (conversion). Weights are [N, K] with the blocks
-along K; K32 is K rounded up to whole blocks, the rest being zero elements. A scale is stored as its biased exponent (E8M0): byte s
-is 2^(s - 127).
+Source: OCP Microscaling Formats (MX) v1.0, section 6.3 (conversion). Weights are [N, K] with the blocks along K; K32 is K rounded
+up to whole blocks, the rest being zero elements. A scale is stored as its biased exponent (E8M0): byte s is 2^(s - 127).
 
 Everything is exact integer arithmetic on the bits of float32, or float32 arithmetic on numbers that are not subnormal, so that
 platforms that flush subnormal numbers give the same codes.
 """
 
-import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 
 from mlspecqd_jax.errors import InputError
-from pallas_kernels import BLOCK, mx_decode
+from mlspecqd_jax.weights.formats import FORMATS, Element, Format, check_format
+from mlspecqd_jax.weights.quantized_array import QuantizedArray
+from pallas_kernels import mx_decode
 
 SCALE_RULES = ("floor", "ceil", "rceil", "even")
 WEIGHT_DTYPES = ("bfloat16", "float16", "float32")
 
 
-@dataclasses.dataclass(frozen=True)
-class Format:
-    """An element format (section 5.3): a sign, exponent bits with bias 2^(exponent_bits - 1) - 1, mantissa bits."""
-
-    exponent_bits: int
-    mantissa_bits: int
-    emax: int  # exponent of the largest value
-    largest: float
-    dtype: str | None  # XLA's name for it, if it has one
-
-    @property
-    def bits(self) -> int:
-        return 1 + self.exponent_bits + self.mantissa_bits
-
-    @property
-    def bias(self) -> int:
-        return 2 ** (self.exponent_bits - 1) - 1
-
-
-FORMATS = {
-    "mxfp4": Format(2, 1, 2, 6.0, "float4_e2m1fn"),
-    "mxfp6_e2m3": Format(2, 3, 2, 7.5, None),
-    "mxfp6_e3m2": Format(3, 2, 4, 28.0, None),
-    "mxfp8_e4m3": Format(4, 3, 8, 448.0, "float8_e4m3fn"),
-    "mxfp8_e5m2": Format(5, 2, 15, 57344.0, "float8_e5m2"),
-}
-
-
-@functools.partial(jax.tree_util.register_dataclass, data_fields=("packed", "scales"), meta_fields=("k",))
-@dataclasses.dataclass(frozen=True, eq=False)
-class MXFP4Array:
-    """A weight [N, K] in MXFP4, two elements a byte, as a pytree of two arrays."""
-
-    packed: jax.Array  # uint8 [N, K32 / 2], element 2i in the low half of byte i
-    scales: jax.Array  # uint8 [N, K32 / 32]
-    k: int
-
-    format = "mxfp4"
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.packed.shape[0], self.k
-
-    @property
-    def size(self) -> int:
-        return self.packed.shape[0] * self.k
-
-    @property
-    def nbytes(self) -> int:
-        return self.packed.nbytes + self.scales.nbytes
-
-    @property
-    def elements(self) -> jax.Array:
-        """The elements as float4_e2m1fn [N, K32] (a whole byte each on CPU)."""
-        return jax.lax.bitcast_convert_type(self.packed, jnp.float4_e2m1fn).reshape(self.packed.shape[0], -1)
-
-    @property
-    def scales_e8m0(self) -> jax.Array:
-        """The scales as float8_e8m0fnu [N, K32 / 32]."""
-        return jax.lax.bitcast_convert_type(self.scales, jnp.float8_e8m0fnu)
-
-
-@functools.partial(jax.tree_util.register_dataclass, data_fields=("codes", "scales"), meta_fields=("k", "format"))
-@dataclasses.dataclass(frozen=True, eq=False)
-class MXArray:
-    """A weight [N, K] in another MX format, one element a byte, as a pytree of two arrays."""
-
-    codes: jax.Array  # uint8 [N, K32], six-bit elements in the low bits
-    scales: jax.Array  # uint8 [N, K32 / 32]
-    k: int
-    format: str
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.codes.shape[0], self.k
-
-    @property
-    def size(self) -> int:
-        return self.codes.shape[0] * self.k
-
-    @property
-    def nbytes(self) -> int:
-        return self.codes.nbytes + self.scales.nbytes
-
-    @property
-    def elements(self) -> jax.Array:
-        """The elements as float8 [N, K32]; the six-bit formats are refused, since XLA has no type for them."""
-        dtype = FORMATS[self.format].dtype
-        if dtype is None:
-            raise InputError(f"XLA has no type for the elements of {self.format}; read .codes, or dequantize the array")
-        return jax.lax.bitcast_convert_type(self.codes, jnp.dtype(dtype))
-
-    @property
-    def scales_e8m0(self) -> jax.Array:
-        """The scales as float8_e8m0fnu [N, K32 / 32]."""
-        return jax.lax.bitcast_convert_type(self.scales, jnp.float8_e8m0fnu)
-
-
-def quantize(w: jax.Array, format: str = "mxfp4", scale_rule: str = "floor") -> MXFP4Array | MXArray:
+def quantize(w: jax.Array, format: str = "mxfp4", scale_rule: str = "floor") -> QuantizedArray:
     """Cast a weight to an MX format: elements w / 2^e rounded to nearest, ties to even, and saturating (section 6.3).
 
     The exponent e of a block comes from its largest magnitude amax by the scale rule: `floor` (the specification's) is
@@ -145,24 +47,18 @@ def quantize(w: jax.Array, format: str = "mxfp4", scale_rule: str = "floor") -> 
     codes, scales, finite = _encode(w, FORMATS[format], scale_rule)
     if not isinstance(finite, jax.core.Tracer) and not finite:
         raise InputError(f"a weight of shape {shape} holds NaN or infinity and cannot be quantized; use an intact checkpoint")
-    return MXFP4Array(codes, scales, shape[1]) if format == "mxfp4" else MXArray(codes, scales, shape[1], format)
+    return QuantizedArray({"codes": codes, "scales": scales}, tuple(shape), format)
 
 
 @functools.partial(jax.jit, static_argnames="dtype")
-def dequantize(a: MXFP4Array | MXArray, dtype: jnp.dtype = jnp.bfloat16) -> jax.Array:
-    """Return the weight [N, K] that an array stands for: exact in bfloat16 and float32, rounded in float16.
+def dequantize(a: QuantizedArray, dtype: jnp.dtype = jnp.bfloat16) -> jax.Array:
+    """Return the weight [N, K] that a stored array stands for: exact in bfloat16 and float32, rounded in float16.
 
     A scale byte of 0 is read as scale 0: a block whose magnitudes are all below about 2^-124 is taken for zero.
     """
-    f = FORMATS[a.format]
-    codes = a.packed if isinstance(a, MXFP4Array) else a.codes
-    return mx_decode(codes, a.scales, f.exponent_bits, f.mantissa_bits)[:, : a.k].astype(dtype)
-
-
-def check_format(format: str) -> None:
-    """Raise an InputError unless `format` is a name of `FORMATS`."""
-    if format not in FORMATS:
-        raise InputError(f"'{format}' is not a format for weights; give one of {', '.join(FORMATS)}")
+    element = FORMATS[a.format].element
+    values = mx_decode(**a.arrays, exponent_bits=element.exponent_bits, mantissa_bits=element.mantissa_bits)  # [N, K32]
+    return values[:, : a.shape[1]].astype(dtype)
 
 
 def check_scale_rule(scale_rule: str) -> None:
@@ -173,21 +69,21 @@ def check_scale_rule(scale_rule: str) -> None:
 
 @functools.partial(jax.jit, static_argnames=("f", "scale_rule"))
 def _encode(w, f: Format, scale_rule: str):
-    """Return (codes [N, K32], two a byte if they have four bits; scales [N, K32 / 32]; whether every value is finite)."""
+    """Return (codes [N, K32 / codes_per_byte]; scales [N, K32 / 32]; whether every value is finite)."""
     n, k = w.shape
-    w = jnp.pad(w.astype(jnp.float32), ((0, 0), (0, -k % BLOCK))).reshape(n, -1, BLOCK)
+    w = jnp.pad(w.astype(jnp.float32), ((0, 0), (0, -k % f.group))).reshape(n, -1, f.group)
     bits = jax.lax.bitcast_convert_type(w, jnp.int32)
     magnitude = bits & 0x7FFFFFFF  # ordered as the magnitudes themselves, subnormal ones too
     amax = jnp.max(magnitude, axis=2, keepdims=True)  # [N, K32 / 32, 1]
-    scale = _scale(amax, f, scale_rule)
-    codes = _element(magnitude, scale, f) | (bits < 0).astype(jnp.int32) << f.bits - 1
+    scale = _scale(amax, f.element, scale_rule)
+    codes = _element(magnitude, scale, f.element) | (bits < 0).astype(jnp.int32) << f.bits - 1
     codes = codes.reshape(n, -1)
-    if f.bits == 4:  # as a sum: XLA:CPU takes ten times as long to join two strided slices
+    if f.codes_per_byte == 2:  # as a sum: XLA:CPU takes ten times as long to join two strided slices
         codes = jnp.sum(codes.reshape(n, -1, 2) << jnp.array([0, 4]), axis=2)
     return codes.astype(jnp.uint8), scale[:, :, 0].astype(jnp.uint8), jnp.all(amax < 0x7F800000)
 
 
-def _scale(amax, f: Format, scale_rule: str):
+def _scale(amax, f: Element, scale_rule: str):
     """Scale bytes, int32, of blocks whose largest magnitudes have these float32 bits: `floor`'s, plus one from a mantissa on."""
     raised_from = {
         "floor": 1 << 23,  # never: a mantissa has 23 bits
@@ -200,7 +96,7 @@ def _scale(amax, f: Format, scale_rule: str):
     return jnp.maximum((amax >> 23) - f.emax + raised, 0)
 
 
-def _element(magnitude, scale, f: Format):
+def _element(magnitude, scale, f: Element):
     """Codes, int32 without sign, of float32 magnitudes, given by their bits, divided by their block's scale."""
     exponent = magnitude >> 23
     significand = jnp.where(exponent > 0, magnitude & 0x7FFFFF | 0x800000, magnitude)  # |w| = significand * 2^(exponent - 150)

@@ -6,15 +6,17 @@ coarsely. Embeddings, norms and biases are the model's own arrays.
 
 import dataclasses
 import fnmatch
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import jax
 from jax.sharding import Mesh
 
 from mlspecqd_jax.errors import InputError
-from mlspecqd_jax.weights.layouts import LaidOut
-from mlspecqd_jax.weights.mx import MXArray, MXFP4Array, check_format, check_scale_rule, quantize
+from mlspecqd_jax.weights.formats import check_format
+from mlspecqd_jax.weights.layouts import for_device
+from mlspecqd_jax.weights.mx import check_scale_rule, quantize
 from mlspecqd_jax.weights.partition import weight_sharding
+from mlspecqd_jax.weights.quantized_array import QuantizedArray
 
 QUANTIZABLE = ("*_proj.weight", "lm_head.weight")
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
@@ -47,20 +49,20 @@ def quantize_params(
     policy: Policy | None = None,
     scale_rule: str = "floor",
     mesh: Mesh | None = None,
-    finish: Callable = lambda name, leaf: leaf,
-) -> dict[str, jax.Array | MXFP4Array | MXArray]:
+    dtype: jax.typing.DTypeLike | None = None,
+) -> dict[str, jax.Array | QuantizedArray]:
     """Return the parameters of a model's twin: linear layers and lm_head quantized, everything else the same array objects.
 
     Weights are cast one at a time. A tied model's embedding stays, and the twin gets a quantized `lm_head.weight` made from it.
 
     Args:
       params: parameters by Hugging Face's tensor names. A leaf that has its format already stays the same object.
-      format: a name of `mx.FORMATS`.
+      format: a name of `formats.FORMATS`.
       policy: exceptions, from a glob over tensor names to a format or None (keep the model's own weight; of a tied head, keep the
         tie). The first glob that matches a name decides.
       scale_rule: a name of `mx.SCALE_RULES`.
       mesh: where to place the new leaves by the partition table; None leaves them where their weights are.
-      finish: what is kept of a new leaf, given its name and the leaf: it may be laid out for a chip.
+      dtype: of the activations, for which new leaves are arranged as their device wants them; None keeps them as they are stored.
 
     Raises:
       InputError: an unknown format or scale rule, a glob that matches no quantizable weight, a leaf in another format.
@@ -71,19 +73,32 @@ def quantize_params(
         w = params[name] if name in params else params[EMBEDDING]
         if to is None or getattr(w, "format", None) == to:
             continue
-        if isinstance(w, MXFP4Array | MXArray | LaidOut):
+        if isinstance(w, QuantizedArray):
             raise InputError(f"{name} is in {w.format} already and cannot become {to}; quantize the original model instead")
         # Waiting for each keeps the temporaries of one weight alive, not of all.
-        quantized[name] = jax.block_until_ready(finish(name, place_quantized(name, quantize(w, to, scale_rule), mesh)))
+        quantized[name] = jax.block_until_ready(place_quantized(name, quantize(w, to, scale_rule), mesh, dtype))
     return quantized
 
 
-def place_quantized(name: str, leaf: MXFP4Array | MXArray, mesh: Mesh | None) -> MXFP4Array | MXArray:
-    """Put a quantized weight where the partition table says; without a mesh, on the default device, or leave it where it is.
+def place_quantized(
+    name: str, leaf: QuantizedArray, mesh: Mesh | None, dtype: jax.typing.DTypeLike | None = None
+) -> QuantizedArray:
+    """Put a stored weight where the partition table says, and arrange it for what is there.
 
-    Along K it is split only where every shard holds whole MX blocks, that is, where the mesh divides the scales.
+    Without a mesh it comes to the default device, or stays where it is. Along K it is split only where every shard holds whole MX
+    blocks, that is, where the mesh divides the scales.
+
+    Args:
+      name: of the weight.
+      leaf: as `quantize` made it.
+      mesh: over which it is split, or None.
+      dtype: of the activations; None leaves it as it is stored.
     """
-    return jax.device_put(leaf, None if mesh is None else weight_sharding(name, leaf.scales.shape, mesh))
+    sharding = None if mesh is None else weight_sharding(name, leaf.arrays["scales"].shape, mesh)
+    leaf = jax.device_put(leaf, sharding)
+    if sharding is not None:
+        leaf = dataclasses.replace(leaf, spec=sharding.spec)
+    return leaf if dtype is None else for_device(leaf, dtype=dtype, mesh=mesh)
 
 
 def _formats(params, format: str, policy: Policy, scale_rule: str) -> dict[str, str | None]:

@@ -15,12 +15,13 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
-from programs import LLAMA_8B, QWEN3_06B, QWEN25_7B
+from programs import LLAMA_8B, QWEN3_06B, QWEN25_7B, on_mesh
 
 from mlspecqd_jax.network.network import Network
-from mlspecqd_jax.weights import layouts
+from mlspecqd_jax.weights.products import multiply
 from mlspecqd_jax.weights.quantization import HEAD, QUANTIZABLE, _matches
-from pallas_kernels import chip_of, choose, lay_out
+from mlspecqd_jax.weights.quantized_array import QuantizedArray
+from pallas_kernels import best_product, chip_of
 
 pytestmark = pytest.mark.aot
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -38,17 +39,14 @@ def shapes(config) -> list[tuple[int, int]]:
 def compiled(mesh, n: int, k: int, rows: int, dtype=jnp.bfloat16, spec=(None, None)):
     """Compile the product that is chosen for the mesh's chip; return it and its name."""
     chip, parts = chip_of(mesh.devices.flat[0]), [1 if axis is None else mesh.shape[axis] for axis in spec]
-    product = choose(chip, jnp.dtype(dtype).name, n, k, *parts)
+    product = best_product(chip, jnp.dtype(dtype).name, n, k, *parts)
     stored = (jax.ShapeDtypeStruct((n, -(-k // 32) * width), jnp.uint8) for width in (16, 1))
-    arrays = jax.eval_shape(lambda *stored: lay_out(product, *stored, *parts), *stored)
-    leaf = layouts.LaidOut(arrays, (n, k), product, chip, PartitionSpec(*spec))
-    placed = tuple(
-        jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh, at))
-        for a, at in zip(arrays, leaf.array_specs, strict=True)
+    arrays = jax.eval_shape(
+        lambda codes, scales: product.arrange(codes=codes, scales=scales, along_n=parts[0], along_k=parts[1]), *stored
     )
-    leaf = layouts.LaidOut(placed, (n, k), product, chip, leaf.spec)
+    leaf = on_mesh(QuantizedArray(arrays, (n, k), "mxfp4", product.name, PartitionSpec(*spec), chip), mesh)
     x = jax.ShapeDtypeStruct((rows, k), dtype, sharding=NamedSharding(mesh, PartitionSpec(None, spec[1])))
-    return chips.compile_for(mesh, layouts.laid_out_product, x, leaf), product
+    return chips.compile_for(mesh, multiply, x, leaf), product.name
 
 
 def assert_stays_packed(program, n, k):

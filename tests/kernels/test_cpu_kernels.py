@@ -14,6 +14,7 @@ import pytest
 
 import cpu_kernels
 from mlspecqd_jax.weights.mx import quantize
+from mlspecqd_jax.weights.quantized_array import QuantizedArray
 from pallas_kernels import mxfp4_matmul as exact_mxfp4
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -40,7 +41,7 @@ def bf16(x, w, isa=None):
 
 
 def mxfp4(x, leaf, isa=None):
-    return np.asarray(cpu_kernels.mxfp4_matmul(jnp.asarray(x), leaf.packed, leaf.scales, isa))
+    return np.asarray(cpu_kernels.mxfp4_matmul(jnp.asarray(x), leaf.arrays["codes"], leaf.arrays["scales"], isa))
 
 
 def product(x, w):
@@ -59,7 +60,7 @@ def rounded(x):
 def definition(x, leaf):
     """Y by the definition, in float64, and the sum of the magnitudes of its terms."""
     q, factor = rounded(x)
-    packed, scales = np.asarray(leaf.packed), np.asarray(leaf.scales).astype(np.int64)
+    packed, scales = np.asarray(leaf.arrays["codes"]), np.asarray(leaf.arrays["scales"]).astype(np.int64)
     codes = np.stack([packed & 15, packed >> 4], -1).reshape(len(packed), -1, 32)
     values = np.array([0, 1, 2, 3, 4, 6, 8, 12], np.float64)[codes & 7] * np.where(codes & 8, -1, 1)
     scale = np.where(scales == 0, 0.0, np.exp2(scales - 127.0))
@@ -99,9 +100,9 @@ def test_mxfp4_is_its_definition_and_rows_depend_on_nothing_else(isa, n, k):
 def test_mxfp4_is_near_the_exact_product(isa):
     """Each element of x moves by at most half a step of its block, a/254."""
     x, leaf = normal(5, 1120), quantize(jnp.asarray(normal(40, 1120, seed=1)))
-    exact = np.asarray(exact_mxfp4(jnp.asarray(x, jnp.float32), leaf.packed, leaf.scales), np.float64)
+    exact = np.asarray(exact_mxfp4(jnp.asarray(x, jnp.float32), leaf.arrays["codes"], leaf.arrays["scales"]), np.float64)
     _, factor = rounded(x)
-    values = np.asarray(exact_mxfp4(jnp.eye(1120, dtype=jnp.float32), leaf.packed, leaf.scales), np.float64).T  # [N, K]
+    values = np.asarray(exact_mxfp4(jnp.eye(1120, dtype=jnp.float32), **leaf.arrays), np.float64).T  # [N, K]
     bound = np.einsum("mb,nbk->mn", factor, np.abs(values).reshape(40, -1, 32))
     assert np.all(np.abs(mxfp4(x, leaf, isa) - exact) <= 1.001 * bound + 1e-4)
     assert np.abs(mxfp4(x, leaf, isa) - exact).max() < 0.02 * np.abs(exact).max()
@@ -114,7 +115,7 @@ def test_every_code_and_the_ends_of_the_scales(isa):
     packed[3] = np.random.RandomState(0).randint(0, 256, 48)
     scales = np.random.RandomState(1).choice([0, 1, 2, 127, 251, 252], size=(16, 3)).astype(np.uint8)
     scales[0], scales[1] = 0, 252  # 252 is the largest that a finite weight can have
-    leaf = type("Leaf", (), {"packed": jnp.asarray(packed), "scales": jnp.asarray(scales)})
+    leaf = QuantizedArray({"codes": jnp.asarray(packed), "scales": jnp.asarray(scales)}, (16, 96), "mxfp4")
     for scale in (1e-3, 1e-8):
         x = normal(4, 96, scale=scale)
         y = mxfp4(x, leaf, isa)
@@ -170,9 +171,9 @@ def test_what_does_not_belong_together_is_refused():
     with pytest.raises(ValueError, match=r"\[M, K\] and \[N, K\]"):
         cpu_kernels.dense_matmul(x, jnp.ones((3, 32), jnp.bfloat16))
     with pytest.raises(ValueError, match="do not belong together"):
-        cpu_kernels.mxfp4_matmul(x[:, :32], leaf.packed, leaf.scales)
+        cpu_kernels.mxfp4_matmul(x[:, :32], leaf.arrays["codes"], leaf.arrays["scales"])
     with pytest.raises(ValueError, match="should be bfloat16, uint8, uint8"):
-        cpu_kernels.mxfp4_matmul(x.astype(jnp.float32), leaf.packed, leaf.scales)
+        cpu_kernels.mxfp4_matmul(x.astype(jnp.float32), leaf.arrays["codes"], leaf.arrays["scales"])
 
 
 def test_gradients_are_those_of_the_plain_product():
@@ -195,7 +196,7 @@ def test_calls_from_two_threads_at_once():
 
     @jax.jit
     def both(x):
-        return cpu_kernels.dense_matmul(x, w), cpu_kernels.mxfp4_matmul(x, leaf.packed, leaf.scales)
+        return cpu_kernels.dense_matmul(x, w), cpu_kernels.mxfp4_matmul(x, leaf.arrays["codes"], leaf.arrays["scales"])
 
     expected = [np.asarray(y) for y in both(x)]
     wrong = []
@@ -230,9 +231,9 @@ for m in (1, 5, 64):
     for isa in cpu_kernels.isas("matmul"):
         digest.update(np.asarray(cpu_kernels.dense_matmul(x, w, isa)).tobytes())
     for isa in cpu_kernels.isas("mxfp4_matmul"):
-        digest.update(np.asarray(cpu_kernels.mxfp4_matmul(x, leaf.packed, leaf.scales, isa)).tobytes())
+        digest.update(np.asarray(cpu_kernels.mxfp4_matmul(x, leaf.arrays["codes"], leaf.arrays["scales"], isa)).tobytes())
     for isa in cpu_kernels.isas("mx8_matmul"):
-        digest.update(np.asarray(cpu_kernels.mx8_matmul(x, fine.codes, fine.scales, 2, 3, isa)).tobytes())
+        digest.update(np.asarray(cpu_kernels.mx8_matmul(x, fine.arrays["codes"], fine.arrays["scales"], 2, 3, isa)).tobytes())
 print(digest.hexdigest())
 """
 

@@ -8,7 +8,8 @@ import pytest
 
 import cpu_kernels
 from mlspecqd_jax.network.matmul import linear
-from mlspecqd_jax.weights.mx import FORMATS, dequantize, quantize
+from mlspecqd_jax.weights.formats import FORMATS
+from mlspecqd_jax.weights.mx import dequantize, quantize
 from pallas_kernels import mx_decode
 
 ISAS = cpu_kernels.isas("mx8_matmul")
@@ -25,14 +26,14 @@ def normal(*shape, seed=0):
 
 
 def mx8(x, codes, scales, format, isa=None):
-    f = FORMATS[format]
+    f = FORMATS[format].element
     return np.asarray(
         cpu_kernels.mx8_matmul(jnp.asarray(x), jnp.asarray(codes), jnp.asarray(scales), f.exponent_bits, f.mantissa_bits, isa)
     )
 
 
 def decoded(codes, scales, format):
-    f = FORMATS[format]
+    f = FORMATS[format].element
     return np.asarray(mx_decode(jnp.asarray(codes), jnp.asarray(scales), f.exponent_bits, f.mantissa_bits), np.float64)
 
 
@@ -41,15 +42,15 @@ def decoded(codes, scales, format):
 @pytest.mark.parametrize(("n", "k"), [(13, 544), (3, 96)])
 def test_it_is_the_product_with_the_decoded_weight_and_rows_depend_on_nothing_else(isa, format, n, k):
     x, leaf = normal(19, k), quantize(jnp.asarray(normal(n, k, seed=1)), format)
-    whole = mx8(x, leaf.codes, leaf.scales, format, isa)
-    terms = np.abs(x.astype(np.float64)) @ np.abs(decoded(leaf.codes, leaf.scales, format)).T
-    exact = x.astype(np.float64) @ decoded(leaf.codes, leaf.scales, format).T
+    whole = mx8(x, leaf.arrays["codes"], leaf.arrays["scales"], format, isa)
+    terms = np.abs(x.astype(np.float64)) @ np.abs(decoded(leaf.arrays["codes"], leaf.arrays["scales"], format)).T
+    exact = x.astype(np.float64) @ decoded(leaf.arrays["codes"], leaf.arrays["scales"], format).T
     assert np.all(np.abs(whole - exact) <= 2.0**-21 * terms + 1e-30)
     for m in range(1, 10) if (n, format) == (13, "mxfp8_e4m3") else (1, 3, 8):
-        np.testing.assert_array_equal(mx8(x[:m], leaf.codes, leaf.scales, format, isa), whole[:m])
-    np.testing.assert_array_equal(mx8(x[5:6], leaf.codes, leaf.scales, format, isa), whole[5:6])
+        np.testing.assert_array_equal(mx8(x[:m], leaf.arrays["codes"], leaf.arrays["scales"], format, isa), whole[:m])
+    np.testing.assert_array_equal(mx8(x[5:6], leaf.arrays["codes"], leaf.arrays["scales"], format, isa), whole[5:6])
     half = n // 2  # another place in a tile
-    np.testing.assert_array_equal(mx8(x, leaf.codes[half:], leaf.scales[half:], format, isa), whole[:, half:])
+    np.testing.assert_array_equal(mx8(x, leaf.arrays["codes"][half:], leaf.arrays["scales"][half:], format, isa), whole[:, half:])
 
 
 @each_isa
@@ -61,7 +62,8 @@ def test_every_code_at_every_scale_is_exact(isa, format):
     if format == "mxfp8_e5m2":
         codes = np.where((codes & 0x7F) < 0x7C, codes, 0)  # the rest is infinity and NaN
     k = len(codes)
-    scales = np.repeat(np.arange(254 - f.emax, dtype=np.uint8)[:, None], k // 32, axis=1)  # the largest that is finite is the last
+    scales = np.arange(254 - f.element.emax, dtype=np.uint8)  # the largest that is finite is the last
+    scales = np.repeat(scales[:, None], k // 32, axis=1)
     codes = np.tile(codes, (len(scales), 1))
     exact = decoded(codes, scales, format).T
     found = mx8(np.eye(k, dtype=ml_dtypes.bfloat16), codes, scales, format, isa)
@@ -75,9 +77,9 @@ def test_every_code_at_every_scale_is_exact(isa, format):
 @pytest.mark.parametrize("where", [0, 40, 95])
 def test_nan_and_infinity_stay_in_their_rows(isa, where):
     x, leaf = normal(6, 96), quantize(jnp.asarray(normal(9, 96, seed=1)), "mxfp8_e4m3")
-    clean = mx8(x, leaf.codes, leaf.scales, leaf.format, isa)
+    clean = mx8(x, leaf.arrays["codes"], leaf.arrays["scales"], leaf.format, isa)
     x[1, where], x[2, where], x[4, where] = np.nan, np.inf, -np.inf
-    y = mx8(x, leaf.codes, leaf.scales, leaf.format, isa)
+    y = mx8(x, leaf.arrays["codes"], leaf.arrays["scales"], leaf.format, isa)
     assert not np.isfinite(y[[1, 2, 4]]).any()
     np.testing.assert_array_equal(y[[0, 3, 5]], clean[[0, 3, 5]])
 

@@ -1,4 +1,4 @@
-"""The GPU kernel by Pallas's interpreter, and its PTX by the few instructions that it is made of, against float64."""
+"""The GPU kernel's PTX by the few instructions that it is made of, and its sizes; `test_products` has it interpreted, as others."""
 
 import re
 
@@ -11,9 +11,8 @@ from pallas_kernels import gpu
 from pallas_kernels.blocks import GPU_CHUNKS, gpu_blocks
 
 
-def product(x, packed, scales, **options):
-    words = gpu.lay_out(packed, scales)
-    return np.asarray(gpu.mxfp4_matmul(x, *words, n=packed.shape[0], interpret=True, **options))
+def product(x, packed, scales):
+    return np.asarray(gpu.mxfp4_matmul(x, **gpu.arrange(packed, scales), n=packed.shape[0], interpret=True))
 
 
 def pair_values(register):
@@ -50,7 +49,7 @@ def codes_and_their_words():
     """Return (codes [16, 128], their words [16, 16]): every code at every place."""
     codes = (np.arange(16)[:, None] + 7 * np.arange(gpu.CHUNK)) % 16
     packed = np.pad(codes[:, ::2] | codes[:, 1::2] << 4, ((0, 48), (0, 0))).astype(np.uint8)
-    words, _, _ = gpu.lay_out(jnp.asarray(packed), jnp.full((64, 4), 127, jnp.uint8))
+    words = gpu.arrange(jnp.asarray(packed), jnp.full((64, 4), 127, jnp.uint8))["words"]
     return codes, np.asarray(words)[0, :16].view(np.uint32)
 
 
@@ -73,22 +72,6 @@ def test_the_interpreter_decodes_as_the_ptx_does(step):
     np.testing.assert_array_equal(np.asarray(found, np.float64), pairs)
 
 
-@pytest.mark.parametrize(
-    ("n", "k", "m"),
-    [(1, 32, 1), *(pytest.param(*size, marks=pytest.mark.slow) for size in ((200, 288, 3), (70, 2080, 17), (65, 96, 70)))],
-)
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, pytest.param(jnp.float16, marks=pytest.mark.slow)])
-def test_odd_sizes(n, k, m, dtype):
-    x, packed, scales = mx_weights.random(n, k, m, dtype)
-    mx_weights.assert_product(product(x, packed, scales), x, packed, scales)
-
-
-@pytest.mark.parametrize("m", [1, 17])
-def test_every_code_at_every_scale(m):
-    packed, scales = mx_weights.every_code_at_every_scale()
-    mx_weights.assert_exact_elements(product(mx_weights.ones(m, packed), packed, scales), packed, scales, 2.0**-111)
-
-
 @pytest.mark.parametrize("exponent", [pytest.param(-100, marks=pytest.mark.slow), 0, 100])
 def test_rows_of_any_size(exponent):
     """Nothing of x leaves its range, and a row of zeros stays zero."""
@@ -99,36 +82,9 @@ def test_rows_of_any_size(exponent):
     mx_weights.assert_product(found, x, packed, scales)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("m", [2, 20])
-def test_nan_and_infinity_stay_in_their_row(m):
-    mx_weights.assert_not_finite_rows(product, m)
-
-
-@pytest.mark.parametrize(("few", "many"), [(1, 8), (1, 16), (9, 16), (17, 64)])
-def test_a_row_does_not_depend_on_how_many_there_are(few, many):
-    x, packed, scales = mx_weights.random(70, 352, many)
-    np.testing.assert_array_equal(product(x[:few], packed, scales), product(x, packed, scales)[:few])
-
-
-def test_parts_are_laid_out_by_themselves():
-    x, packed, scales = mx_weights.random(2 * 24, 3 * 96, 5)
-    words, factors, power = gpu.lay_out(packed, scales, along_n=2, along_k=3)
-    chunks, outputs = words.shape[0] // 3, words.shape[1] // 2
-    total = np.zeros((5, 48), np.float32)
-    for i in range(2):
-        for j in range(3):
-            at = np.s_[j * chunks : (j + 1) * chunks, i * outputs : (i + 1) * outputs]
-            part = gpu.mxfp4_matmul(
-                x[:, j * 96 : (j + 1) * 96], words[at], factors[at], power[i * 24 : (i + 1) * 24], n=24, interpret=True
-            )
-            total[:, i * 24 : (i + 1) * 24] += part
-    mx_weights.assert_product(total, x, packed, scales)
-
-
 def test_shapes_that_do_not_belong_together_are_refused():
     x, packed, scales = mx_weights.random(8, 64, 2)
-    words, factors, power = gpu.lay_out(packed, scales)
+    words, factors, power = gpu.arrange(packed, scales).values()
     for wrong in ((x[:, :0], words, factors, 8), (x, words[:, :8], factors, 8), (x, words, factors, 80)):
         with pytest.raises(ValueError, match=r"does not belong to words \[1, \d+, 16\]"):
             gpu.mxfp4_matmul(*wrong[:3], power, n=wrong[3], interpret=True)

@@ -1,4 +1,4 @@
-"""The TPU kernels, run by Pallas's interpreter and by the TPU simulator, against their definition in jnp and float64."""
+"""The TPU kernels on the TPU simulator, their decoding and their sizes; `test_products` has them interpreted, as all others."""
 
 import jax
 import jax.numpy as jnp
@@ -18,16 +18,7 @@ RACE = "RACE DETECTED"  # what the simulator prints or raises
 
 
 def product(x, packed, scales, tiles=1, **options):
-    return np.asarray(tpu.mxfp4_matmul(x, *tpu.lay_out(packed, scales, tiles), **{"interpret": True} | options))
-
-
-@pytest.mark.exhaustive
-@pytest.mark.slow
-@pytest.mark.parametrize(("n", "k", "m", "tiles"), SIZES)
-@pytest.mark.parametrize("subnormals", [True, pytest.param(False, marks=pytest.mark.exhaustive)])
-def test_odd_sizes(n, k, m, tiles, subnormals):
-    x, packed, scales = mx_weights.random(n, k, m)
-    mx_weights.assert_product(product(x, packed, scales, tiles, subnormals=subnormals), x, packed, scales)
+    return np.asarray(tpu.mxfp4_matmul(x, **tpu.arrange(packed, scales, along_k=tiles), **{"interpret": True} | options))
 
 
 @pytest.mark.parametrize(("n", "k", "m", "tiles"), [SIZES[0], *(pytest.param(*size, marks=pytest.mark.slow) for size in SIZES[1:])])
@@ -55,41 +46,9 @@ def test_the_simulator_sees_a_race(capfd):
     assert RACE in raised + "".join(capfd.readouterr())
 
 
-@pytest.mark.parametrize("m", [1, 17])
-@pytest.mark.parametrize("subnormals", [True, False])
-def test_every_code_at_every_scale(m, subnormals):
-    packed, scales = mx_weights.every_code_at_every_scale()
-    x = mx_weights.ones(m, packed)
-    found = product(x, packed, scales, subnormals=subnormals)
-    least = 2.0**-111 if subnormals and m > 16 else 2.0**-124
-    mx_weights.assert_exact_elements(found, packed, scales, least)
-
-
-@pytest.mark.parametrize("m", [2, 20])
-def test_nan_and_infinity_stay_in_their_row(m):
-    mx_weights.assert_not_finite_rows(product, m)
-
-
-@pytest.mark.parametrize(("few", "many"), [(1, 8), (9, 16), (17, 128)])
-def test_a_row_does_not_depend_on_how_many_there_are(few, many):
-    x, packed, scales = mx_weights.random(70, 352, many)
-    np.testing.assert_array_equal(product(x[:few], packed, scales), product(x, packed, scales)[:few])
-
-
-def test_parts_along_k_are_laid_out_by_themselves():
-    x, packed, scales = mx_weights.random(24, 4 * 96, 5)
-    codes, factors = tpu.lay_out(packed, scales, along_k=4)
-    share = codes.shape[0] // 4
-    total = 0
-    for i in range(4):
-        codes_i, factors_i = codes[i * share : (i + 1) * share], factors[i * share : (i + 1) * share]
-        total += np.asarray(tpu.mxfp4_matmul(x[:, i * 96 : (i + 1) * 96], codes_i, factors_i, interpret=True))
-    mx_weights.assert_product(total, x, packed, scales)
-
-
 def test_shapes_that_do_not_belong_together_are_refused():
     x, packed, scales = mx_weights.random(8, 64, 2)
-    codes, factors = tpu.lay_out(packed, scales)
+    codes, factors = tpu.arrange(packed, scales).values()
     for wrong in ((x[:, :0], codes, factors), (jnp.tile(x, (1, 5)), codes, factors), (x, codes, factors[:, :1])):
         with pytest.raises(ValueError, match=r"does not belong to codes \[1, 128, 8\]"):
             tpu.mxfp4_matmul(*wrong, interpret=True)
@@ -113,7 +72,7 @@ def test_the_probe_tells_a_matrix_unit_that_flushes_subnormals():
 
 def test_the_other_decoding_makes_no_subnormal_number():
     packed, scales = mx_weights.every_code_at_every_scale()
-    words = jax.lax.bitcast_convert_type(tpu.lay_out(packed, scales)[0].reshape(-1, 4), jnp.int32)
+    words = jax.lax.bitcast_convert_type(tpu.arrange(packed, scales)["codes"].reshape(-1, 4), jnp.int32)
     for half in (words >> 3 & tpu._each(0x0E) | words << 7 & tpu._each(0x80), words & tpu._each(0x8E)):
         bits = np.asarray(tpu._normal(half)).view(np.uint8)
         assert np.all((bits & 0x7C > 0) | (bits & 0x7F == 0))

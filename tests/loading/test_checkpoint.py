@@ -13,7 +13,7 @@ from mlspecqd_jax import cli
 from mlspecqd_jax.loading import checkpoint, config_file, huggingface, models
 from mlspecqd_jax.network.network import Network
 from mlspecqd_jax.weights import quantization
-from mlspecqd_jax.weights.mx import MXArray, MXFP4Array
+from mlspecqd_jax.weights.quantized_array import QuantizedArray
 
 CONFIG = tiny.FAMILIES["qwen3_bias"] | {"num_hidden_layers": 1}
 NAME = "model.layers.0.mlp.up_proj.weight"
@@ -97,7 +97,7 @@ def test_a_damaged_one_is_refused(tmp_path, network, damage, words):
 
 
 def leaves(params):
-    return {name: leaf for name, leaf in params.items() if isinstance(leaf, MXFP4Array | MXArray)}
+    return {name: leaf for name, leaf in params.items() if isinstance(leaf, QuantizedArray)}
 
 
 def assert_equal(ours, theirs):

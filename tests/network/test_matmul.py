@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 
 import cpu_kernels
-from mlspecqd_jax.network.matmul import linear
-from mlspecqd_jax.weights.mx import FORMATS, dequantize, quantize
-from pallas_kernels import bf16_matmul, mx_matmul, mxfp4_matmul
+from mlspecqd_jax.network.matmul import linear, row_multiple
+from mlspecqd_jax.weights import layouts
+from mlspecqd_jax.weights.formats import FORMATS
+from mlspecqd_jax.weights.mx import dequantize, quantize
+from pallas_kernels import bf16_matmul, mx_matmul, mxfp4_matmul, xla
 
 run = jax.jit(linear, static_argnames="out_dtype")
 
@@ -56,11 +58,11 @@ def test_the_result_has_the_dtype_of_x(dtype, rows):
 
 
 @pytest.mark.parametrize(("format", "dtype"), [("mxfp4", "float32"), *[(format, "bfloat16") for format in FORMATS]])
-def test_bit_for_bit_the_product_with_the_decoded_weight(format, dtype):
-    """Of the definition, in XLA."""
-    x, leaf, f = activations(4, 96, dtype=dtype), quantize(weight(48, 96), format), FORMATS[format]
-    codes = leaf.packed if format == "mxfp4" else leaf.codes
-    found = jax.jit(mx_matmul, static_argnums=(3, 4))(x, codes, leaf.scales, f.exponent_bits, f.mantissa_bits)
+@pytest.mark.parametrize("run", [mx_matmul, xla.decoded_matmul])
+def test_bit_for_bit_the_product_with_the_decoded_weight(run, format, dtype):
+    """Of the definition, and of the form in which it runs in XLA."""
+    x, leaf, f = activations(4, 96, dtype=dtype), quantize(weight(48, 96), format), FORMATS[format].element
+    found = jax.jit(run, static_argnums=(3, 4))(x, *leaf.arrays.values(), f.exponent_bits, f.mantissa_bits)
     np.testing.assert_array_equal(found, jax.jit(bf16_matmul)(x, dequantize(leaf, jnp.dtype(dtype))))
 
 
@@ -112,3 +114,24 @@ def test_one_device_runs_the_kernels_and_a_mesh_does_not():
         assert "mlspecqd_" not in jax.jit(linear).trace(x, leaf).lower(lowering_platforms=("tpu",)).as_text()
     for dtype in ("float16", "float32"):
         assert f"mlspecqd_matmul_{dtype}" in jax.jit(linear).lower(x.astype(dtype), w.astype(dtype)).as_text()
+
+
+@pytest.mark.parametrize("format", [None, *FORMATS])
+def test_rows_at_whose_multiples_a_row_is_alike(format):
+    """Told of what runs: C++ by itself; XLA on CPU in bfloat16 alone, from two rows on; elsewhere one padded width."""
+    mesh, in_cpp = jax.make_mesh((1,), ("model",)), cpu_kernels.usable()
+    for dtype in ("bfloat16", "float16", "float32"):
+        w = weight(48, 96, dtype)
+        leaf = w if format is None else quantize(w, format)
+        in_xla = 2 if dtype == "bfloat16" else None
+        assert row_multiple(leaf, dtype, "cpu") == (1 if in_cpp else in_xla)
+        assert row_multiple(leaf, dtype, "cpu", mesh) == in_xla
+        for chip in ("gpu", "sm_90", "tpu", "TPU v5 lite"):
+            assert row_multiple(leaf, dtype, chip) == row_multiple(leaf, dtype, chip, mesh) == 16
+
+
+def test_a_plain_weight_is_multiplied_in_its_own_dtype_and_an_arranged_one_by_its_product():
+    mesh = jax.make_mesh((1,), ("model",))
+    assert row_multiple(weight(48, 96), "bfloat16", "cpu", mesh) is None
+    arranged = layouts.arrange(quantize(weight(48, 96)), "gpu", "sm_90", dtype="bfloat16")
+    assert row_multiple(arranged, "bfloat16", "sm_90") == 16

@@ -15,7 +15,7 @@ from mlspecqd_jax.folds import ordered_logsumexp, ordered_softmax, ordered_sum
 from mlspecqd_jax.network.attention import attend
 from mlspecqd_jax.network.config import ModelConfig
 from mlspecqd_jax.network.layers import ACTIVATIONS
-from mlspecqd_jax.network.matmul import linear
+from mlspecqd_jax.network.matmul import linear, row_multiple
 from mlspecqd_jax.network.network import Network
 from mlspecqd_jax.network.norms import rms_norm
 from mlspecqd_jax.network.rope import RopeScaling, inverse_frequencies, rotary, rotate
@@ -67,13 +67,16 @@ def test_norms(k, dtype):
 @pytest.mark.parametrize("k", WIDTHS)
 def test_products(k, dtype):
     w = random(1, (384, k), dtype)
+    assert row_multiple(w, dtype, "cpu") == FEWEST
     assert_rows_alike(functools.partial(linear, w=w), random(0, (64, k), dtype), rows=[m for m in ROWS if m >= FEWEST])
 
 
 @pytest.mark.skipif(not IN_CPP, reason="needs a C++ compiler")
-def test_quantized_products():
-    w = quantize(random(1, (384, 576), "bfloat16"))
-    assert_rows_alike(functools.partial(linear, w=w), random(0, (64, 576), "bfloat16"))
+@pytest.mark.parametrize(("format", "dtype"), [("mxfp4", "bfloat16"), ("mxfp8_e4m3", "bfloat16"), ("mxfp4", "float32")])
+def test_quantized_products(format, dtype):
+    w = quantize(random(1, (384, 576), "bfloat16"), format)
+    assert row_multiple(w, dtype, "cpu") == 1
+    assert_rows_alike(functools.partial(linear, w=w), random(0, (64, 576), dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -64,7 +64,9 @@ def test_the_wheel_works_outside_the_tree(tmp_path):
     names = zipfile.ZipFile(wheel).namelist()
     sources = [path.relative_to(ROOT).as_posix() for path in (ROOT / "cpu_kernels" / "src").iterdir()]
     assert len(sources) > 3
-    kernels = [f"pallas_kernels/{name}.py" for name in ("reference", "tpu", "gpu", "fallbacks", "selection", "blocks")]
+    kernels = [
+        f"pallas_kernels/{name}.py" for name in ("reference", "xla", "tpu", "gpu", "fallbacks", "product", "products", "blocks")
+    ]
     demos = [f"mlspecqd_jax/_demo/{name}/model.safetensors" for name in ("demo", "demo-small")]
     for needed in ("mlspecqd_jax/cli.py", *kernels, *demos, *sources):
         assert needed in names

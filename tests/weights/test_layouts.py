@@ -1,5 +1,6 @@
-"""Weights laid out for a chip: which product is chosen, what is refused, `linear` on them, and splitting them over devices."""
+"""Weights arranged for a chip: what stays stored, what is refused, `linear` on them, and splitting them over devices."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -12,135 +13,84 @@ import jax.numpy as jnp
 import mx_weights
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
-from mlspecqd_jax.network.matmul import implementation, linear
+from mlspecqd_jax.network.matmul import implementation, linear, row_multiple
 from mlspecqd_jax.weights import layouts
-from mlspecqd_jax.weights.mx import MXFP4Array, quantize
-from mlspecqd_jax.weights.quantization import quantize_params
-from pallas_kernels import LAYOUTS, chip_of, choose, laid_out_matmul, lay_out, unsupported
+from mlspecqd_jax.weights.mx import quantize
+from mlspecqd_jax.weights.quantization import place_quantized, quantize_params
+from mlspecqd_jax.weights.quantized_array import QuantizedArray
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-CHIPS = {"tpu": "TPU v5 lite", "tpu without subnormals": "TPU v5 lite", "gpu": "sm_90", "grouped": "TPU v3", "reduced": "sm_75"}
-CHIPS |= {"decoded": "cpu"}
-assert CHIPS.keys() == LAYOUTS.keys()
-
-
-@pytest.mark.parametrize(
-    ("chip", "dtype", "product"),
-    [
-        ("TPU v5 lite", "bfloat16", "tpu"),
-        ("TPU v5", "bfloat16", "tpu"),
-        ("TPU v6 lite", "bfloat16", "tpu"),
-        ("TPU7x", "bfloat16", "tpu"),
-        ("TPU v5 lite", "float32", "grouped"),
-        ("TPU v4", "bfloat16", "grouped"),
-        ("TPU v2", "bfloat16", "grouped"),
-        ("sm_90", "bfloat16", "gpu"),
-        ("sm_80", "float16", "gpu"),
-        ("sm_100", "bfloat16", "gpu"),
-        ("sm_90", "float32", "reduced"),
-        ("sm_75", "float16", "reduced"),
-        ("cpu", "bfloat16", "decoded"),
-        ("rocm", "bfloat16", "decoded"),
-    ],
-)
-def test_the_product_chosen(chip, dtype, product):
-    assert choose(chip, dtype, 51, 172) == product
-    assert unsupported(product, chip, dtype, 51, 172) is None
-
-
-def test_a_chip_is_told_from_its_device():
-    def device(platform, kind, **more):
-        return types.SimpleNamespace(platform=platform, device_kind=kind, **more)
-
-    assert chip_of(device("tpu", "TPU v5 lite")) == "TPU v5 lite"
-    assert chip_of(device("gpu", "NVIDIA H200", compute_capability="9.0")) == "sm_90"
-    assert chip_of(device("gpu", "AMD Instinct", compute_capability="gfx942")) == "gpu"
-    assert chip_of(jax.devices("cpu")[0]) == "cpu"
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (("tpu", "cpu", "bfloat16", 8, 64), ("'tpu'", "[8, 64]", "cpu", "'grouped'")),
-        (("tpu", "TPU v4", "bfloat16", 8, 64), ("TPU v4", "v5e")),
-        (("tpu", "TPU v5 lite", "float32", 8, 64), ("float32", "bfloat16 alone")),
-        (("tpu", "TPU v5 lite", "bfloat16", 8, 2**18), ("[8, 262144]", "131072")),
-        (("gpu", "sm_75", "bfloat16", 8, 64), ("sm_75", "8.0", "'reduced'")),
-        (("gpu", "sm_90", "float32", 8, 64), ("float32", "float16")),
-        (("tpu", "TPU v5 lite", "bfloat16", 8, 96, 1, 4), ("[8, 96]", "4 devices along K", "MX blocks of 32")),
-        (("gpu", "sm_90", "bfloat16", 8, 96, 1, 2), ("2 devices along K", "MX blocks of 32")),
-        (("grouped", "TPU v3", "bfloat16", 9, 96, 2, 1), ("[9, 96]", "2 devices along N")),
-        (("cuda", "sm_90", "bfloat16", 8, 64), ("'cuda'", "grouped")),
-    ],
-)
-def test_what_is_refused_and_how(arguments, words):
-    reason = unsupported(*arguments)
-    assert len(reason.splitlines()) == 1
-    for word in words:
-        assert word in reason
+CHIPS = mx_weights.CHIPS
 
 
 def test_a_named_product_on_the_wrong_device_is_refused_before_tracing():
     leaf = quantize(jnp.ones((8, 64)))
     with pytest.raises(NotImplementedError, match=r"'gpu' for bfloat16 \[M, 64\] and an MXFP4 weight \[8, 64\] on cpu"):
-        layouts.for_device("q_proj.weight", leaf, dtype=jnp.bfloat16, mesh=None, product="gpu")
+        layouts.for_device(leaf, dtype=jnp.bfloat16, mesh=None, product="gpu")
+
+
+def test_a_weight_whose_parts_are_no_whole_blocks_stays_as_it_is_stored():
+    """Its scales divide, K does not: XLA splits what decodes it."""
+    mesh = types.SimpleNamespace(devices=np.array(jax.devices()), shape={"model": 4})
+    leaf = dataclasses.replace(quantize(jnp.ones((8, 250))), spec=PartitionSpec(None, "model"))
+    assert layouts.for_device(leaf, dtype=jnp.bfloat16, mesh=mesh) is leaf
 
 
 def test_activations_of_another_dtype_are_refused():
-    w = layouts.laid_out(quantize(jnp.ones((8, 64))), "tpu", "TPU v5 lite", dtype=jnp.bfloat16)
+    w = layouts.arrange(quantize(jnp.ones((8, 64))), "tpu", "TPU v5 lite", dtype=jnp.bfloat16)
     with pytest.raises(NotImplementedError, match="takes bfloat16 alone"):
         linear(jnp.ones((2, 64), jnp.float32), w)
 
 
 def test_on_cpu_the_stored_weight_stays():
     leaf, other = quantize(jnp.ones((8, 64))), quantize(jnp.ones((8, 64)), "mxfp8_e4m3")
-    assert layouts.for_device("q_proj.weight", leaf, dtype=jnp.bfloat16, mesh=None) is leaf
-    assert layouts.for_device("q_proj.weight", other, dtype=jnp.bfloat16, mesh=None, product="gpu") is other
+    assert layouts.for_device(leaf, dtype=jnp.bfloat16, mesh=None) is leaf
+    assert layouts.for_device(other, dtype=jnp.bfloat16, mesh=None) is other
+    with pytest.raises(NotImplementedError, match=r"'gpu' for bfloat16 .* MXFP8_E4M3 weight .* reads mxfp4 alone"):
+        layouts.for_device(other, dtype=jnp.bfloat16, mesh=None, product="gpu")
     assert implementation("TPU v5 lite") == "XLA dot; Pallas TPU kernel for mxfp4"
     assert implementation("sm_80") == "XLA dot; Pallas GPU kernel for mxfp4"
     assert "reduced" in implementation("sm_75")
 
 
-@pytest.mark.parametrize("product", [name for name in LAYOUTS if CHIPS[name] in ("TPU v3", "sm_75", "cpu")])
+@pytest.mark.parametrize("product", [name for name in CHIPS if CHIPS[name] in ("TPU v3", "sm_75", "cpu")])
 @pytest.mark.parametrize("rows", [3, 20])
-def test_linear_on_a_laid_out_weight(product, rows):
+def test_linear_on_an_arranged_weight(product, rows):
     """K is no multiple of a block, and x has two axes before it."""
     r = np.random.RandomState(rows)
     w, x = (jnp.asarray(r.standard_normal(shape), jnp.float32) for shape in ((50, 172), (rows, 2, 172)))
     leaf = quantize(w)
-    found = jax.jit(linear)(x, layouts.laid_out(leaf, product, CHIPS[product], dtype=jnp.float32))
+    found = jax.jit(linear)(x, layouts.arrange(leaf, product, CHIPS[product], dtype=jnp.float32))
     assert found.shape == (rows, 2, 50)
     blocks = jnp.pad(x.reshape(2 * rows, 172), ((0, 0), (0, -172 % 32)))
     for y in (found, linear(x, leaf)):  # within what float32 sums cost of the float64 product, in whatever order
-        mx_weights.assert_product(np.asarray(y).reshape(2 * rows, 50), blocks, leaf.packed, leaf.scales)
+        mx_weights.assert_product(np.asarray(y).reshape(2 * rows, 50), blocks, **leaf.arrays)
 
 
-@pytest.mark.parametrize("product", LAYOUTS)
-def test_one_signature(product):
-    """The products by name, those in Pallas interpreted, agree with their definition."""
-    x, packed, scales = mx_weights.random(33, 96, 3)
-    arrays = lay_out(product, packed, scales)
-    found = np.asarray(laid_out_matmul(product, x, arrays, 33, CHIPS[product], interpret=True))
-    mx_weights.assert_product(found, x, packed, scales)
-    axes = [len(entry) for entry in LAYOUTS[product]]
-    assert axes == [array.ndim for array in arrays]
-
-
-def test_a_laid_out_leaf_takes_the_place_of_the_stored_one():
+def test_an_arranged_leaf_takes_the_place_of_the_stored_one(monkeypatch):
     params = {"model.layers.0.mlp.up_proj.weight": jnp.ones((64, 96)), "model.norm.weight": jnp.ones(96)}
 
-    def finish(name, leaf):
-        return layouts.laid_out(leaf, "grouped", "TPU v3", dtype=jnp.bfloat16)
-
-    twin = quantize_params(params | {"lm_head.weight": jnp.ones((70, 96))}, finish=finish)
+    monkeypatch.setattr(layouts, "chip_of", lambda device: "TPU v3")
+    twin = quantize_params(params | {"lm_head.weight": jnp.ones((70, 96))}, dtype=jnp.bfloat16)
     leaf = twin["model.layers.0.mlp.up_proj.weight"]
-    assert not [leaf for leaf in twin.values() if isinstance(leaf, MXFP4Array)]
+    assert {leaf.product for leaf in twin.values() if isinstance(leaf, QuantizedArray)} == {"grouped"}
+    assert (leaf.chip, row_multiple(leaf, "bfloat16", "TPU v3")) == ("TPU v3", 16)
     assert (leaf.shape, leaf.size, leaf.format) == ((64, 96), 64 * 96, "mxfp4")
     assert leaf.nbytes == 64 * 96 * 17 // 32
     assert twin["model.norm.weight"] is params["model.norm.weight"]
     with pytest.raises(ValueError, match="is in mxfp4 already"):
         quantize_params(twin, "mxfp8_e4m3")
+
+
+def test_a_leaf_carries_how_it_is_split():
+    mesh = jax.make_mesh((1,), ("model",))
+    for name, spec in (("q_proj.weight", ("model", None)), ("o_proj.weight", (None, "model"))):
+        leaf = place_quantized(name, quantize(jnp.ones((8, 64))), mesh)
+        assert tuple(leaf.spec) == spec
+        assert all(array.sharding.spec == leaf.spec for array in leaf.arrays.values())
+    assert tuple(place_quantized("o_proj.weight", quantize(jnp.ones((8, 64))), None).spec) == (None, None)
 
 
 # Prints, for each product and each way to split a weight, where its arrays lie; the results are checked on the way.
@@ -150,27 +100,29 @@ import jax, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
 import mx_weights
 from mlspecqd_jax.weights import layouts
-from mlspecqd_jax.weights.mx import MXFP4Array
 from mlspecqd_jax.weights.partition import usable_mesh
-from test_layouts import CHIPS
+from mlspecqd_jax.weights.products import multiply
+from mlspecqd_jax.weights.quantized_array import QuantizedArray
 
 mesh, found = usable_mesh(jax.make_mesh((4,), ("model",))), {}
 x, packed, scales = mx_weights.random(136, 4 * 96, 5)
-for product, chip in CHIPS.items():
+for product, chip in mx_weights.CHIPS.items():
     for name, spec in {"n": P("model", None), "k": P(None, "model"), "whole": P(None, None)}.items():
-        leaf = jax.device_put(MXFP4Array(packed, scales, 4 * 96), NamedSharding(mesh, spec))
-        w = layouts.laid_out(leaf, product, chip, dtype="bfloat16", mesh=mesh, spec=spec)
+        leaf = QuantizedArray({"codes": packed, "scales": scales}, (136, 4 * 96), "mxfp4", spec=spec)
+        leaf = jax.device_put(leaf, NamedSharding(mesh, spec))
+        w = layouts.arrange(leaf, product, chip, dtype="bfloat16", mesh=mesh)
 
         def run(x, w):
             with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-                return layouts.laid_out_product(x, w, interpret=True)
+                return multiply(x, w, interpret=True)
 
         mx_weights.assert_product(np.asarray(jax.jit(run)(x, w)), x, packed, scales)
-        shards = {array.addressable_shards[0].data.size / array.size for array in w.arrays}
+        shards = {array.addressable_shards[0].data.size / array.size for array in w.arrays.values()}
         found[f"{product} {name}"] = sorted(float(share) for share in shards)
-few = MXFP4Array(packed[:, :48], scales[:, :3], 96)
+few = {"codes": packed[:, :48], "scales": scales[:, :3]}
+few = QuantizedArray(few, (136, 96), "mxfp4", spec=P(None, "model"))
 try:
-    layouts.laid_out(few, "tpu", "TPU v5 lite", dtype="bfloat16", mesh=mesh, spec=P(None, "model"))
+    layouts.arrange(few, "tpu", "TPU v5 lite", dtype="bfloat16", mesh=mesh)
 except NotImplementedError as error:
     found["refused"] = str(error)
 print(json.dumps(found))
@@ -186,7 +138,7 @@ def test_split_over_four_devices():
     assert process.returncode == 0, process.stderr
     found = json.loads(process.stdout)
     assert "4 devices along K" in found.pop("refused")
-    assert len(found) == 3 * len(LAYOUTS)
+    assert len(found) == 3 * len(CHIPS)
     for name, shares in found.items():
         # What the GPU kernel multiplies outputs by is the same for all parts of K.
         assert shares == ([1.0] if name.endswith("whole") else [0.25, 1.0] if name == "gpu k" else [0.25]), name

@@ -10,7 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from mlspecqd_jax.weights.mx import FORMATS, SCALE_RULES, MXArray, MXFP4Array, dequantize, quantize
+from mlspecqd_jax.weights.formats import FORMATS
+from mlspecqd_jax.weights.mx import SCALE_RULES, dequantize, quantize
+from mlspecqd_jax.weights.quantized_array import QuantizedArray
 from pallas_kernels import mx_decode
 
 formats = pytest.mark.parametrize("format", list(FORMATS))
@@ -31,16 +33,14 @@ def blocks_of(values: np.ndarray) -> np.ndarray:
 
 def codes_of(a) -> np.ndarray:
     """Codes [N, K32], one a byte."""
-    if isinstance(a, MXArray):
-        return np.asarray(a.codes)
-    packed = np.asarray(a.packed)
-    return np.stack([packed & 15, packed >> 4], axis=-1).reshape(len(packed), -1)
+    codes = np.asarray(a.arrays["codes"])
+    return np.stack([codes & 15, codes >> 4], axis=-1).reshape(len(codes), -1) if a.format == "mxfp4" else codes
 
 
 def assert_as_the_oracle(w, format, rule):
     a = quantize(w, format, rule)
     codes, scales = oracle.quantize(w, format, rule)
-    np.testing.assert_array_equal(a.scales, scales)
+    np.testing.assert_array_equal(a.arrays["scales"], scales)
     np.testing.assert_array_equal(codes_of(a), codes)
     return a
 
@@ -48,15 +48,15 @@ def assert_as_the_oracle(w, format, rule):
 def mxfp4(values) -> tuple[list[int], int]:
     """Codes and scale byte of one block, as far as values are given."""
     a = quantize(jnp.asarray([values], jnp.bfloat16))
-    return codes_of(a)[0, : len(values)].tolist(), int(a.scales[0, 0])
+    return codes_of(a)[0, : len(values)].tolist(), int(a.arrays["scales"][0, 0])
 
 
 @pytest.mark.parametrize("format", ["mxfp4", *(pytest.param(f, marks=pytest.mark.slow) for f in FORMATS if f != "mxfp4")])
 @rules
 def test_every_bf16_value(format, rule):
     a = assert_as_the_oracle(blocks_of(finite_values(ml_dtypes.bfloat16)), format, rule)
-    assert np.asarray(a.scales).min() == 0
-    assert np.asarray(a.scales).max() >= 254 - FORMATS[format].emax
+    assert np.asarray(a.arrays["scales"]).min() == 0
+    assert np.asarray(a.arrays["scales"]).max() >= 254 - FORMATS[format].element.emax
 
 
 @formats
@@ -98,8 +98,7 @@ def test_the_largest_values_of_a_block_are_clipped():
 def test_a_block_of_zeros():
     assert mxfp4([0.0, 0.0]) == ([0, 0], 0)
     a = quantize(jnp.zeros((3, 64), jnp.float16))
-    assert not np.any(a.packed)
-    assert not np.any(a.scales)
+    assert not any(np.any(array) for array in a.arrays.values())
     assert not np.any(dequantize(a))
 
 
@@ -138,7 +137,7 @@ def test_every_code_at_every_scale(format):
     codes = np.resize(codes, (255, 256)).astype(np.uint8)
     scales = np.arange(255, dtype=np.uint8)[:, None].repeat(8, 1)
     stored = codes[:, 0::2] | codes[:, 1::2] << 4 if format == "mxfp4" else codes
-    f = FORMATS[format]
+    f = FORMATS[format].element
     decoded = mx_decode(jnp.asarray(stored), jnp.asarray(scales), f.exponent_bits, f.mantissa_bits)
     expected = oracle.dequantize(codes, scales, format)
     np.testing.assert_array_equal(np.asarray(decoded, np.float64), expected)
@@ -156,7 +155,7 @@ def test_views_are_what_dequantize_gives(format):
 
 
 def test_six_bit_elements_have_no_view():
-    with pytest.raises(ValueError, match=r"no type for the elements of mxfp6_e2m3; read \.codes"):
+    with pytest.raises(ValueError, match=r"no type for the elements of mxfp6_e2m3; read \.arrays\['codes'\]"):
         quantize(jnp.ones((1, 32)), "mxfp6_e2m3").elements  # noqa: B018
 
 
@@ -167,7 +166,7 @@ def test_elements_are_the_cast_to_float4():
     values = np.resize(values, (-(-len(values) // 31), 31))
     w = np.concatenate([np.full((len(values), 1), 4, values.dtype), values], axis=1)
     a = quantize(w)
-    assert np.all(np.asarray(a.scales) == 127)
+    assert np.all(np.asarray(a.arrays["scales"]) == 127)
     np.testing.assert_array_equal(codes_of(a), w.astype(ml_dtypes.float4_e2m1fn).view(np.uint8))
 
 
@@ -212,8 +211,19 @@ def test_under_jit_and_as_pytrees():
             np.testing.assert_array_equal(ours, theirs)
         assert jax.eval_shape(lambda w, f=format: quantize(w, f), w).shape == (3, 70)
         empty = jax.tree.map(lambda _: None, a)
-        assert (empty.scales, empty.k, empty.format) == (None, 70, format)
-    assert isinstance(quantize(w), MXFP4Array)
+        assert (empty.arrays, empty.shape, empty.format) == ({"codes": None, "scales": None}, (3, 70), format)
+        assert (empty.product, empty.chip, tuple(empty.spec)) == ("stored", None, (None, None))
+        assert isinstance(a, QuantizedArray)
+
+
+def test_formats_are_those_of_the_specification():
+    """Section 5.2: groups of 32, scales in E8M0, and elements of these sizes; codes of four bits alone share a byte."""
+    for name, f in FORMATS.items():
+        assert (f.name, f.group, f.scale) == (name, 32, "e8m0")
+        assert f.bits == ml_dtypes.finfo(oracle.ELEMENTS[name][0]).bits
+        assert f.element.largest == oracle.table(name)[-1]
+        assert f.element.mantissa_bits == oracle.ELEMENTS[name][1]
+        assert f.codes_per_byte == (2 if f.bits == 4 else 1)
 
 
 def test_temporaries_are_small():

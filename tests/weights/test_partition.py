@@ -60,7 +60,7 @@ def examine(folder):
 
 
 def codes(leaf):
-    return leaf.packed if hasattr(leaf, "packed") else leaf.codes
+    return leaf.arrays["codes"]
 
 
 def examine_twin(folder):
@@ -70,12 +70,12 @@ def examine_twin(folder):
     tokens, start = np.arange(46).reshape(2, 23), np.zeros(2, np.int32)
     one_logits, four_logits = (np.asarray(jax.jit(m.network)(m.params, tokens, start, None)[0]) for m in (one, four))
     leaves = [jax.tree.leaves(model.params) for model in (one, four, stored)]
-    quantized = {name: leaf for name, leaf in four.params.items() if hasattr(leaf, "scales")}
+    quantized = {name: leaf for name, leaf in four.params.items() if hasattr(leaf, "arrays")}
     return {
         "error": float(np.max(np.abs(one_logits - four_logits)) / np.max(np.abs(one_logits))),
         "equal": all(np.array_equal(a, b) and np.array_equal(a, c) for a, b, c in zip(*leaves, strict=True)),
         "stored_places": all(b.sharding == c.sharding for _, b, c in zip(*leaves, strict=True)),
-        "weights": {name: [leaf.shape, pieces(codes(leaf)), pieces(leaf.scales)] for name, leaf in quantized.items()},
+        "weights": {name: [leaf.shape, pieces(codes(leaf)), pieces(leaf.arrays["scales"])] for name, leaf in quantized.items()},
     }
 
 

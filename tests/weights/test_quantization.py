@@ -11,8 +11,10 @@ import tiny
 
 import mlspecqd_jax as mlsd
 from mlspecqd_jax.weights import quantization
-from mlspecqd_jax.weights.mx import FORMATS, MXArray, MXFP4Array, dequantize, quantize
+from mlspecqd_jax.weights.formats import FORMATS
+from mlspecqd_jax.weights.mx import dequantize, quantize
 from mlspecqd_jax.weights.quantization import quantize_params
+from mlspecqd_jax.weights.quantized_array import QuantizedArray
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 # K is a multiple of 32 everywhere, so that products with decoded weights are the same operations; few shapes compile quickly.
@@ -39,7 +41,7 @@ def tied(load):
 
 
 def is_quantized(leaf):
-    return isinstance(leaf, MXFP4Array | MXArray)
+    return isinstance(leaf, QuantizedArray)
 
 
 def equal(one, other) -> bool:

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 from test_mx import blocks_of, codes_of, finite_values
 
-from mlspecqd_jax.weights.mx import FORMATS, SCALE_RULES, quantize
+from mlspecqd_jax.weights.formats import FORMATS
+from mlspecqd_jax.weights.mx import SCALE_RULES, quantize
 
 pytestmark = pytest.mark.torch
 
@@ -40,7 +41,7 @@ def test_codes_and_scales(to_mx, format, rule, values):
     w = blocks_of(finite_values(ml_dtypes.bfloat16)) if values == "bfloat16" else f32_values()
     ours = quantize(w, format, rule)
     codes, scales = to_mx(w, format, rule)
-    np.testing.assert_array_equal(ours.scales, scales)
+    np.testing.assert_array_equal(ours.arrays["scales"], scales)
     # (By rceil torchao rounds log2 to float32 and may miss that a float32 amax exceeds the turn by an ulp; none here is so close.)
     # Where the scale byte is 0 torchao divides by 2^-126, the least normal float32 (by rceil: not at all), not by the 2^-127 that
     # the byte stands for; all that remains of such a block after decoding is zero. A block of zeros has the same codes.
@@ -55,6 +56,6 @@ def test_codes_and_scales(to_mx, format, rule, values):
 def test_a_block_of_zeros(to_mx, format):
     w = np.zeros((1, 32), np.float32)
     ours, (codes, scales) = quantize(w, format, "rceil"), to_mx(w, format, "rceil")
-    np.testing.assert_array_equal(ours.scales, scales)
+    np.testing.assert_array_equal(ours.arrays["scales"], scales)
     assert not codes.any()
     assert not codes_of(ours).any()

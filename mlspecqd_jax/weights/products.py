@@ -1,0 +1,98 @@
+"""`multiply`: activations times the transpose of a leaf, by the product that the leaf is arranged for or the best that reads it.
+
+Notation: M rows of activations, N outputs, K contracted.
+"""
+
+import functools
+
+import jax
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
+
+from mlspecqd_jax.weights.cpu_products import CPU_PRODUCTS
+from mlspecqd_jax.weights.formats import FORMATS
+from mlspecqd_jax.weights.quantized_array import QuantizedArray
+from pallas_kernels import PLAIN, Product, best_product, named, why_not
+from pallas_kernels.xla import DECODED, DOT
+
+# Of a leaf that is not arranged for one product: the best that can be had where the program is traced.
+OF_STORED = (*CPU_PRODUCTS, DECODED, DOT)
+
+
+def product_of(w: jax.Array | QuantizedArray, dtype: str, chip: str) -> Product:
+    """Return what `multiply` runs on a chip, where it is asked: within a mesh, that is nothing in C++.
+
+    Args:
+      w: a leaf.
+      dtype: of the activations; a plain weight is used in its own.
+      chip: of `pallas_kernels.chip_of`, or a platform; a leaf that is arranged has one product for its own chip.
+    """
+    leaf = _leaf(w)
+    if not leaf.is_stored:
+        return named(leaf.product)
+    return best_product(chip, str(getattr(w, "dtype", dtype)), *leaf.shape, format=leaf.format, products=OF_STORED)
+
+
+def multiply(x: jax.Array, w: jax.Array | QuantizedArray, interpret=False) -> jax.Array:
+    """x [M, K] times the transpose of a leaf [N, K], f32 [M, N]; under a mesh, each device multiplies its part.
+
+    Args:
+      x: activations; a plain weight is used in its own dtype.
+      w: the weight.
+      interpret: run a Pallas kernel by an interpreter.
+
+    Raises:
+      NotImplementedError: the product for which w is arranged does not take x; one sentence with the shapes.
+    """
+    leaf = _leaf(w)
+    if not leaf.is_stored:
+        return _multiply_arranged(x, leaf, interpret)
+    on_cpu, elsewhere = product_of(w, x.dtype.name, "cpu"), product_of(w, x.dtype.name, "")
+    otherwise = functools.partial(_run, elsewhere, leaf)
+    if on_cpu is elsewhere:
+        return otherwise(x, leaf.arrays)
+    return jax.lax.platform_dependent(x, leaf.arrays, cpu=functools.partial(_run, on_cpu, leaf), default=otherwise)
+
+
+def _multiply_arranged(x, leaf, interpret):
+    mesh, product = jax.sharding.get_abstract_mesh(), named(leaf.product)
+    along_n, along_k = (None, None) if mesh.empty else leaf.spec
+    n = leaf.shape[0] // parts_along(mesh, along_n)
+    reason = why_not(leaf.product, leaf.chip, x.dtype.name, n, x.shape[1] // parts_along(mesh, along_k), format=leaf.format)
+    if reason is not None:
+        raise NotImplementedError(reason)
+    run = functools.partial(_run, product, leaf, n=n, interpret=interpret)
+    if mesh.empty:
+        return run(x, leaf.arrays)
+
+    def part(x, arrays):
+        y = run(x, arrays)
+        return y if along_k is None else jax.lax.psum(y, along_k)
+
+    # A compiler splits no Pallas kernel by itself. Each result is one that it cannot check to be alike on all devices.
+    return jax.shard_map(
+        part,
+        mesh=mesh,
+        in_specs=(PartitionSpec(None, along_k), array_specs(product, leaf.spec)),
+        out_specs=PartitionSpec(None, along_n),
+        check_vma=False,
+    )(x, leaf.arrays)
+
+
+def array_specs(product: Product, spec: PartitionSpec) -> dict[str, PartitionSpec]:
+    """Return how the arrays of a product are split where N and K are split as `spec` says."""
+    along = dict(zip(("n", "k"), spec, strict=True)) | {None: None}
+    return {role: PartitionSpec(*(along[axis] for axis in axes)) for role, axes in product.axes.items()}
+
+
+def parts_along(mesh: Mesh | AbstractMesh, axis: str | None) -> int:
+    """Return into how many parts an axis of a mesh splits a dimension; None splits nothing."""
+    return 1 if axis is None else mesh.shape[axis]
+
+
+def _leaf(w):
+    return w if isinstance(w, QuantizedArray) else QuantizedArray({"weight": w}, w.shape, PLAIN)
+
+
+def _run(product, leaf, x, arrays, *, n=None, interpret=False):
+    element = FORMATS[leaf.format].element if leaf.format in FORMATS else None
+    return product.run(x, arrays, n=n or leaf.shape[0], chip=leaf.chip, element=element, interpret=interpret)

@@ -1,0 +1,52 @@
+"""`Product`: the type of a record that says how activations [M, K] are multiplied with a weight [N, K] in some format.
+
+Each product's record lies in the file of its kernel; `products` lists them. A chip is a string: of `products.chip_of`. Arrays come
+by role: "codes" and "scales" are those of the weight as it is stored, and a product that wants others makes them of these once.
+Notation: M rows of activations, N outputs, K contracted.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+
+PLAIN = "plain"  # what stands for a format where a weight is not quantized
+MX = ("mxfp4", "mxfp6_e2m3", "mxfp6_e3m2", "mxfp8_e4m3", "mxfp8_e5m2")
+
+
+class Product(NamedTuple):
+    """One way to multiply with a weight, and everything that is asked about it."""
+
+    name: str
+    formats: tuple[str, ...]  # that it reads, or PLAIN
+    why_not: Callable[[str, str, int, int, int, int], str | None]
+    """(chip, dtype, n, k, along_n, along_k) to why it cannot be had, as the end of a sentence, or None if it can."""
+    arrange: Callable[..., dict[str, jax.Array]]
+    """(**stored, along_n=1, along_k=1) to its own arrays; so many equal parts of N and of K will lie on different devices."""
+    axes: dict[str, tuple[str | None, ...]]
+    """Which dimensions of the weight, "n" or "k", those of its arrays are."""
+    run: Callable[..., jax.Array]
+    """(x [M, K], arrays, *, n, chip, element, interpret) to f32 [M, N].
+
+    n: the outputs of these arrays, without what they were filled up with; element: what its codes are, with `exponent_bits` and
+    `mantissa_bits`; interpret: run a Pallas kernel by an interpreter.
+    """
+    row_multiple: Callable[[str, str], int | None]
+    """(chip, dtype) to the number of rows to which windows are padded so that a row is computed alike for all of them.
+
+    1: every row by itself. 2: at all even numbers of rows. 16: one padded width, beyond which nothing is known. None: no such
+    number is known.
+    """
+
+
+def anywhere(chip: str, dtype: str, n: int, k: int, along_n: int, along_k: int) -> str | None:
+    """`why_not` of a product that can always be had."""
+    return None
+
+
+def as_stored(*, along_n: int = 1, along_k: int = 1, **stored: jax.Array) -> dict[str, jax.Array]:
+    """`arrange` of a product that reads what is stored."""
+    return stored
+
+
+STORED_AXES = {"codes": ("n", "k"), "scales": ("n", "k")}

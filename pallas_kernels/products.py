@@ -1,0 +1,82 @@
+"""Which product multiplies a weight on which chip: the first of `PRODUCTS` that can be had.
+
+Support is a function of names, dtypes and shapes alone. Notation: N outputs, K contracted.
+"""
+
+import jax
+
+from pallas_kernels import fallbacks, gpu, tpu, xla
+from pallas_kernels.product import PLAIN, Product
+from pallas_kernels.reference import BLOCK
+
+# The best first. What a device does with subnormal numbers is not told by its name, so nothing chooses the second (`tpu`).
+PRODUCTS = (tpu.DECODE, tpu.DECODE_WITHOUT_SUBNORMALS, gpu.DECODE, fallbacks.GROUPED, fallbacks.REDUCED, xla.DECODED, xla.DOT)
+
+
+def chip_of(device: jax.Device) -> str:
+    """Return what decides which products a device supports: a TPU's kind, an NVIDIA GPU's "sm_90", or the platform."""
+    if device.platform == "gpu" and "." in getattr(device, "compute_capability", ""):
+        return "sm_" + device.compute_capability.replace(".", "")
+    return device.device_kind if device.platform == "tpu" else device.platform
+
+
+def named(name: str, products: tuple[Product, ...] = PRODUCTS) -> Product | None:
+    """Return the product of this name, or None."""
+    return next((product for product in products if product.name == name), None)
+
+
+def why_not(
+    name: str,
+    chip: str,
+    dtype: str,
+    n: int,
+    k: int,
+    along_n: int = 1,
+    along_k: int = 1,
+    *,
+    format: str = "mxfp4",
+    products: tuple[Product, ...] = PRODUCTS,
+) -> str | None:
+    """Return why a product cannot be had, in one sentence, or None if it can.
+
+    Args:
+      name: of a product.
+      chip: of `chip_of`.
+      dtype: of the activations.
+      n, k: of the weight.
+      along_n, along_k: over how many devices the weight is split along N and along K.
+      format: of the weight.
+      products: those that there are.
+    """
+    kind = "a plain" if format == PLAIN else f"an {format.upper()}"
+    asked = f"the product '{name}' for {dtype} [M, {k}] and {kind} weight [{n}, {k}] on {chip}"
+    product = named(name, products)
+    if product is None:
+        return f"there is no product '{name}'; give one of {', '.join(product.name for product in products)}"
+    if format not in product.formats:
+        return f"{asked} reads {', '.join(product.formats)} alone"
+    if n % along_n:
+        return f"{asked} cannot be split over {along_n} devices along N; keep N whole or split it evenly"
+    if along_k > 1 and k % (BLOCK * along_k):
+        return f"{asked} cannot be split over {along_k} devices along K, since MX blocks of {BLOCK} would be; keep K whole"
+    reason = product.why_not(chip, dtype, n, k, along_n, along_k)
+    return None if reason is None else f"{asked} {reason}"
+
+
+def best_product(
+    chip: str,
+    dtype: str,
+    n: int,
+    k: int,
+    along_n: int = 1,
+    along_k: int = 1,
+    *,
+    format: str = "mxfp4",
+    products: tuple[Product, ...] = PRODUCTS,
+) -> Product | None:
+    """Return the first product that can be had, or None; the arguments are those of `why_not`.
+
+    One can always be had where the weight is whole.
+    """
+    wanted = (chip, dtype, n, k, along_n, along_k)
+    return next((product for product in products if why_not(product.name, *wanted, format=format, products=products) is None), None)
