@@ -29,11 +29,11 @@ from mlspecqd_jax.arguments import brief
 from mlspecqd_jax.errors import InputError
 from mlspecqd_jax.json_files import read_json, reason
 from mlspecqd_jax.loading.huggingface import HUB_FILES
-from mlspecqd_jax.loading.weight_files import HEAD
 from mlspecqd_jax.network.network import Network
 from mlspecqd_jax.weights.mx import FORMATS, MXArray, MXFP4Array
-from mlspecqd_jax.weights.partition import weight_sharding
-from mlspecqd_jax.weights.quantization import Recipe, place_quantized, quantize_params
+from mlspecqd_jax.weights.placement import weight_sharding
+from mlspecqd_jax.weights.quantization import Recipe, place_quantized, quantize_params, with_head
+from mlspecqd_jax.weights.tensors import HEAD
 
 MARKER = "mlspecqd.json"
 WEIGHTS = "weights"
@@ -94,7 +94,7 @@ def _write(folder: pathlib.Path, tensors: dict[str, jax.Array]) -> None:
 def _say_whether_tied(path: pathlib.Path, tied: bool) -> None:
     """Let a copied config.json say what the weights are, which is what decided where it and the original files differed."""
     config = read_json(path)
-    if config.get("tie_word_embeddings", False) != tied:
+    if config.get("tie_word_embeddings") is not tied:
         path.write_text(json.dumps(config | {"tie_word_embeddings": tied}, indent=1) + "\n", encoding="utf-8")
 
 
@@ -184,12 +184,12 @@ def restore(folder: pathlib.Path, model: Network, dtype: jnp.dtype, mesh: Mesh |
     if version != VERSION:
         raise InputError(f"{folder} has format {brief(version)}, but this version reads format {VERSION}; convert the model again")
 
-    def place(name, shape):
-        sharding = None if mesh is None else weight_sharding(name, shape, mesh)
-        return jax.device_put(np.asarray(_map(folder / WEIGHTS / name, shape), dtype), sharding)
+    def place(name, tensor):
+        sharding = None if mesh is None else weight_sharding(tensor.axes, tensor.shape, mesh)
+        return jax.device_put(np.asarray(_map(folder / WEIGHTS / name, tensor.shape), dtype), sharding)
 
     with _damage_named(folder):
-        return jax.block_until_ready({name: place(name, shape) for name, shape in model.shapes().items()})
+        return jax.block_until_ready({name: place(name, tensor) for name, tensor in model.tensors().items()})
 
 
 def drafts(folder: pathlib.Path, dtype: str) -> tuple[Recipe, ...]:
@@ -211,15 +211,16 @@ def drafts(folder: pathlib.Path, dtype: str) -> tuple[Recipe, ...]:
 
 
 def restore_draft(
-    folder: pathlib.Path, model: Network, recipe: Recipe, finish: Callable = lambda name, leaf: leaf
+    folder: pathlib.Path, model: Network, recipe: Recipe, finish: Callable = lambda axes, leaf: leaf
 ) -> dict[str, MXFP4Array | MXArray]:
-    """Map the quantized leaves of a twin that `save` wrote and put them in their place, each as `finish(name, leaf)`.
+    """Map the quantized leaves of a twin that `save` wrote and put them in their place, each as `finish(axes, leaf)`.
 
     Raises:
       InputError: the folder is damaged.
     """
-    weights = {name: jax.ShapeDtypeStruct(shape, jnp.bfloat16) for name, shape in model.shapes().items()}
-    cast = functools.partial(quantize_params, format=recipe.format, policy=dict(recipe.policy))
+    tensors = with_head(model.tensors())
+    weights = {name: jax.ShapeDtypeStruct(tensor.shape, jnp.bfloat16) for name, tensor in model.tensors().items()}
+    cast = functools.partial(quantize_params, tensors=tensors, format=recipe.format, policy=dict(recipe.policy))
 
     def mapped(path, array):
         return np.asarray(_map(folder / DRAFTS / recipe.format / _file(path), array.shape), array.dtype)
@@ -227,7 +228,8 @@ def restore_draft(
     with _damage_named(folder):
         expected = _quantized(jax.eval_shape(cast, weights))
         leaves = jax.tree_util.tree_map_with_path(mapped, expected)
-        placed = {name: finish(name, place_quantized(name, leaf, model.mesh)) for name, leaf in leaves.items()}
+        axes = {name: tensors[name].axes for name in leaves}
+        placed = {name: finish(axes[name], place_quantized(axes[name], leaf, model.mesh)) for name, leaf in leaves.items()}
         return jax.block_until_ready(placed)
 
 

@@ -10,7 +10,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mlspecqd_jax.weights.mx import MXArray, MXFP4Array
-from mlspecqd_jax.weights.partition import weight_sharding
+from mlspecqd_jax.weights.placement import weight_sharding
 from pallas_kernels import LAYOUTS, chip_of, choose, honours_subnormals, laid_out_matmul, lay_out, unsupported
 
 
@@ -42,12 +42,17 @@ class LaidOut:
 
 
 def for_device(
-    name: str, leaf: MXFP4Array | MXArray, *, dtype: jax.numpy.dtype, mesh: Mesh | None, product: str | None = None
+    axes: tuple[str | None, ...],
+    leaf: MXFP4Array | MXArray,
+    *,
+    dtype: jax.numpy.dtype,
+    mesh: Mesh | None,
+    product: str | None = None,
 ) -> MXFP4Array | MXArray | LaidOut:
     """Lay out a weight for the device or the mesh that it is on; on CPU, and in another format, it stays as it is.
 
     Args:
-      name: of the weight, for the partition table.
+      axes: over which the weight may be split (`tensors.Tensor`).
       leaf: as `quantize` made it.
       dtype: of the activations.
       mesh: over which the leaf was placed, or None.
@@ -62,7 +67,7 @@ def for_device(
     chip = chip_of(device)
     if chip == "cpu" and product is None:
         return leaf
-    spec = None if mesh is None else weight_sharding(name, leaf.scales.shape, mesh).spec
+    spec = None if mesh is None else weight_sharding(axes, leaf.scales.shape, mesh).spec
     product = product or _best(device, str(jax.numpy.dtype(dtype)), leaf.shape, _parts(spec, mesh))
     return laid_out(leaf, product, chip, dtype=dtype, mesh=mesh, spec=spec)
 

@@ -14,10 +14,9 @@ from jax.sharding import Mesh
 from mlspecqd_jax.errors import InputError
 from mlspecqd_jax.weights.layouts import LaidOut
 from mlspecqd_jax.weights.mx import MXArray, MXFP4Array, check_format, check_scale_rule, quantize
-from mlspecqd_jax.weights.partition import weight_sharding
+from mlspecqd_jax.weights.placement import weight_sharding
+from mlspecqd_jax.weights.tensors import EMBEDDING, HEAD, Tensor
 
-QUANTIZABLE = ("*_proj.weight", "lm_head.weight")
-HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 TIED_HEAD = "mxfp8_e4m3"  # of a twin in MXFP4, on CPU
 
 Policy = Mapping[str, str | None]
@@ -43,11 +42,12 @@ def default_policy(format: str, tied: bool, platform: str) -> Policy:
 
 def quantize_params(
     params: Mapping[str, jax.Array],
+    tensors: Mapping[str, Tensor],
     format: str = "mxfp4",
     policy: Policy | None = None,
     scale_rule: str = "floor",
     mesh: Mesh | None = None,
-    finish: Callable = lambda name, leaf: leaf,
+    finish: Callable = lambda axes, leaf: leaf,
 ) -> dict[str, jax.Array | MXFP4Array | MXArray]:
     """Return the parameters of a model's twin: linear layers and lm_head quantized, everything else the same array objects.
 
@@ -55,17 +55,19 @@ def quantize_params(
 
     Args:
       params: parameters by Hugging Face's tensor names. A leaf that has its format already stays the same object.
+      tensors: what they are, of which those that are `linear` can be quantized.
       format: a name of `mx.FORMATS`.
       policy: exceptions, from a glob over tensor names to a format or None (keep the model's own weight; of a tied head, keep the
         tie). The first glob that matches a name decides.
       scale_rule: a name of `mx.SCALE_RULES`.
-      mesh: where to place the new leaves by the partition table; None leaves them where their weights are.
-      finish: what is kept of a new leaf, given its name and the leaf: it may be laid out for a chip.
+      mesh: where to place the new leaves by their axes; None leaves them where their weights are.
+      finish: what is kept of a new leaf, given its axes and the leaf: it may be laid out for a chip.
 
     Raises:
       InputError: an unknown format or scale rule, a glob that matches no quantizable weight, a leaf in another format.
     """
-    wanted = _formats(params, format, policy or {}, scale_rule)
+    tensors = with_head(tensors)
+    wanted = _formats([name for name, tensor in tensors.items() if tensor.linear], format, policy or {}, scale_rule)
     quantized = dict(params)
     for name, to in wanted.items():
         w = params[name] if name in params else params[EMBEDDING]
@@ -74,30 +76,32 @@ def quantize_params(
         if isinstance(w, MXFP4Array | MXArray | LaidOut):
             raise InputError(f"{name} is in {w.format} already and cannot become {to}; quantize the original model instead")
         # Waiting for each keeps the temporaries of one weight alive, not of all.
-        quantized[name] = jax.block_until_ready(finish(name, place_quantized(name, quantize(w, to, scale_rule), mesh)))
+        axes = tensors[name].axes
+        quantized[name] = jax.block_until_ready(finish(axes, place_quantized(axes, quantize(w, to, scale_rule), mesh)))
     return quantized
 
 
-def place_quantized(name: str, leaf: MXFP4Array | MXArray, mesh: Mesh | None) -> MXFP4Array | MXArray:
-    """Put a quantized weight where the partition table says; without a mesh, on the default device, or leave it where it is.
+def with_head(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return what the parameters of a twin are: where the embedding is the head too, it may be cast as a linear layer's weight."""
+    return dict(tensors) if HEAD in tensors else dict(tensors) | {HEAD: tensors[EMBEDDING]._replace(linear=True)}
+
+
+def place_quantized(axes: tuple[str | None, ...], leaf: MXFP4Array | MXArray, mesh: Mesh | None) -> MXFP4Array | MXArray:
+    """Put a quantized weight where its axes say; without a mesh, on the default device, or leave it where it is.
 
     Along K it is split only where every shard holds whole MX blocks, that is, where the mesh divides the scales.
     """
-    return jax.device_put(leaf, None if mesh is None else weight_sharding(name, leaf.scales.shape, mesh))
+    return jax.device_put(leaf, None if mesh is None else weight_sharding(axes, leaf.scales.shape, mesh))
 
 
-def _formats(params, format: str, policy: Policy, scale_rule: str) -> dict[str, str | None]:
+def _formats(names: list[str], format: str, policy: Policy, scale_rule: str) -> dict[str, str | None]:
     """Return what every weight that can be quantized becomes, or say what is wrong with the request."""
     check_format(format)
     check_scale_rule(scale_rule)
-    names = [name for name in (*params, HEAD) if _matches(name, QUANTIZABLE)]
     for glob, to in policy.items():
         if to is not None:
             check_format(to)
-        if not any(_matches(name, (glob,)) for name in names):
-            raise InputError(f"the policy's '{glob}' matches no weight that can be quantized; these can: {', '.join(QUANTIZABLE)}")
-    return {name: next((to for glob, to in policy.items() if _matches(name, (glob,))), format) for name in names}
-
-
-def _matches(name: str, globs: tuple[str, ...]) -> bool:
-    return any(fnmatch.fnmatchcase(name, glob) for glob in globs)
+        if not any(fnmatch.fnmatchcase(name, glob) for name in names):
+            kinds = sorted({f"*_{name.rpartition('_')[2]}" if ".layers." in name else name for name in names})
+            raise InputError(f"the policy's '{glob}' matches no weight that can be quantized; these can: {', '.join(kinds)}")
+    return {name: next((to for glob, to in policy.items() if fnmatch.fnmatchcase(name, glob)), format) for name in names}

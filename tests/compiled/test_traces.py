@@ -1,6 +1,5 @@
 """What is compiled: one trace for many requests (law 7); a loop that calls nobody, copies no cache, widens no weight (law 8)."""
 
-import dataclasses
 import functools
 import pathlib
 
@@ -9,36 +8,28 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hlo import HOST_OPERATIONS, aliased, cache_copies, widened
+from tiny import shape
 
 from mlspecqd_jax import generation, requests, stacks
 from mlspecqd_jax.loading import models
 from mlspecqd_jax.loading.card import Card
-from mlspecqd_jax.network.config import ModelConfig
 from mlspecqd_jax.network.network import Network
 from mlspecqd_jax.speculation import loop
 from mlspecqd_jax.speculation.settings import Sampling
 
 # Sizes that no activation shares, so that a weight or a cache is known by its shape.
-CONFIG = ModelConfig(
-    vocab_size=97,
-    hidden_size=32,
-    intermediate_size=88,
-    num_hidden_layers=2,
-    num_attention_heads=6,
-    num_key_value_heads=3,
-    head_dim=12,
-    max_position_embeddings=512,
-)
-SMALL = dataclasses.replace(CONFIG, hidden_size=40, intermediate_size=104, num_hidden_layers=1, head_dim=20)
+MIDDLE = 88
+CONFIG = shape(97, 32, MIDDLE, 2, 6, 3, 12, 512)
+SMALL = shape(97, 40, 104, 1, 6, 3, 20, 512)
 PROMPT = [3, 1, 4, 1, 5]
 
 
 def cache_shape(config, size=256):
-    return 1, config.num_key_value_heads, size, config.head_dim
+    return 1, config.layers[0].mixer.kv_heads, size, config.layers[0].mixer.head_dim
 
 
 def weight_shapes():
-    return {shape for config in (CONFIG, SMALL) for shape in Network(config).shapes().values() if len(shape) == 2}
+    return {tensor.shape for config in (CONFIG, SMALL) for tensor in Network(config).tensors().values() if len(tensor.shape) == 2}
 
 
 def request(stack, prompt=PROMPT, max_new_tokens=20, **settings):
@@ -49,8 +40,8 @@ def request(stack, prompt=PROMPT, max_new_tokens=20, **settings):
 
 def random_model(config, name):
     network, rng = Network(config), np.random.default_rng(0)
-    params = {name: jnp.asarray(0.1 * rng.normal(size=shape), jnp.bfloat16) for name, shape in network.shapes().items()}
-    card = Card(name, config.vocab_size, config.max_position_embeddings, None, (5,))
+    params = {name: jnp.asarray(0.1 * rng.normal(size=t.shape), jnp.bfloat16) for name, t in network.tensors().items()}
+    card = Card(name, config.vocab_size, config.max_positions, None, (5,))
     return models.Model(network, params, card, pathlib.Path())
 
 
@@ -116,7 +107,7 @@ def test_a_copy_of_a_cache_would_be_seen():
 def test_the_donated_caches_are_updated_where_they_are(program, stack, name):
     for config in (CONFIG, SMALL) if len(stack.levels) > 1 else (CONFIG,):
         caches, in_place = aliased(program(name), "bf16", cache_shape(config))
-        assert len(caches) == 2 * config.num_hidden_layers  # a shared cache counts once
+        assert len(caches) == 2 * len(config.layers)  # a shared cache counts once
         assert in_place == caches
 
 
@@ -128,12 +119,12 @@ def test_no_weight_is_widened(program, name):
 
 def test_a_widened_weight_would_be_seen():
     """A product in f32 widens its 16-bit weight, once, outside of the loop."""
-    weight = jnp.zeros((CONFIG.intermediate_size, CONFIG.hidden_size), jnp.bfloat16)
+    weight = jnp.zeros((MIDDLE, CONFIG.hidden_size), jnp.bfloat16)
 
     def multiply(weight, n):
         def body(carry):
             i, x = carry
-            return i + 1, (x @ weight.astype(jnp.float32).T) @ jnp.ones((CONFIG.intermediate_size, CONFIG.hidden_size)) + i
+            return i + 1, (x @ weight.astype(jnp.float32).T) @ jnp.ones((MIDDLE, CONFIG.hidden_size)) + i
 
         return jax.lax.while_loop(lambda carry: carry[0] < n, body, (0, jnp.zeros((2, CONFIG.hidden_size))))
 

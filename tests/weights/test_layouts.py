@@ -17,6 +17,7 @@ from mlspecqd_jax.network.matmul import implementation, linear
 from mlspecqd_jax.weights import layouts
 from mlspecqd_jax.weights.mx import MXFP4Array, quantize
 from mlspecqd_jax.weights.quantization import quantize_params
+from mlspecqd_jax.weights.tensors import Tensor
 from pallas_kernels import LAYOUTS, chip_of, choose, laid_out_matmul, lay_out, unsupported
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -84,7 +85,7 @@ def test_what_is_refused_and_how(arguments, words):
 def test_a_named_product_on_the_wrong_device_is_refused_before_tracing():
     leaf = quantize(jnp.ones((8, 64)))
     with pytest.raises(NotImplementedError, match=r"'gpu' for bfloat16 \[M, 64\] and an MXFP4 weight \[8, 64\] on cpu"):
-        layouts.for_device("q_proj.weight", leaf, dtype=jnp.bfloat16, mesh=None, product="gpu")
+        layouts.for_device(("model", None), leaf, dtype=jnp.bfloat16, mesh=None, product="gpu")
 
 
 def test_activations_of_another_dtype_are_refused():
@@ -95,8 +96,8 @@ def test_activations_of_another_dtype_are_refused():
 
 def test_on_cpu_the_stored_weight_stays():
     leaf, other = quantize(jnp.ones((8, 64))), quantize(jnp.ones((8, 64)), "mxfp8_e4m3")
-    assert layouts.for_device("q_proj.weight", leaf, dtype=jnp.bfloat16, mesh=None) is leaf
-    assert layouts.for_device("q_proj.weight", other, dtype=jnp.bfloat16, mesh=None, product="gpu") is other
+    assert layouts.for_device(("model", None), leaf, dtype=jnp.bfloat16, mesh=None) is leaf
+    assert layouts.for_device(("model", None), other, dtype=jnp.bfloat16, mesh=None, product="gpu") is other
     assert implementation("TPU v5 lite") == "XLA dot; Pallas TPU kernel for mxfp4"
     assert implementation("sm_80") == "XLA dot; Pallas GPU kernel for mxfp4"
     assert "reduced" in implementation("sm_75")
@@ -130,17 +131,19 @@ def test_one_signature(product):
 def test_a_laid_out_leaf_takes_the_place_of_the_stored_one():
     params = {"model.layers.0.mlp.up_proj.weight": jnp.ones((64, 96)), "model.norm.weight": jnp.ones(96)}
 
-    def finish(name, leaf):
+    def finish(axes, leaf):
         return layouts.laid_out(leaf, "grouped", "TPU v3", dtype=jnp.bfloat16)
 
-    twin = quantize_params(params | {"lm_head.weight": jnp.ones((70, 96))}, finish=finish)
+    params |= {"lm_head.weight": jnp.ones((70, 96))}
+    tensors = {name: Tensor(leaf.shape, (), leaf.ndim == 2, ()) for name, leaf in params.items()}
+    twin = quantize_params(params, tensors, finish=finish)
     leaf = twin["model.layers.0.mlp.up_proj.weight"]
     assert not [leaf for leaf in twin.values() if isinstance(leaf, MXFP4Array)]
     assert (leaf.shape, leaf.size, leaf.format) == ((64, 96), 64 * 96, "mxfp4")
     assert leaf.nbytes == 64 * 96 * 17 // 32
     assert twin["model.norm.weight"] is params["model.norm.weight"]
     with pytest.raises(ValueError, match="is in mxfp4 already"):
-        quantize_params(twin, "mxfp8_e4m3")
+        quantize_params(twin, tensors, "mxfp8_e4m3")
 
 
 # Prints, for each product and each way to split a weight, where its arrays lie; the results are checked on the way.
@@ -151,7 +154,7 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 import mx_weights
 from mlspecqd_jax.weights import layouts
 from mlspecqd_jax.weights.mx import MXFP4Array
-from mlspecqd_jax.weights.partition import usable_mesh
+from mlspecqd_jax.weights.placement import usable_mesh
 from test_layouts import CHIPS
 
 mesh, found = usable_mesh(jax.make_mesh((4,), ("model",))), {}
