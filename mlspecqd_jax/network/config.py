@@ -74,3 +74,7 @@ class Config:
     logit_cap: float | None = None  # logits are cap * tanh(logits / cap)
     # Where a file holds a module's tensors, if not under the module's own name; `*` stands for the number of a layer.
     sources: tuple[tuple[str, Source], ...] = ()
+
+    def __hash__(self):
+        # Compiled programs are looked up by it in every call, and all layers of a deep model take half a millisecond.
+        return hash((self.vocab_size, self.hidden_size, self.max_positions, len(self.layers), self.layers[0], self.tied))

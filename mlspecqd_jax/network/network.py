@@ -24,6 +24,9 @@ from mlspecqd_jax.weights.placement import cache_sharding
 from mlspecqd_jax.weights.tensors import EMBEDDING, HEAD, Source, Tensor
 
 
+FIRST = ".layers.0."  # in the names of a first layer's parameters
+
+
 class Transformer(nnx.Module):
     """Tokens [B, W] at absolute positions `start[r]..start[r]+W-1` to logits [B, W, V] in f32.
 
@@ -66,7 +69,8 @@ class Network:
     def tensors(self) -> dict[str, Tensor]:
         """Return what every parameter is, by name, in the order of the layers; a tied model has no head."""
         # Layers of one kind have the same parameters, and each takes its time.
-        kinds = {layer: _skeleton(dataclasses.replace(self.config, layers=(layer,)))[1] for layer in self.config.layers}
+        different = dict.fromkeys(self.config.layers)
+        kinds = {layer: _skeleton(dataclasses.replace(self.config, layers=(layer,)))[1] for layer in different}
         found = {}
         for repeated, group in itertools.groupby(kinds[self.config.layers[0]].items(), lambda leaf: FIRST in leaf[0]):
             if not repeated:
@@ -117,9 +121,6 @@ class Network:
         partitioned = contextlib.nullcontext() if self.mesh is None else jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh)
         with partitioned:
             return nnx.merge(graphdef, state)(tokens, start, cache)
-
-
-FIRST = ".layers.0."
 
 
 @functools.lru_cache(maxsize=64)
