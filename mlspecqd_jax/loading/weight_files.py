@@ -75,7 +75,8 @@ def locate(folder: pathlib.Path, expected: dict[str, tuple[int, ...]], *, tied: 
             located[name] = source
             problems += _misfit(source.name, header, expected[name])
     optional = {HEAD, EMBEDDING} if tied and {HEAD, EMBEDDING} & located.keys() else {HEAD} if tied else set()
-    problems += [_missing(name, headers, index) for name in expected if name not in located.keys() | optional]
+    found = {_name(place.name, expected): place for place in headers}
+    problems += [_missing(name, found.get(name), index) for name in expected if name not in located.keys() | optional]
     if problems:
         raise InputError(
             f"{folder} does not hold the model that its config.json describes: {_some(problems, '; ')}; "
@@ -100,9 +101,7 @@ def _misfit(name: str, header: Header, shape: tuple[int, ...]) -> list[str]:
     return []
 
 
-def _missing(name: str, headers: dict[Place, Header], index: dict[str, pathlib.Path] | None) -> str:
-    spellings = (name, name.removeprefix("model."))
-    elsewhere = next((source for source in headers if source.name in spellings), None)
+def _missing(name: str, elsewhere: Place | None, index: dict[str, pathlib.Path] | None) -> str:
     if elsewhere is None or index is None:
         return f"missing tensor {name}"
     meant = index.get(elsewhere.name)

@@ -23,7 +23,6 @@ from mlspecqd_jax.network.layers import ALONG_N, Linear, Trunk
 from mlspecqd_jax.weights.placement import cache_sharding
 from mlspecqd_jax.weights.tensors import EMBEDDING, HEAD, Source, Tensor
 
-
 FIRST = ".layers.0."  # in the names of a first layer's parameters
 
 

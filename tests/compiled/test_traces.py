@@ -11,6 +11,7 @@ from hlo import HOST_OPERATIONS, aliased, cache_copies, widened
 from tiny import shape
 
 from mlspecqd_jax import generation, requests, stacks
+from mlspecqd_jax.folds import BLOCK
 from mlspecqd_jax.loading import models
 from mlspecqd_jax.loading.card import Card
 from mlspecqd_jax.network.network import Network
@@ -21,6 +22,7 @@ from mlspecqd_jax.speculation.settings import Sampling
 MIDDLE = 88
 CONFIG = shape(97, 32, MIDDLE, 2, 6, 3, 12, 512)
 SMALL = shape(97, 40, 104, 1, 6, 3, 20, 512)
+GEMMA = shape(97, 32, MIDDLE, 2, 6, 3, 12, 1024, "gemma2", attn_logit_softcapping=5.0, sliding_window=40)
 PROMPT = [3, 1, 4, 1, 5]
 
 
@@ -109,6 +111,26 @@ def test_the_donated_caches_are_updated_where_they_are(program, stack, name):
         caches, in_place = aliased(program(name), "bf16", cache_shape(config))
         assert len(caches) == 2 * len(config.layers)  # a shared cache counts once
         assert in_place == caches
+
+
+@pytest.mark.parametrize("name", ["feed", "advance"])
+def test_attention_by_queries_reads_the_caches_where_they_are(name):
+    """In blocks: no cache is copied or widened, and the donated ones are updated in place."""
+    stack = stacks.stack(random_model(GEMMA, "gemma"))
+    tokens, length, limit, sampling = request(stack, max_new_tokens=300)
+    size = tokens.shape[1]
+    assert size > BLOCK
+    state = jax.eval_shape(lambda *arguments: loop.init(*arguments, prefill_width=16), stack, tokens, length, sampling)
+    programs = generation._programs(stack)
+    if name == "feed":
+        lowered = programs.feed.lower(stack, state, prefill_width=16, first=np.int32(0), pieces=np.int32(1))
+    else:
+        lowered = programs.advance.lower(stack, state, limit, sampling, np.int32(1))
+    hlo = lowered.compile().as_text()
+    assert not cache_copies(hlo, cache_shape(GEMMA, size)[1:])
+    caches, in_place = aliased(hlo, "bf16", cache_shape(GEMMA, size))
+    assert len(caches) == 2 * len(GEMMA.layers)
+    assert in_place == caches
 
 
 @PROGRAMS
