@@ -30,6 +30,9 @@ LAYERS = {  # N x K of the weights of a layer: queries, keys, up, down
     "tiny": ((128, 64), (64, 128)),
 }
 # vocabulary, hidden, intermediate, layers, heads, key/value heads, head size, positions
+# Vocabulary, hidden size, the MLP's middle, layers, heads, key/value heads, size of a head, positions.
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+SIZES += ("head_dim", "max_position_embeddings")
 MODELS = {
     "8B": (128256, 4096, 14336, 32, 32, 8, 128, 131072),
     "1B": (128256, 2048, 8192, 16, 32, 8, 64, 131072),
@@ -169,16 +172,17 @@ def random_model(name: str):
     import jax.numpy as jnp
 
     from mlspecqd_jax.loading.models import Model
-    from mlspecqd_jax.network.config import ModelConfig
+    from mlspecqd_jax.network.families import config_of
     from mlspecqd_jax.network.network import Network
     from mlspecqd_jax.text.card import Card
 
-    config = ModelConfig(*MODELS[name])
+    config = config_of("llama", **dict(zip(SIZES, MODELS[name], strict=True)))
     network, params = Network(config), {}
     make = jax.jit(lambda key, shape: (0.02 * jax.random.normal(key, shape)).astype(jnp.bfloat16), static_argnums=1)
-    for i, (leaf, shape) in enumerate(network.shapes().items()):
+    for i, (leaf, tensor) in enumerate(network.tensors().items()):
+        shape = tensor.shape
         params[leaf] = make(jax.random.key(i), shape) if len(shape) == 2 else jnp.ones(shape, jnp.bfloat16)
-    return Model(network, params, Card(name, config.vocab_size, config.max_position_embeddings, None, ()), Path("."))
+    return Model(network, params, Card(name, config.vocab_size, config.max_positions, None, ()), Path("."))
 
 
 def programs(options) -> dict:

@@ -34,7 +34,7 @@ def write_checkpoint(folder: Path, shards: int = 3) -> None:
     """Write CONFIG's tensors in Hugging Face's layout, from one block of normal(0, 0.02) values over and over."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(CONFIG))
-    shapes = Network(read_config(folder)).shapes()
+    shapes = {name: tensor.shape for name, tensor in Network(read_config(folder)).tensors().items()}
     block = (0.02 * np.random.default_rng(0).standard_normal(2**20)).astype(ml_dtypes.bfloat16)
     weight_map = {}
     for shard, names in enumerate(np.array_split(list(shapes), shards), 1):

@@ -27,7 +27,7 @@ from demo_sources import PACKAGES, Origin, folder, package, standard_library, wi
 from demo_training import Schedule, Stopped, evaluate, train
 from safetensors.numpy import save_file
 
-from mlspecqd_jax.network.config import ModelConfig
+from mlspecqd_jax.network.families import config_of
 from mlspecqd_jax.network.network import Network
 
 CHECKPOINTS = Path(__file__).resolve().parent.parent / "checkpoints"
@@ -42,16 +42,15 @@ FINAL_BATCHES = 64  # of the losses printed at the end
 # --- export -------------------------------------------------------------------------------------------------------------
 
 
-def export(params: dict[str, jax.Array], config: ModelConfig, tokenizer: Path, folder: Path, overwrite: bool) -> None:
+def export(params: dict[str, jax.Array], shape: dict, tokenizer: Path, folder: Path, overwrite: bool) -> None:
     """Write config, BF16 weights and tokenizer as transformers reads them; the folder appears complete or not at all."""
     if folder.exists() and not overwrite:
         raise ValueError(f"--out {folder} exists; add --overwrite to replace it.")
     partial = fresh_folder(folder)
-    ours = {"rope_scaling", "qkv_bias", "output_bias", "qk_norm", "sliding_windows"}  # not Hugging Face's, and unused here
     settings = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
-        **{key: value for key, value in dataclasses.asdict(config).items() if key not in ours},
+        **shape,
         "attention_bias": False,
         "attention_dropout": 0.0,
         "initializer_range": 0.02,
@@ -70,7 +69,7 @@ def export(params: dict[str, jax.Array], config: ModelConfig, tokenizer: Path, f
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": END_OF_TEXT,
         "eos_token": END_OF_TEXT,
-        "model_max_length": config.max_position_embeddings,
+        "model_max_length": shape["max_position_embeddings"],
         "clean_up_tokenization_spaces": False,
     }
     write_json(partial / "tokenizer_config.json", settings)
@@ -175,21 +174,27 @@ def check(options: argparse.Namespace) -> None:
         raise ValueError(f"--out {options.out} exists; add --overwrite to replace it.")
 
 
+def shape_of(options: argparse.Namespace) -> dict:
+    """Return the shape of the model that the options describe, by the keys of a Llama's config.json; its head is its embedding."""
+    return {
+        "vocab_size": options.vocab,
+        "hidden_size": options.hidden,
+        "intermediate_size": options.ffn,
+        "num_hidden_layers": options.layers,
+        "num_attention_heads": options.heads,
+        "num_key_value_heads": options.kv_heads,
+        "head_dim": options.hidden // options.heads,
+        "max_position_embeddings": options.positions,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "hidden_act": "silu",
+        "tie_word_embeddings": True,
+    }
+
+
 def model_of(options: argparse.Namespace) -> Network:
-    """Return the Llama-shaped model that the options describe; its head is its embedding."""
-    return Network(
-        ModelConfig(
-            vocab_size=options.vocab,
-            hidden_size=options.hidden,
-            intermediate_size=options.ffn,
-            num_hidden_layers=options.layers,
-            num_attention_heads=options.heads,
-            num_key_value_heads=options.kv_heads,
-            head_dim=options.hidden // options.heads,
-            max_position_embeddings=options.positions,
-            tie_word_embeddings=True,
-        )
-    )
+    """Return the model that the options describe."""
+    return Network(config_of("llama", **shape_of(options)))
 
 
 def schedule_of(options: argparse.Namespace) -> Schedule:
@@ -218,9 +223,9 @@ def data_of(options: argparse.Namespace) -> Data:
     return data
 
 
-def same_run(work: Path, model: Network, schedule: Schedule, data: Data) -> None:
+def same_run(work: Path, shape: dict, schedule: Schedule, data: Data) -> None:
     """Record what decides the weights; refuse a work folder that holds saves of another run."""
-    shape, when, streams = dataclasses.asdict(model.config), dataclasses.asdict(schedule), data.manifest["streams"]
+    when, streams = dataclasses.asdict(schedule), data.manifest["streams"]
     run = json.loads(json.dumps({"model": shape, "schedule": when, "data": streams}))  # tuples become lists, as in the file
     path = work / "run.json"
     if not path.exists():
@@ -237,7 +242,7 @@ def main(argv: list[str] | None = None) -> int:
     options.work.mkdir(parents=True, exist_ok=True)
     try:
         data = data_of(options)
-        same_run(options.work, model, schedule, data)
+        same_run(options.work, shape_of(options), schedule, data)
     except ValueError as error:
         return complain(error)
     try:
@@ -251,7 +256,7 @@ def main(argv: list[str] | None = None) -> int:
             loss = evaluate(model, rounded, getattr(data, split), schedule, step, FINAL_BATCHES)
             print(f"{split} loss {loss:.4f} on windows of {schedule.windows_at(step)[1]} (weights rounded to BF16)")
     try:  # again, since the folder may have been made while training went on
-        export(params, model.config, options.data / "tokenizer.json", options.out, options.overwrite)
+        export(params, shape_of(options), options.data / "tokenizer.json", options.out, options.overwrite)
     except ValueError as error:
         return complain(error)
     print(f"wrote {sum(p.size for p in params.values()) / 1e6:.2f} million parameters to {options.out}")

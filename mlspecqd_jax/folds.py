@@ -22,10 +22,17 @@ def ordered_sum(x: jax.Array) -> jax.Array:
     return jax.lax.platform_dependent(x.astype(jnp.float32), cpu=_sum, default=lambda x: jnp.sum(x, axis=-1))
 
 
-def ordered_softmax(x: jax.Array) -> jax.Array:
-    """Return softmax(x) over the last axis of x f32 [..., K], by `ordered_sum`; a row of -inf alone gives NaN."""
-    powers, total = _powers(x)
-    return powers / total[..., None]
+def ordered_softmax(x: jax.Array, sink: jax.Array | None = None) -> jax.Array:
+    """Return softmax(x) over the last axis of x f32 [..., K], by `ordered_sum`; a row of -inf alone gives NaN.
+
+    A sink, f32 [...], is one more logit of each row; its probability is left out.
+    """
+    if sink is None:
+        powers, total = _powers(x)
+        return powers / total[..., None]
+    greatest = jnp.maximum(_greatest(x), jax.lax.stop_gradient(sink))
+    powers = jnp.exp(x - greatest[..., None])
+    return powers / (ordered_sum(powers) + jnp.exp(sink - greatest))[..., None]
 
 
 def ordered_logsumexp(x: jax.Array) -> jax.Array:

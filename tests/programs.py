@@ -7,46 +7,39 @@ import chips
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
+from tiny import shape
 
-from mlspecqd_jax.network.config import ModelConfig
+from mlspecqd_jax.network.config import Config
 from mlspecqd_jax.network.network import Network
 from mlspecqd_jax.programs import ONE_ALGORITHM
 from mlspecqd_jax.speculation import loop
 from mlspecqd_jax.speculation.level import Level
 from mlspecqd_jax.speculation.settings import Sampling
-from mlspecqd_jax.weights.partition import cache_sharding, weight_sharding
+from mlspecqd_jax.weights.placement import cache_sharding, weight_sharding
 from mlspecqd_jax.weights.products import array_specs
 from mlspecqd_jax.weights.quantization import quantize_params
 from pallas_kernels import named
 
-LLAMA_8B = ModelConfig(
-    vocab_size=128256,
-    hidden_size=4096,
-    intermediate_size=14336,
-    num_hidden_layers=32,
-    num_attention_heads=32,
-    num_key_value_heads=8,
-    head_dim=128,
-    max_position_embeddings=131072,
-)
-LLAMA_3B = ModelConfig(128256, 3072, 8192, 28, 24, 8, 128, 131072, tie_word_embeddings=True)
-LLAMA_1B = ModelConfig(128256, 2048, 8192, 16, 32, 8, 64, 131072, tie_word_embeddings=True)
-QWEN25_7B = ModelConfig(152064, 3584, 18944, 28, 28, 4, 128, 32768, qkv_bias=True)
-QWEN3_06B = ModelConfig(151936, 1024, 3072, 28, 16, 8, 128, 40960, qk_norm=True, tie_word_embeddings=True)
+LLAMA_8B = shape(128256, 4096, 14336, 32, 32, 8, 128, 131072)
+LLAMA_3B = shape(128256, 3072, 8192, 28, 24, 8, 128, 131072, tie_word_embeddings=True)
+LLAMA_1B = shape(128256, 2048, 8192, 16, 32, 8, 64, 131072, tie_word_embeddings=True)
+QWEN25_7B = shape(152064, 3584, 18944, 28, 28, 4, 128, 32768, "qwen2")
+QWEN3_06B = shape(151936, 1024, 3072, 28, 16, 8, 128, 40960, "qwen3", tie_word_embeddings=True)
 
 
-def plain(config: ModelConfig, mesh, dtype=jnp.bfloat16):
+def plain(config: Config, mesh, dtype=jnp.bfloat16):
     """Return the parameters of a model, by name, as they would lie on a mesh."""
     return {
-        name: jax.ShapeDtypeStruct(shape, dtype, sharding=weight_sharding(name, shape, mesh))
-        for name, shape in Network(config).shapes().items()
+        name: jax.ShapeDtypeStruct(tensor.shape, dtype, sharding=weight_sharding(tensor.axes, tensor.shape, mesh))
+        for name, tensor in Network(config).tensors().items()
     }
 
 
-def twin(config: ModelConfig, mesh, dtype=jnp.bfloat16):
+def twin(config: Config, mesh, dtype=jnp.bfloat16):
     """Return the parameters of its MXFP4 twin, arranged for the mesh."""
     params = plain(config, mesh, dtype)
-    leaves = jax.eval_shape(functools.partial(quantize_params, mesh=mesh, dtype=dtype), params)
+    cast = functools.partial(quantize_params, tensors=Network(config).tensors(), mesh=mesh, dtype=dtype)
+    leaves = jax.eval_shape(cast, params)
 
     def placed(name, leaf):
         if name in params and leaf.shape == params[name].shape and not hasattr(leaf, "arrays"):
@@ -66,7 +59,7 @@ def on_mesh(leaf, mesh):
     return dataclasses.replace(leaf, arrays=arrays)
 
 
-def compile_stack(mesh, target: ModelConfig, small: ModelConfig, batch: int, size: int, dtype=jnp.bfloat16):
+def compile_stack(mesh, target: Config, small: Config, batch: int, size: int, dtype=jnp.bfloat16):
     """Compile `advance` of target > its twin on the same cache > a small model's twin on a cache of its own."""
     networks = [Network(config, mesh) for config in (target, small)]
     innermost = Level(networks[1], twin(small, mesh, dtype))
@@ -74,7 +67,7 @@ def compile_stack(mesh, target: ModelConfig, small: ModelConfig, batch: int, siz
     return compiled(mesh, Level(networks[0], plain(target, mesh, dtype), middle, 7, window_multiple=16), target, batch, size)
 
 
-def compile_twin(mesh, target: ModelConfig, draft_len: int, batch: int, size: int):
+def compile_twin(mesh, target: Config, draft_len: int, batch: int, size: int):
     """Compile `advance` of target > its twin, or of the target alone where draft_len is 0, as an exact stack on GPU."""
     network = Network(target, mesh)
     below = Level(network, twin(target, mesh), share_cache=True) if draft_len else None
@@ -82,7 +75,7 @@ def compile_twin(mesh, target: ModelConfig, draft_len: int, batch: int, size: in
     return compiled(mesh, stack, target, batch, size, compiler_options=ONE_ALGORITHM)
 
 
-def compiled(mesh, stack: Level, target: ModelConfig, batch: int, size: int, **options):
+def compiled(mesh, stack: Level, target: Config, batch: int, size: int, **options):
     """Compile `advance` of a stack, its caches split over the mesh."""
     sampling = jax.eval_shape(lambda: Sampling.create(batch, target.vocab_size))
     tokens, row = jax.ShapeDtypeStruct((batch, size), jnp.int32), jax.ShapeDtypeStruct((batch,), jnp.int32)

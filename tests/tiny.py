@@ -6,10 +6,14 @@ record_reference_logits.py recorded belong to them on every machine.
 
 import json
 import pathlib
+import types
 import zlib
 
 import numpy as np
 from safetensors.numpy import save_file
+
+from mlspecqd_jax.network.config import Config
+from mlspecqd_jax.network.families import FAMILIES as NETWORKS
 
 TOKENS = 2, 23  # batch and length of the recorded pass
 
@@ -17,7 +21,7 @@ _SIZES = {"vocab_size": 97, "num_hidden_layers": 2, "max_position_embeddings": 6
 
 
 def _config(model_type: str, **keys) -> dict:
-    architecture = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}[model_type] + "ForCausalLM"
+    architecture = model_type.removesuffix("_text").capitalize() + "ForCausalLM"
     return {"model_type": model_type, "architectures": [architecture]} | _SIZES | keys
 
 
@@ -117,7 +121,58 @@ FAMILIES: dict[str, dict] = {
         sliding_window=6,
         max_window_layers=2,
     ),
+    # Scores are not divided by the root of head_dim, and the caps bend what random weights give.
+    "gemma2": _config(
+        "gemma2",
+        hidden_size=40,
+        intermediate_size=56,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_hidden_layers=4,
+        head_dim=14,
+        query_pre_attn_scalar=20,
+        sliding_window=5,
+        attn_logit_softcapping=4.0,
+        final_logit_softcapping=8.0,
+    ),
+    # Two local layers, a global one whose positions are stretched, and a local one; written as Gemma 3's first files are.
+    "gemma3": _config(
+        "gemma3_text",
+        hidden_size=36,
+        intermediate_size=51,
+        num_attention_heads=6,
+        num_key_value_heads=3,
+        num_hidden_layers=4,
+        head_dim=10,
+        query_pre_attn_scalar=10,
+        sliding_window=6,
+        sliding_window_pattern=3,
+        rope_theta=20000.0,
+        rope_local_base_freq=500.0,
+        rope_scaling={"rope_type": "linear", "factor": 2.5},
+        attn_logit_softcapping=4.0,  # of no effect
+    ),
 }
+GEMMAS = ("gemma2", "gemma3_text")  # model types
+
+
+def shape(vocab, hidden, middle, layers, heads, kv_heads, head_dim, positions, family="llama", **keys) -> Config:
+    """Return a model's shape by its sizes, which transformers' own config class might refuse."""
+    sizes = {"vocab_size": vocab, "hidden_size": hidden, "intermediate_size": middle, "num_hidden_layers": layers}
+    sizes |= {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": head_dim}
+    sizes |= {"max_position_embeddings": positions, "rms_norm_eps": 1e-6, "tie_word_embeddings": False}
+    rope = {"rope_type": "default", "rope_theta": 10000.0}
+    kinds = ("sliding_attention", "full_attention")
+    known = {
+        "attention_bias": False,
+        "mlp_bias": False,
+        "sliding_window": None,
+        "layer_types": [kinds[i % 2] for i in range(layers)],
+    }
+    known |= {"hidden_act": "silu", "hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": head_dim}
+    known |= {"attn_logit_softcapping": None, "final_logit_softcapping": None}
+    known["rope_parameters"] = dict.fromkeys(kinds, rope) if family == "gemma3_text" else rope
+    return NETWORKS[family](types.SimpleNamespace(**(sizes | known | keys)))
 
 
 def shapes(config: dict) -> dict[str, tuple[int, ...]]:
@@ -126,6 +181,7 @@ def shapes(config: dict) -> dict[str, tuple[int, ...]]:
     hidden, ffn, heads = c["hidden_size"], c["intermediate_size"], c["num_attention_heads"]
     kv_heads = c.get("num_key_value_heads", heads)
     dim = c.get("head_dim", hidden // heads)
+    gemma = c["model_type"] in GEMMAS
     output_bias = c.get("attention_bias", False)
     qkv_bias = output_bias or c["model_type"] == "qwen2"
     mlp_bias = c.get("mlp_bias", False)
@@ -145,13 +201,14 @@ def shapes(config: dict) -> dict[str, tuple[int, ...]]:
             tensors[f"{layer}.{name}.weight"] = (n, k)
             if bias:
                 tensors[f"{layer}.{name}.bias"] = (n,)
-        for norm in ("input_layernorm", "post_attention_layernorm"):
+        sandwich = ("pre_feedforward_layernorm", "post_feedforward_layernorm") if gemma else ()
+        for norm in ("input_layernorm", "post_attention_layernorm", *sandwich):
             tensors[f"{layer}.{norm}.weight"] = (hidden,)
-        if c["model_type"] == "qwen3":
+        if c["model_type"] in ("qwen3", "gemma3_text"):
             for norm in ("q_norm", "k_norm"):
                 tensors[f"{layer}.self_attn.{norm}.weight"] = (dim,)
     tensors["model.norm.weight"] = (hidden,)
-    if not c.get("tie_word_embeddings", False):
+    if not c.get("tie_word_embeddings", gemma):
         tensors["lm_head.weight"] = (c["vocab_size"], hidden)
     return tensors
 
@@ -165,7 +222,7 @@ def weights(config: dict, seed: str = "") -> dict[str, np.ndarray]:
         if name.endswith("bias"):
             drawn[name] = 0.5 * noise
         elif len(shape) == 1:
-            drawn[name] = 1 + 0.3 * noise
+            drawn[name] = (config["model_type"] not in GEMMAS) + 0.3 * noise  # to which Gemma adds one
         else:
             drawn[name] = 1.5 * noise / np.sqrt(shape[-1])
     return {name: value.astype(np.float32) for name, value in drawn.items()}

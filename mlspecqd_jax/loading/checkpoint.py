@@ -30,12 +30,12 @@ from mlspecqd_jax.arguments import brief
 from mlspecqd_jax.errors import InputError
 from mlspecqd_jax.json_files import read_json, reason
 from mlspecqd_jax.loading.huggingface import HUB_FILES
-from mlspecqd_jax.loading.weight_files import HEAD
 from mlspecqd_jax.network.network import Network
 from mlspecqd_jax.weights.formats import FORMATS
-from mlspecqd_jax.weights.partition import weight_sharding
-from mlspecqd_jax.weights.quantization import Recipe, place_quantized, quantize_params
+from mlspecqd_jax.weights.placement import weight_sharding
+from mlspecqd_jax.weights.quantization import Recipe, place_quantized, quantize_params, with_head
 from mlspecqd_jax.weights.quantized_array import QuantizedArray
+from mlspecqd_jax.weights.tensors import HEAD
 
 MARKER = "mlspecqd.json"
 WEIGHTS = "weights"
@@ -98,7 +98,7 @@ def _write(folder: pathlib.Path, tensors: dict[str, jax.Array]) -> None:
 def _say_whether_tied(path: pathlib.Path, tied: bool) -> None:
     """Let a copied config.json say what the weights are, which is what decided where it and the original files differed."""
     config = read_json(path)
-    if config.get("tie_word_embeddings", False) != tied:
+    if config.get("tie_word_embeddings") is not tied:
         path.write_text(json.dumps(config | {"tie_word_embeddings": tied}, indent=1) + "\n", encoding="utf-8")
 
 
@@ -189,12 +189,12 @@ def restore(folder: pathlib.Path, model: Network, dtype: jnp.dtype, mesh: Mesh |
     if version != VERSION:
         raise InputError(f"{folder} has format {brief(version)}, but this version reads format {VERSION}; convert the model again")
 
-    def place(name, shape):
-        sharding = None if mesh is None else weight_sharding(name, shape, mesh)
-        return jax.device_put(np.asarray(_map(folder / WEIGHTS / name, shape), dtype), sharding)
+    def place(name, tensor):
+        sharding = None if mesh is None else weight_sharding(tensor.axes, tensor.shape, mesh)
+        return jax.device_put(np.asarray(_map(folder / WEIGHTS / name, tensor.shape), dtype), sharding)
 
     with _damage_named(folder):
-        return jax.block_until_ready({name: place(name, shape) for name, shape in model.shapes().items()})
+        return jax.block_until_ready({name: place(name, tensor) for name, tensor in model.tensors().items()})
 
 
 def drafts(folder: pathlib.Path, dtype: str) -> tuple[Recipe, ...]:
@@ -221,8 +221,9 @@ def restore_draft(folder: pathlib.Path, model: Network, recipe: Recipe, dtype: j
     Raises:
       InputError: the folder is damaged.
     """
-    weights = {name: jax.ShapeDtypeStruct(shape, jnp.bfloat16) for name, shape in model.shapes().items()}
-    cast = functools.partial(quantize_params, format=recipe.format, policy=dict(recipe.policy))
+    tensors = with_head(model.tensors())
+    weights = {name: jax.ShapeDtypeStruct(tensor.shape, jnp.bfloat16) for name, tensor in model.tensors().items()}
+    cast = functools.partial(quantize_params, tensors=tensors, format=recipe.format, policy=dict(recipe.policy))
 
     def mapped(name, leaf):
         files = {role: folder / DRAFTS / recipe.format / _file(name, leaf, role) for role in leaf.arrays}
@@ -231,7 +232,7 @@ def restore_draft(folder: pathlib.Path, model: Network, recipe: Recipe, dtype: j
 
     with _damage_named(folder):
         leaves = {name: mapped(name, leaf) for name, leaf in _quantized(jax.eval_shape(cast, weights)).items()}
-        placed = {name: place_quantized(name, leaf, model.mesh, dtype) for name, leaf in leaves.items()}
+        placed = {name: place_quantized(tensors[name].axes, leaf, model.mesh, dtype) for name, leaf in leaves.items()}
         return jax.block_until_ready(placed)
 
 

@@ -1,12 +1,11 @@
 """Hugging Face checkpoints in: from the hub to a folder, and from its safetensors files to placed parameters.
 
-Module paths of `transformer` are Hugging Face's tensor names, so the key table of a family is the model's own `shapes()`. Headers
-are checked in full before a tensor is read (`weight_files`); tensors then stream one at a time from the mapped file to their place,
-so that the process never holds a second model.
+A network's module paths are Hugging Face's tensor names, and its `tensors()` say from which rows of which of the file's tensors
+each parameter comes. Headers are checked in full before a tensor is read (`weight_files`); parameters then stream one at a time
+from the mapped file to their place, so that the process never holds a second model.
 """
 
 import contextlib
-import dataclasses
 import pathlib
 import warnings
 
@@ -21,10 +20,10 @@ from tqdm.auto import tqdm
 from mlspecqd_jax.errors import InputError
 from mlspecqd_jax.json_files import reason
 from mlspecqd_jax.loading import weight_files
-from mlspecqd_jax.loading.weight_files import EMBEDDING, HEAD
 from mlspecqd_jax.network.network import Network
-from mlspecqd_jax.weights.partition import weight_sharding
-from mlspecqd_jax.weights.placement import place
+from mlspecqd_jax.weights import tensors
+from mlspecqd_jax.weights.placement import place, weight_sharding
+from mlspecqd_jax.weights.tensors import EMBEDDING, HEAD, Tensor
 
 HUB_FILES = (
     "config.json",
@@ -71,7 +70,7 @@ def read_params(folder: pathlib.Path, model: Network, dtype: jnp.dtype, mesh: Me
       folder: holds model.safetensors, or shards and model.safetensors.index.json.
       model: what the names and shapes must be.
       dtype: of the parameters.
-      mesh: where to place them by the partition table; None is the default device.
+      mesh: where to place them by their axes; None is the default device.
 
     Returns:
       The parameters by name; without `lm_head.weight` where the embedding serves as the head.
@@ -79,16 +78,21 @@ def read_params(folder: pathlib.Path, model: Network, dtype: jnp.dtype, mesh: Me
     Raises:
       InputError: files or tensors missing, unknown, of another shape, truncated, or not finite.
     """
-    tied = model.config.tie_word_embeddings
-    expected = Network(dataclasses.replace(model.config, tie_word_embeddings=False)).shapes()
-    located = weight_files.locate(folder, expected, tied=tied)
+    tied, expected = model.config.tied, model.untied.tensors()
+    located = weight_files.locate(folder, tensors.stored_shapes(expected), tied=tied)
+    together = {}  # parameters by the files that hold them, so that each file is opened once
+    for name, tensor in expected.items():
+        names = [stored for source in tensor.sources for stored in source.names]
+        if all(stored in located for stored in names):
+            together.setdefault(tuple(dict.fromkeys(located[stored].file for stored in names)), []).append(name)
     params = {}
-    with tqdm(total=len(located), desc="Loading weights", unit="tensor", disable=None, leave=False) as bar:
-        for file in dict.fromkeys(source.file for source in located.values()):
-            names = [name for name, source in located.items() if source.file == file]
-            with _damage_named(file), safe_open(file, framework="np") as tensors:
+    with tqdm(total=sum(map(len, together.values())), desc="Loading weights", unit="tensor", disable=None, leave=False) as bar:
+        for files, names in together.items():
+            with contextlib.ExitStack() as stack:
+                opened = {file: stack.enter_context(_opened(file)) for file in files}
                 for name in names:
-                    params[name] = _place(name, tensors.get_tensor(located[name].name), dtype, mesh, file)
+                    array = tensors.read(expected[name], lambda stored, opened=opened: _get(opened, located[stored]))
+                    params[name] = _place(name, array, dtype, mesh, expected[name], files[0])
                     bar.update()
     params = _tie(folder, params) if tied else params
     return {name: params[name] for name in expected if name in params}
@@ -112,6 +116,17 @@ def _tie(folder: pathlib.Path, params: dict[str, jax.Array]) -> dict[str, jax.Ar
 
 
 @contextlib.contextmanager
+def _opened(file: pathlib.Path):
+    with _damage_named(file), safe_open(file, framework="np") as tensors:
+        yield tensors
+
+
+def _get(opened: dict, place: weight_files.Place) -> np.ndarray:
+    with _damage_named(place.file):
+        return opened[place.file].get_tensor(place.name)
+
+
+@contextlib.contextmanager
 def _damage_named(file: pathlib.Path):
     try:
         yield
@@ -125,11 +140,11 @@ def _all_finite(x):
     return jnp.sum(x * 0, dtype=jnp.float32) == 0
 
 
-def _place(name: str, tensor: np.ndarray, dtype: jnp.dtype, mesh: Mesh | None, file: pathlib.Path) -> jax.Array:
+def _place(name: str, array: np.ndarray, dtype: jnp.dtype, mesh: Mesh | None, tensor: Tensor, file: pathlib.Path) -> jax.Array:
     with np.errstate(over="ignore"):  # an overflow to infinity is reported below, by name
-        tensor = np.asarray(tensor, dtype)
-    sharding = None if mesh is None else weight_sharding(name, tensor.shape, mesh)
-    placed = jax.block_until_ready(place(tensor, sharding))
+        array = np.asarray(array, dtype)
+    sharding = None if mesh is None else weight_sharding(tensor.axes, array.shape, mesh)
+    placed = jax.block_until_ready(place(array, sharding))
     if not _all_finite(placed):
         raise InputError(
             f"{file}: tensor {name} holds NaN or infinity in {jnp.dtype(dtype).name}; use an intact checkpoint or a wider dtype"

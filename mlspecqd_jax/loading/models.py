@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 import os
 import pathlib
 from typing import Any
@@ -14,15 +13,16 @@ from jax.sharding import Mesh
 from mlspecqd_jax import arguments, jax_settings
 from mlspecqd_jax.errors import InputError
 from mlspecqd_jax.json_files import read_json, read_json_if_there
-from mlspecqd_jax.loading import checkpoint, config_file, huggingface, weight_files
+from mlspecqd_jax.loading import checkpoint, config_file, huggingface
 from mlspecqd_jax.loading.find import find, is_path
 from mlspecqd_jax.network.network import Network
 from mlspecqd_jax.text import chat, tokenizer_files
 from mlspecqd_jax.text.card import Card
 from mlspecqd_jax.weights.formats import FORMATS, check_format
-from mlspecqd_jax.weights.partition import usable_mesh
-from mlspecqd_jax.weights.quantization import EMBEDDING, HEAD, Policy, Recipe, default_policy, quantize_params
+from mlspecqd_jax.weights.placement import usable_mesh
+from mlspecqd_jax.weights.quantization import Policy, Recipe, default_policy, quantize_params
 from mlspecqd_jax.weights.quantized_array import QuantizedArray
+from mlspecqd_jax.weights.tensors import EMBEDDING, HEAD, parameters
 
 DTYPES = ("bfloat16", "float32", "float16")
 SAMPLING_KEYS = ("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
@@ -80,14 +80,15 @@ class Model:
         if recipe in self.drafts:
             params = self.params | checkpoint.restore_draft(self.folder, self.network, recipe, dtype)
         else:
-            params = quantize_params(self.params, format, dict(recipe.policy), scale_rule, self.network.mesh, dtype)
+            tensors, mesh = self.network.tensors(), self.network.mesh
+            params = quantize_params(self.params, tensors, format, dict(recipe.policy), scale_rule, mesh, dtype)
         card = dataclasses.replace(self.card, name=f"{self.card.name}@{format}")
         return dataclasses.replace(self, params=params, card=card, recipe=recipe)
 
     def _recipe(self, format: str, policy: Policy | None = None, scale_rule: str = "floor") -> Recipe:
         if policy is None:
             platform = next(iter(self.params[EMBEDDING].devices())).platform
-            policy = default_policy(format, HEAD not in self.network.shapes(), platform)
+            policy = default_policy(format, self.network.config.tied, platform)
         return Recipe(format, tuple(policy.items()), scale_rule)
 
 
@@ -114,7 +115,7 @@ def load(model: str | os.PathLike, *, dtype: str = "bfloat16", mesh: Mesh | None
     card = Card(
         name=str(model),
         vocab_size=config.vocab_size,
-        max_positions=config.max_position_embeddings,
+        max_positions=config.max_positions,
         tokenizer=tokenizer,
         eos_token_ids=config_file.eos_token_ids(folder, config.vocab_size),
         chat_end_token_ids=tuple(i for i in chat.end_token_ids(tokenizer) if i < config.vocab_size),
@@ -123,7 +124,7 @@ def load(model: str | os.PathLike, *, dtype: str = "bfloat16", mesh: Mesh | None
     read = checkpoint.restore if converted else huggingface.read_params
     params = read(folder, Network(config, mesh), jnp.dtype(dtype), mesh)
     # What the files hold decides whether the embedding is the head too.
-    network = Network(dataclasses.replace(config, tie_word_embeddings=weight_files.HEAD not in params), mesh)
+    network = Network(dataclasses.replace(config, tied=HEAD not in params), mesh)
     return Model(network, params, card, folder, drafts=checkpoint.drafts(folder, dtype) if converted else ())
 
 
@@ -134,18 +135,18 @@ def describe(model: str | os.PathLike) -> dict[str, Any]:
     """
     folder = find(model)
     config = config_file.read_config(folder)
-    parameters = sum(math.prod(shape) for shape in Network(config).shapes().values())
+    size, attention = parameters(Network(config).tensors()), config.layers[0].mixer
     recorded = read_json_if_there(folder / "generation_config.json")
     defaults = {key: recorded[key] for key in SAMPLING_KEYS if key in recorded}
     return {
         "model": f"{model} ({'converted' if checkpoint.is_converted(folder) else 'Hugging Face'} checkpoint in {folder})",
         "family": read_json(folder / "config.json")["model_type"],
-        "parameters": f"{parameters:,}",
-        "bytes in bfloat16": f"{2 * parameters:,}",
-        "positions": config.max_position_embeddings,
+        "parameters": f"{size:,}",
+        "bytes in bfloat16": f"{2 * size:,}",
+        "positions": config.max_positions,
         "vocabulary": config.vocab_size,
-        "layers": f"{config.num_hidden_layers} x hidden {config.hidden_size}, {config.num_attention_heads} heads, "
-        f"{config.num_key_value_heads} key/value heads",
+        "layers": f"{len(config.layers)} x hidden {config.hidden_size}, {attention.heads} heads, "
+        f"{attention.kv_heads} key/value heads",
         "tokenizer": tokenizer_files.describe(folder),
         "end of text ids": ", ".join(map(str, config_file.eos_token_ids(folder, config.vocab_size))) or "none",
         "recorded sampling": f"{json.dumps(defaults)} (not applied)" if defaults else "none",
@@ -177,7 +178,9 @@ def convert(
     twins = {}
     if draft is not None:
         recipe = loaded._recipe(draft)
-        twins[recipe] = quantize_params(loaded.params, draft, dict(recipe.policy), mesh=loaded.network.mesh)
+        twins[recipe] = quantize_params(
+            loaded.params, loaded.network.tensors(), draft, dict(recipe.policy), mesh=loaded.network.mesh
+        )
     checkpoint.save(folder, loaded.folder, loaded.params, twins)
     return folder
 

@@ -1,8 +1,9 @@
-"""Safetensors files of a checkpoint folder: which tensor of which file is which parameter, by the headers alone.
+"""Safetensors files of a checkpoint folder: where each tensor of a model lies, by the headers alone.
 
 One file, model.safetensors, or else the shards that model.safetensors.index.json names; nothing outside the folder, and no other
-kind of file, is ever opened. Names may lack `model.`, as those of a model that was saved without its head do. What no pass of the
-model would read is left out and named; whatever else the headers hold beyond the model, or lack of it, is refused.
+kind of file, is ever opened. Names may lack `model.`, as those of a model that was saved without its head do, or have the prefix of
+a multimodal model's language model. What no pass of the model would read is left out and named; whatever else the headers hold
+beyond the model, or lack of it, is refused.
 """
 
 import os
@@ -16,18 +17,21 @@ from safetensors import SafetensorError, safe_open
 from mlspecqd_jax.arguments import brief
 from mlspecqd_jax.errors import InputError
 from mlspecqd_jax.json_files import printable, read_json, reason
-from mlspecqd_jax.weights.quantization import EMBEDDING, HEAD
+from mlspecqd_jax.weights.tensors import EMBEDDING, HEAD
 
 FILE, INDEX, SUFFIX = "model.safetensors", "model.safetensors.index.json", ".safetensors"
 FLOATS = ("F64", "F32", "F16", "BF16")
-# Tensors that cannot change what a decoder puts out: buffers that are computed anew, scales of a quantized cache, and heads for
-# other tasks.
+# What a multimodal model's files put before the names of its language model, and what it is without.
+PREFIXES = ((r"(model\.language_model|language_model\.model)\.", "model."), (r"language_model\.lm_head\.", "lm_head."))
+# Tensors that cannot change what a decoder of text puts out: buffers that are computed anew, scales of a quantized cache, heads for
+# other tasks, and what sees images.
 BALLAST = (
     r"(.*\.)?rotary_emb\.\w+",
     r"(.*\.)?(position_ids|masked_bias|causal_mask)",
     r".*\.self_attn\.((attn\.)?[kvq]|kv|k_proj\.[kv]|v_proj\.[kv]|kv_cache|prob|prob_output)_(scale|zero_point|scaling_factor)",
     r".*\.self_attn\.(k|v)_proj\.output_scale",
     r"(score|classifier|qa_outputs|v_head|value_head|reward_head|regression_head)\..+",
+    r"(model\.)?(vision_tower|multi_modal_projector)\..+",
 )
 
 
@@ -38,19 +42,19 @@ class Header(NamedTuple):
     dtype: str  # safetensors' name
 
 
-class Source(NamedTuple):
-    """Where a parameter lies."""
+class Place(NamedTuple):
+    """Where a tensor lies."""
 
     file: pathlib.Path
     name: str  # in the file
 
 
-def locate(folder: pathlib.Path, expected: dict[str, tuple[int, ...]], *, tied: bool) -> dict[str, Source]:
-    """Check every header of a folder against the expected names and shapes, and return where each parameter lies.
+def locate(folder: pathlib.Path, expected: dict[str, tuple[int, ...]], *, tied: bool) -> dict[str, Place]:
+    """Check every header of a folder against the expected names and shapes, and return where each tensor lies.
 
     Args:
       folder: of the checkpoint.
-      expected: the shape of every parameter by name, the head included.
+      expected: the shape of every tensor by name, the head included (`tensors.stored_shapes`).
       tied: whether head and embedding may be one; then either may be absent, and what the file holds is returned.
 
     Raises:
@@ -59,7 +63,7 @@ def locate(folder: pathlib.Path, expected: dict[str, tuple[int, ...]], *, tied: 
     headers, index = _headers(folder)
     located, ignored, problems = {}, [], []
     for source, header in headers.items():
-        name = source.name if source.name in expected else f"model.{source.name}"
+        name = _name(source.name, expected)
         if index is not None and index.get(source.name) != source.file:
             ignored.append(source.name)  # the index decides: another file's tensor is meant, or none
         elif name not in expected:
@@ -71,7 +75,8 @@ def locate(folder: pathlib.Path, expected: dict[str, tuple[int, ...]], *, tied: 
             located[name] = source
             problems += _misfit(source.name, header, expected[name])
     optional = {HEAD, EMBEDDING} if tied and {HEAD, EMBEDDING} & located.keys() else {HEAD} if tied else set()
-    problems += [_missing(name, headers, index) for name in expected if name not in located.keys() | optional]
+    found = {_name(place.name, expected): place for place in headers}
+    problems += [_missing(name, found.get(name), index) for name in expected if name not in located.keys() | optional]
     if problems:
         raise InputError(
             f"{folder} does not hold the model that its config.json describes: {_some(problems, '; ')}; "
@@ -82,6 +87,12 @@ def locate(folder: pathlib.Path, expected: dict[str, tuple[int, ...]], *, tied: 
     return {name: located[name] for name in expected if name in located}
 
 
+def _name(name: str, expected: dict[str, tuple[int, ...]]) -> str:
+    for pattern, prefix in PREFIXES:
+        name = re.sub(f"^{pattern}", prefix, name)
+    return name if name in expected else f"model.{name}"
+
+
 def _misfit(name: str, header: Header, shape: tuple[int, ...]) -> list[str]:
     if header.shape != shape:
         return [f"tensor {name} has shape {list(header.shape)}, but config.json asks for {list(shape)}"]
@@ -90,9 +101,7 @@ def _misfit(name: str, header: Header, shape: tuple[int, ...]) -> list[str]:
     return []
 
 
-def _missing(name: str, headers: dict[Source, Header], index: dict[str, pathlib.Path] | None) -> str:
-    spellings = (name, name.removeprefix("model."))
-    elsewhere = next((source for source in headers if source.name in spellings), None)
+def _missing(name: str, elsewhere: Place | None, index: dict[str, pathlib.Path] | None) -> str:
     if elsewhere is None or index is None:
         return f"missing tensor {name}"
     meant = index.get(elsewhere.name)
@@ -105,7 +114,7 @@ def _some(words: list[str], separator: str) -> str:
     return printable(separator.join(word[:200] for word in words[:3])) + more
 
 
-def _headers(folder: pathlib.Path) -> tuple[dict[Source, Header], dict[str, pathlib.Path] | None]:
+def _headers(folder: pathlib.Path) -> tuple[dict[Place, Header], dict[str, pathlib.Path] | None]:
     """Return the headers of all files, and the file of each name where an index says it."""
     if os.path.isfile(folder / FILE):  # an index beside it is stale; transformers reads the file too
         return _read_header(folder / FILE), None
@@ -118,11 +127,11 @@ def _headers(folder: pathlib.Path) -> tuple[dict[Source, Header], dict[str, path
     raise InputError(f"{folder} holds neither {FILE} nor {INDEX}; save the model with save_pretrained(folder)")
 
 
-def _read_header(file: pathlib.Path) -> dict[Source, Header]:
+def _read_header(file: pathlib.Path) -> dict[Place, Header]:
     try:
         with safe_open(file, framework="np") as tensors:
             slices = {name: tensors.get_slice(name) for name in tensors.keys()}
-            return {Source(file, name): Header(tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
+            return {Place(file, name): Header(tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
     except (SafetensorError, OSError, ValueError) as error:
         raise InputError(f"{file} is truncated or not a safetensors file ({reason(error)}); download it again") from error
 

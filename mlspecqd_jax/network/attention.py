@@ -1,15 +1,17 @@
 """Attention over a functional cache that is indexed by absolute position.
 
-Notation: B batch, W window, S cache length, H query heads, Hkv key/value heads, D head size.
+Notation: B batch, W window, S cache length, H query heads, Hkv key/value heads, D size of a query's and a key's head, Dv of a
+value's.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 import cpu_kernels
-from mlspecqd_jax.folds import ordered_softmax
+from mlspecqd_jax.folds import BLOCK, ordered_softmax
 from mlspecqd_jax.network.moves import put_window
 
 
@@ -17,11 +19,11 @@ class KVCache(NamedTuple):
     """Keys and values of one layer, indexed by absolute position; it carries no length."""
 
     k: jax.Array  # [B, Hkv, S, D]
-    v: jax.Array  # [B, Hkv, S, D]
+    v: jax.Array  # [B, Hkv, S, Dv]
 
 
 def write(cache: KVCache, k: jax.Array, v: jax.Array, start: jax.Array) -> KVCache:
-    """Store k and v [B, Hkv, W, D] at positions start[r] + 0..W-1; XLA updates both buffers in place inside (nested) loops."""
+    """Store k [B, Hkv, W, D] and v [B, Hkv, W, Dv] at positions start[r] + 0..W-1; XLA updates both in place in nested loops."""
     return KVCache(put_window(cache.k, start, k), put_window(cache.v, start, v))
 
 
@@ -30,32 +32,122 @@ def finite(x: jax.Array) -> jax.Array:
     return jnp.where(jnp.isfinite(x), x, 0)
 
 
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, first: jax.Array, last: jax.Array) -> jax.Array:
-    """softmax(q k^T / sqrt(D)) v over the slots that a query sees, query heads grouped over key/value heads.
+def attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    first: jax.Array,
+    last: jax.Array,
+    sinks: jax.Array | None = None,
+    *,
+    scale: float | None = None,
+    cap: float | None = None,
+) -> jax.Array:
+    """softmax(cap tanh(scale q k^T / cap)) v over the slots that a query sees, query heads grouped over key/value heads.
 
     Args:
       q: [B, H, W, D].
-      k, v: [B, Hkv, S, D].
+      k: [B, Hkv, S, D].
+      v: [B, Hkv, S, Dv].
       first, last: int32 [B, W]; query w of row r sees the slots from first[r, w] to last[r, w], both included.
+      sinks: [H], a logit of each head that the softmax sums too, and whose probability goes to no value; or None.
+      scale: None is 1 / sqrt(D).
+      cap: bound of the logits' magnitude, softly (Gemma 2, arXiv 2408.00118, section 2); None leaves them as they are.
 
     Returns:
-      [B, W, H * D] in q's dtype.
+      [B, W, H * Dv] in q's dtype.
     """
-    return cpu_kernels.on_cpu(_attend_on_cpu, _attend, q, k, v, first, last)
+    depth = q.shape[-1]
+    if scale in (None, depth**-0.5) and cap is None and sinks is None and v.shape[-1] == depth:
+        return cpu_kernels.on_cpu(_attend_on_cpu, _attend, q, k, v, first, last)
+    how = _How(depth**-0.5 if scale is None else scale, cap)
+    arguments = (q, k, v, first, last) if sinks is None else (q, k, v, first, last, sinks)
+    return jax.lax.platform_dependent(
+        *arguments, cpu=functools.partial(_attend_by_query, how), default=functools.partial(_attend, how=how)
+    )
 
 
-def _attend(q, k, v, first, last):
+class _How(NamedTuple):
+    scale: float
+    cap: float | None
+
+
+def _attend(q, k, v, first, last, sinks=None, how=None):
     batch, heads, window, dim = q.shape
     kv, slots = k.shape[1:3]
     groups = heads // kv
     slot = jnp.arange(slots)
     visible = (first[..., None] <= slot) & (slot <= last[..., None])  # [B, W, S]
-    scores = _product(q.reshape(batch, kv, groups * window, dim), k, 3) * dim**-0.5
-    scores = scores.reshape(batch, kv, groups, window, slots)
-    scores = jnp.where(visible[:, None, None], scores, -jnp.inf)
-    weights = ordered_softmax(scores).astype(v.dtype)
-    out = _product(weights.reshape(batch, kv, groups * window, slots), v, 2).reshape(batch, heads, window, dim)
-    return jnp.swapaxes(out, 1, 2).reshape(batch, window, heads * dim).astype(q.dtype)
+    scores = _product(q.reshape(batch, kv, groups * window, dim), k, 3).reshape(batch, kv, groups, window, slots)
+    sinks = None if sinks is None else jnp.broadcast_to(sinks.reshape(kv, groups, 1), scores.shape[:-1])
+    weights = _weights(scores, visible[:, None, None], sinks, how or _How(dim**-0.5, None)).astype(v.dtype)
+    out = _product(weights.reshape(batch, kv, groups * window, slots), v, 2).reshape(batch, heads, window, -1)
+    return jnp.swapaxes(out, 1, 2).reshape(batch, window, -1).astype(q.dtype)
+
+
+def _weights(scores, visible, sinks, how):
+    """Return the softmax, f32, of products of queries and keys f32 [..., S], where they are visible."""
+    scores = scores * how.scale
+    if how.cap is not None:
+        scores = how.cap * jnp.tanh(scores / how.cap)
+    return ordered_softmax(jnp.where(visible, scores, -jnp.inf), None if sinks is None else sinks.astype(jnp.float32))
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _attend_by_query(how, q, k, v, first, last, sinks=None):
+    """`_attend` for XLA:CPU, one query after another and the slots in blocks, so that all products are of one shape.
+
+    XLA:CPU adds up a product in an order that its sizes decide, so one over a window, or over all slots of a buffer, would make a
+    query's bits depend on both. Blocks that a query does not see are not read.
+    """
+    batch, heads, window, _ = q.shape
+    kv, slots = k.shape[1:3]
+    fill = ((0, 0), (0, 0), (0, -slots % BLOCK), (0, 0))
+    k, v = (array if slots % BLOCK == 0 else jnp.pad(array, fill) for array in (k, v))
+    q = q.reshape(batch, kv, heads // kv, window, -1)
+    sinks = None if sinks is None else sinks.reshape(kv, -1)
+
+    def block(array, row, i):
+        sizes = (1, kv, BLOCK, array.shape[3])
+        return jax.lax.dynamic_slice(array, (row, 0, i * BLOCK, 0), sizes)[0]
+
+    def one(at):
+        row, w = at // window, at % window
+        begin, end = first[row, w], last[row, w]
+        blocks = jnp.maximum(begin, 0) // BLOCK, jnp.minimum(end, slots - 1) // BLOCK + 1
+        query = q[row, :, :, w]
+
+        def score(i, scores):
+            return jax.lax.dynamic_update_slice(scores, _dot(query, block(k, row, i), 2), (0, 0, i * BLOCK))
+
+        scores = jax.lax.fori_loop(*blocks, score, jnp.zeros((kv, heads // kv, k.shape[2]), jnp.float32))
+        slot = jnp.arange(k.shape[2])
+        weights = _weights(scores, (begin <= slot) & (slot <= end), sinks, how)
+
+        def add(i, out):
+            return out + _dot(jax.lax.dynamic_slice_in_dim(weights, i * BLOCK, BLOCK, 2), block(v, row, i), 1)
+
+        return jax.lax.fori_loop(*blocks, add, jnp.zeros((kv, heads // kv, v.shape[3]), jnp.float32))
+
+    out = jax.lax.map(one, jnp.arange(batch * window))  # [B * W, Hkv, H / Hkv, Dv]
+    return out.reshape(batch, window, -1).astype(q.dtype)
+
+
+@_attend_by_query.defjvp
+def _(how, primals, tangents):
+    where = primals[3:5]
+
+    def differentiable(q, k, v, *sinks):
+        return _attend(q, k, v, *where, *sinks, how=how)
+
+    values, moved = primals[:3] + primals[5:], tangents[:3] + tangents[5:]
+    return _attend_by_query(how, *primals), jax.jvp(differentiable, values, moved)[1]
+
+
+def _dot(a, b, axis):
+    """Contract the last axis of a [H, R, X] with `axis` of b [H, ...] to f32 [H, R, ...]."""
+    dimensions = (((2,), (axis,)), ((0,), (0,)))
+    return jax.lax.dot_general(a.astype(jnp.float32), b.astype(jnp.float32), dimensions, precision=jax.lax.Precision.HIGHEST)
 
 
 @jax.custom_jvp

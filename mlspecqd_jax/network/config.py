@@ -1,29 +1,80 @@
-"""`ModelConfig`: the shape of a model, under the keys of its family's config.json."""
+"""What a decoder is made of: `Config`, its layers, and the parts of a layer, with all that varies between families and layers.
+
+Parts are frozen and hashable, so that a network is static under jit. `families` makes them of a config.json.
+"""
 
 import dataclasses
 
-from mlspecqd_jax.network.rope import RopeScaling
+from mlspecqd_jax.weights.tensors import Source
 
 
 @dataclasses.dataclass(frozen=True)
-class ModelConfig:
-    """Shape of a model under Hugging Face's own keys; hashable, so that it can be static under jit."""
+class Norm:
+    """x / sqrt(mean(x^2) + eps) * (offset + weight)."""
+
+    eps: float = 1e-6
+    offset: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Rope:
+    """Rotation of the pairs (i, i + D/2) of a head by position * frequencies[i]; cosine and sine times `magnitude`."""
+
+    frequencies: tuple[float, ...]  # radians a position, [D / 2]
+    magnitude: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Attention:
+    """Grouped-query causal attention: softmax over cap * tanh(scale * q k / cap), and over a sink where there is one."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int  # of queries and keys
+    value_dim: int
+    scale: float
+    rope: Rope
+    window: int | None = None  # how many positions a query sees, its own among them; None is all up to it
+    qk_norm: Norm | None = None  # of each query's and key's head, before the rotation
+    cap: float | None = None
+    sinks: bool = False  # a learned logit for each head, whose probability goes to no value
+    bias: bool = False  # of queries, keys and values
+    output_bias: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class GatedMLP:
+    """down(act(gate(x)) * up(x))."""
+
+    size: int
+    act: str = "silu"
+    bias: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """h = n0(x); x = x + n1(mixer(h)); x = x + n3(feed(n2(x))), each norm by its name in the file, None being the identity."""
+
+    mixer: Attention
+    feed: GatedMLP
+    norms: tuple[str | None, str | None, str | None, str | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A decoder-only transformer."""
 
     vocab_size: int
     hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    max_position_embeddings: int
-    rms_norm_eps: float = 1e-6
-    rope_theta: float = 10000.0
-    rope_scaling: RopeScaling = dataclasses.field(default_factory=RopeScaling)
-    hidden_act: str = "silu"
-    tie_word_embeddings: bool = False
-    qkv_bias: bool = False
-    output_bias: bool = False  # of the attention's output projection
-    mlp_bias: bool = False
-    qk_norm: bool = False
-    sliding_windows: tuple[int | None, ...] = ()  # one entry a layer; () means that every layer sees everything
+    max_positions: int
+    layers: tuple[Layer, ...]
+    norm: Norm  # of the layers and the last one
+    tied: bool = False  # whether the embedding is the head too
+    embed_scale: float = 1.0  # rounded to the embedding's dtype
+    logit_cap: float | None = None  # logits are cap * tanh(logits / cap)
+    # Where a file holds a module's tensors, if not under the module's own name; `*` stands for the number of a layer.
+    sources: tuple[tuple[str, Source], ...] = ()
+
+    def __hash__(self):
+        # Compiled programs are looked up by it in every call, and all layers of a deep model take half a millisecond.
+        return hash((self.vocab_size, self.hidden_size, self.max_positions, len(self.layers), self.layers[0], self.tied))

@@ -1,7 +1,9 @@
-"""The layers of a decoder-only transformer (Llama, Mistral, Qwen2, Qwen3), in flax nnx.
+"""The layers of a decoder-only transformer, in flax nnx, as `config` describes them.
 
 Attributes are named as in Hugging Face's tensor names (`self_attn.q_proj.weight`). How a weight is stored is the leaf's business:
-the same module applied to other leaves is another model.
+the same module applied to other leaves is another model. A parameter says of itself whether it may be quantized (`linear`) and over
+which mesh axis each of its dimensions may be split (`axes`): along N where its output feeds heads or the MLP's middle, along K
+where its input comes from there (one all-reduce follows).
 
 Notation: B batch, W window (the positions of one pass), S cache length, H query heads, D head size, V vocabulary, N outputs, K
 inputs or hidden size. The causal mask is computed from absolute positions, so entries of the cache beyond a row's length are never
@@ -14,12 +16,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from mlspecqd_jax.network import config
 from mlspecqd_jax.network.attention import KVCache, attend, finite, write
-from mlspecqd_jax.network.config import ModelConfig
 from mlspecqd_jax.network.matmul import linear
 from mlspecqd_jax.network.moves import rows
 from mlspecqd_jax.network.norms import rms_norm
-from mlspecqd_jax.network.rope import inverse_frequencies, rotary, rotate
+from mlspecqd_jax.network.rope import rotary, rotate
+from mlspecqd_jax.weights.tensors import AXIS
 
 ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -31,12 +34,15 @@ ACTIVATIONS = {
 }
 
 
+ALONG_N, ALONG_K = (AXIS, None), (None, AXIS)
+
+
 class Linear(nnx.Module):
     """x @ weight.T + bias with weight [N, K]."""
 
-    def __init__(self, n: int, k: int, *, bias: bool, init, rngs: nnx.Rngs):
-        self.weight = nnx.Param(init(rngs.params(), (n, k)))
-        self.bias = nnx.Param(jnp.zeros((n,))) if bias else None
+    def __init__(self, n: int, k: int, *, axes: tuple, bias: bool = False, init, rngs: nnx.Rngs):
+        self.weight = nnx.Param(init(rngs.params(), (n, k)), axes=axes, linear=True)
+        self.bias = nnx.Param(jnp.zeros((n,)), axes=axes[:1] if axes[0] else ()) if bias else None
 
     def __call__(self, x: jax.Array, out_dtype: jnp.dtype | None = None) -> jax.Array:
         y = linear(x, self.weight.get_value(), out_dtype=out_dtype)
@@ -44,47 +50,55 @@ class Linear(nnx.Module):
 
 
 class Embedding(nnx.Module):
-    """weight[tokens] with weight [V, K]."""
+    """weight[tokens] * scale with weight [V, K]; the scale is rounded to the weight's dtype."""
 
-    def __init__(self, vocab: int, k: int, *, init, rngs: nnx.Rngs):
-        self.weight = nnx.Param(init(rngs.params(), (vocab, k)))
+    def __init__(self, vocab: int, k: int, scale: float, *, init, rngs: nnx.Rngs):
+        self.weight = nnx.Param(init(rngs.params(), (vocab, k)), axes=ALONG_N)
+        self.scale = scale
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
-        return rows(self.weight.get_value(), tokens)
+        found = rows(self.weight.get_value(), tokens)
+        return found if self.scale == 1 else found * jnp.asarray(self.scale, found.dtype)
 
 
 class RMSNorm(nnx.Module):
     """`norms.rms_norm` with its weight [K]."""
 
-    def __init__(self, k: int, eps: float):
-        self.weight = nnx.Param(jnp.ones((k,)))
-        self.eps = eps
+    def __init__(self, k: int, norm: config.Norm):
+        self.weight = nnx.Param(jnp.full((k,), 1 - norm.offset))
+        self.norm = norm
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return rms_norm(x, self.weight.get_value(), self.eps)
+        return rms_norm(x, self.weight.get_value(), self.norm.eps, self.norm.offset)
 
 
 class Attention(nnx.Module):
     """Grouped-query causal attention with rotary positions; softmax in f32."""
 
-    def __init__(self, config: ModelConfig, layer: int, *, init, rngs: nnx.Rngs):
-        c, heads, kv = config, config.num_attention_heads, config.num_key_value_heads
-        self.heads, self.kv_heads, self.head_dim = heads, kv, c.head_dim
-        self.sliding_window = c.sliding_windows[layer] if c.sliding_windows else None
+    def __init__(self, a: config.Attention, k: int, *, init, rngs: nnx.Rngs):
+        self.a = a
         make = functools.partial(Linear, init=init, rngs=rngs)
-        self.q_proj = make(heads * c.head_dim, c.hidden_size, bias=c.qkv_bias)
-        self.k_proj = make(kv * c.head_dim, c.hidden_size, bias=c.qkv_bias)
-        self.v_proj = make(kv * c.head_dim, c.hidden_size, bias=c.qkv_bias)
-        self.o_proj = make(c.hidden_size, heads * c.head_dim, bias=c.output_bias)
-        self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else None
-        self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else None
+        self.q_proj = make(a.heads * a.head_dim, k, bias=a.bias, axes=ALONG_N)
+        self.k_proj = make(a.kv_heads * a.head_dim, k, bias=a.bias, axes=ALONG_N)
+        self.v_proj = make(a.kv_heads * a.value_dim, k, bias=a.bias, axes=ALONG_N)
+        self.o_proj = make(k, a.heads * a.value_dim, bias=a.output_bias, axes=ALONG_K)
+        self.q_norm = RMSNorm(a.head_dim, a.qk_norm) if a.qk_norm else None
+        self.k_norm = RMSNorm(a.head_dim, a.qk_norm) if a.qk_norm else None
+        self.sinks = nnx.Param(jnp.zeros((a.heads,)), axes=(AXIS,)) if a.sinks else None
 
     def __call__(self, x, positions, rotation, cache: KVCache | None):
-        """Return (output [B, W, K], updated cache); without a cache the window attends to itself alone."""
+        """Return (output [B, W, K], updated cache); without a cache the window attends to itself alone.
+
+        Args:
+          x: [B, W, K].
+          positions: int32 [B, W].
+          rotation: cos and sin of the rope's angles at them.
+          cache: of this layer, or None.
+        """
         batch, window, _ = x.shape
-        q = self.q_proj(x).reshape(batch, window, self.heads, self.head_dim)
-        k = self.k_proj(x).reshape(batch, window, self.kv_heads, self.head_dim)
-        v = self.v_proj(x).reshape(batch, window, self.kv_heads, self.head_dim)
+        q = self.q_proj(x).reshape(batch, window, self.a.heads, self.a.head_dim)
+        k = self.k_proj(x).reshape(batch, window, self.a.kv_heads, self.a.head_dim)
+        v = self.v_proj(x).reshape(batch, window, self.a.kv_heads, self.a.value_dim)
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = rotate(q, *rotation), rotate(k, *rotation), jnp.swapaxes(v, 1, 2)  # [B, heads, W, D]
@@ -95,57 +109,64 @@ class Attention(nnx.Module):
         else:
             cache = write(cache, k, v, positions[:, 0])
             k, v = cache
-        first = jnp.zeros_like(last) if self.sliding_window is None else last - self.sliding_window + 1
-        out = attend(q, k, v, first, last)  # [B, W, H * D]
+        first = jnp.zeros_like(last) if self.a.window is None else last - self.a.window + 1
+        sinks = None if self.sinks is None else self.sinks.get_value()
+        out = attend(q, k, v, first, last, sinks, scale=self.a.scale, cap=self.a.cap)  # [B, W, H * Dv]
         return self.o_proj(out), cache
 
 
-class MLP(nnx.Module):
+class GatedMLP(nnx.Module):
     """down(act(gate(x)) * up(x))."""
 
-    def __init__(self, config: ModelConfig, *, init, rngs: nnx.Rngs):
-        make = functools.partial(Linear, bias=config.mlp_bias, init=init, rngs=rngs)
-        self.gate_proj = make(config.intermediate_size, config.hidden_size)
-        self.up_proj = make(config.intermediate_size, config.hidden_size)
-        self.down_proj = make(config.hidden_size, config.intermediate_size)
-        self.activation = ACTIVATIONS[config.hidden_act]
+    def __init__(self, mlp: config.GatedMLP, k: int, *, init, rngs: nnx.Rngs):
+        make = functools.partial(Linear, bias=mlp.bias, init=init, rngs=rngs)
+        self.gate_proj = make(mlp.size, k, axes=ALONG_N)
+        self.up_proj = make(mlp.size, k, axes=ALONG_N)
+        self.down_proj = make(k, mlp.size, axes=ALONG_K)
+        self.activation = ACTIVATIONS[mlp.act]
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
 
 
 class Block(nnx.Module):
-    """One pre-norm decoder layer."""
+    """A decoder layer: attention and MLP between norms, which are named as in the file (`config.Layer`)."""
 
-    def __init__(self, config: ModelConfig, layer: int, *, init, rngs: nnx.Rngs):
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config, layer, init=init, rngs=rngs)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MLP(config, init=init, rngs=rngs)
+    def __init__(self, layer: config.Layer, norm: config.Norm, k: int, *, init, rngs: nnx.Rngs):
+        self.names = layer.norms
+        for name in filter(None, layer.norms):
+            setattr(self, name, RMSNorm(k, norm))
+        self.self_attn = Attention(layer.mixer, k, init=init, rngs=rngs)
+        self.mlp = GatedMLP(layer.feed, k, init=init, rngs=rngs)
 
     def __call__(self, x, positions, rotation, cache):
-        attended, cache = self.self_attn(self.input_layernorm(x), positions, rotation, cache)
-        x = x + attended
-        return x + self.mlp(self.post_attention_layernorm(x)), cache
+        """Return (x [B, W, K], updated cache), as `Attention` takes its arguments."""
+        before, after, before_feed, after_feed = (getattr(self, name) if name else _identity for name in self.names)
+        mixed, cache = self.self_attn(before(x), positions, rotation, cache)
+        x = x + after(mixed)
+        return x + after_feed(self.mlp(before_feed(x))), cache
+
+
+def _identity(x):
+    return x
 
 
 class Trunk(nnx.Module):
     """Embedding, layers and final norm: tokens [B, W] to hidden states [B, W, K]."""
 
-    def __init__(self, config: ModelConfig, *, init, rngs: nnx.Rngs):
-        self.config = config
-        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, init=init, rngs=rngs)
-        self.layers = nnx.List([Block(config, i, init=init, rngs=rngs) for i in range(config.num_hidden_layers)])
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+    def __init__(self, c: config.Config, *, init, rngs: nnx.Rngs):
+        self.ropes = tuple(layer.mixer.rope for layer in c.layers)
+        self.embed_tokens = Embedding(c.vocab_size, c.hidden_size, c.embed_scale, init=init, rngs=rngs)
+        self.layers = nnx.List([Block(layer, c.norm, c.hidden_size, init=init, rngs=rngs) for layer in c.layers])
+        self.norm = RMSNorm(c.hidden_size, c.norm)
 
     def __call__(self, tokens, start, caches):
         positions = start[:, None] + jnp.arange(tokens.shape[1])[None, :]  # [B, W]
-        c = self.config
-        rotation = rotary(positions, inverse_frequencies(c.head_dim, c.rope_theta, c.rope_scaling))
+        rotations = {rope: rotary(positions, rope) for rope in dict.fromkeys(self.ropes)}
         x = self.embed_tokens(tokens)
         updated = []
-        for i, layer in enumerate(self.layers):
+        for i, (layer, rope) in enumerate(zip(self.layers, self.ropes, strict=True)):
             with jax.named_scope(f"layer_{i}"):
-                x, cache = layer(x, positions, rotation, None if caches is None else caches[i])
+                x, cache = layer(x, positions, rotations[rope], None if caches is None else caches[i])
             updated.append(cache)
         return self.norm(x), None if caches is None else updated

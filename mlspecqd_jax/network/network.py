@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +18,12 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from mlspecqd_jax.network.attention import KVCache
-from mlspecqd_jax.network.config import ModelConfig
-from mlspecqd_jax.network.layers import Linear, Trunk
-from mlspecqd_jax.weights.partition import cache_sharding
+from mlspecqd_jax.network.config import Config
+from mlspecqd_jax.network.layers import ALONG_N, Linear, Trunk
+from mlspecqd_jax.weights.placement import cache_sharding
+from mlspecqd_jax.weights.tensors import EMBEDDING, HEAD, Source, Tensor
+
+FIRST = ".layers.0."  # in the names of a first layer's parameters
 
 
 class Transformer(nnx.Module):
@@ -28,15 +32,18 @@ class Transformer(nnx.Module):
     It always has an `lm_head`; a tied model is one whose parameters give it the embedding (see `Network`).
     """
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, stddev: float = 0.02):
+    def __init__(self, config: Config, rngs: nnx.Rngs, stddev: float = 0.02):
         init = nnx.initializers.normal(stddev)
         self.model = Trunk(config, init=init, rngs=rngs)
-        self.lm_head = Linear(config.vocab_size, config.hidden_size, bias=False, init=init, rngs=rngs)
+        self.lm_head = Linear(config.vocab_size, config.hidden_size, axes=ALONG_N, init=init, rngs=rngs)
+        self.cap = config.logit_cap
 
     def __call__(self, tokens, start, caches):
         x, caches = self.model(tokens, start, caches)
         with jax.named_scope("lm_head"):
-            return self.lm_head(x, out_dtype=jnp.float32), caches, x
+            logits = self.lm_head(x, out_dtype=jnp.float32)
+            logits = logits if self.cap is None else self.cap * jnp.tanh(logits / self.cap)
+            return logits, caches, x
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,42 +54,53 @@ class Network:
     `lm_head.weight` is tied.
     """
 
-    config: ModelConfig
+    config: Config
     mesh: Mesh | None = None
 
     @property
     def vocab_size(self) -> int:
         return self.config.vocab_size
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Return the shape of every parameter by name, in the order of the layers."""
-        tied = {"lm_head.weight"} if self.config.tie_word_embeddings else set()
-        one = dataclasses.replace(self.config, num_hidden_layers=1, sliding_windows=())  # layers are alike, and each takes its time
-        shapes = {}
-        for repeated, group in itertools.groupby(_skeleton(one)[1].items(), lambda leaf: ".layers.0." in leaf[0]):
-            layers = range(self.config.num_hidden_layers if repeated else 1)
-            for i, (name, leaf) in itertools.product(layers, list(group)):
-                shapes[name.replace(".layers.0.", f".layers.{i}.")] = leaf.shape
-        return {name: shape for name, shape in shapes.items() if name not in tied}
+    @property
+    def untied(self) -> "Network":
+        """The same network with a head of its own."""
+        return dataclasses.replace(self, config=dataclasses.replace(self.config, tied=False))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return what every parameter is, by name, in the order of the layers; a tied model has no head."""
+        # Layers of one kind have the same parameters, and each takes its time.
+        different = dict.fromkeys(self.config.layers)
+        kinds = {layer: _skeleton(dataclasses.replace(self.config, layers=(layer,)))[1] for layer in different}
+        found = {}
+        for repeated, group in itertools.groupby(kinds[self.config.layers[0]].items(), lambda leaf: FIRST in leaf[0]):
+            if not repeated:
+                found |= dict(group)
+                continue
+            for i, layer in enumerate(self.config.layers):
+                theirs = ((name, leaf) for name, leaf in kinds[layer].items() if FIRST in name)
+                found |= {name.replace(FIRST, f".layers.{i}."): leaf for name, leaf in theirs}
+        sources = dict(self.config.sources)
+        tied = {HEAD} if self.config.tied else set()
+        return {name: _tensor(name, leaf, sources) for name, leaf in found.items() if name not in tied}
 
     def init(self, seed: int, dtype: jnp.dtype = jnp.float32, stddev: float = 0.02) -> dict[str, jax.Array]:
         """Return random parameters: weights normal(0, stddev), norms one, biases zero."""
         state = nnx.state(Transformer(self.config, nnx.Rngs(seed), stddev))
         flat = {_name(path): leaf.get_value().astype(dtype) for path, leaf in nnx.to_flat_state(state)}
-        return {name: flat[name] for name in self.shapes()}
+        return {name: flat[name] for name in self.tensors()}
 
     def init_cache(self, params: dict[str, jax.Array], batch: int, slots: int) -> list[KVCache]:
         """Return zeroed caches of `slots` positions for every layer, in the dtype of the embedding."""
-        c = self.config
-        shape = (batch, c.num_key_value_heads, slots, c.head_dim)
+        dtype = params[EMBEDDING].dtype
 
-        def zeros():
-            buffer = jnp.zeros(shape, params["model.embed_tokens.weight"].dtype)
+        def zeros(heads, size):
+            buffer = jnp.zeros((batch, heads, slots, size), dtype)
             if self.mesh is None:
                 return buffer
-            return jax.lax.with_sharding_constraint(buffer, cache_sharding(shape, self.mesh))
+            return jax.lax.with_sharding_constraint(buffer, cache_sharding(buffer.shape, self.mesh))
 
-        return [KVCache(zeros(), zeros()) for _ in range(c.num_hidden_layers)]
+        mixers = [layer.mixer for layer in self.config.layers]
+        return [KVCache(zeros(m.kv_heads, m.head_dim), zeros(m.kv_heads, m.value_dim)) for m in mixers]
 
     def __call__(self, params, tokens: jax.Array, start: jax.Array, cache: list[KVCache] | None, *, features: bool = False):
         """Score a window and write it to the cache.
@@ -98,10 +116,8 @@ class Network:
           (logits f32 [B, W, V], updated cache or None, features [B, W, K] or None).
         """
         graphdef, leaves = _skeleton(self.config)
-        head = params.get("lm_head.weight", params["model.embed_tokens.weight"])
-        state = nnx.from_flat_state(
-            [(_path(name), nnx.Param(head if name == "lm_head.weight" else params[name])) for name in leaves]
-        )
+        head = params.get(HEAD, params[EMBEDDING])
+        state = nnx.from_flat_state([(_path(name), nnx.Param(head if name == HEAD else params[name])) for name in leaves])
         # What is traced here sees by this context that its weights are split.
         partitioned = contextlib.nullcontext() if self.mesh is None else jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh)
         with partitioned:
@@ -109,11 +125,24 @@ class Network:
         return logits, cache, hidden if features else None
 
 
-@functools.lru_cache(maxsize=32)
-def _skeleton(config: ModelConfig):
-    """Return (graph definition, abstract leaves by name) of a model of this shape."""
+@functools.lru_cache(maxsize=64)
+def _skeleton(config: Config):
+    """Return (graph definition, abstract parameters by name) of a model of this shape."""
     graphdef, state = nnx.split(nnx.eval_shape(lambda: Transformer(config, nnx.Rngs(0))))
-    return graphdef, {_name(path): leaf.get_value() for path, leaf in nnx.to_flat_state(state)}
+    return graphdef, {_name(path): leaf for path, leaf in nnx.to_flat_state(state)}
+
+
+def _tensor(name: str, leaf: nnx.Param, sources: dict[str, Source]) -> Tensor:
+    facts = leaf.get_metadata()
+    module, _, kind = name.rpartition(".")
+    here = re.search(r"\.layers\.(\d+)\.", name)
+    source = sources.get(module if here is None else module.replace(here[0], ".layers.*."))
+    if source is None:
+        source = Source((name,))
+    else:
+        names = (f"{other}.{kind}" if here is None else f"{other}.{kind}".replace("*", here[1]) for other in source.names)
+        source = source._replace(names=tuple(names))
+    return Tensor(leaf.get_value().shape, facts.get("axes", ()), facts.get("linear", False), (source,))
 
 
 def _name(path) -> str:

@@ -10,13 +10,14 @@ import cpu_kernels
 from mlspecqd_jax.folds import ordered_sum
 
 
-def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
-    """x / sqrt(mean(x^2) + eps) * weight over the last axis, in f32 (Zhang and Sennrich, arXiv 1910.07467).
+def rms_norm(x: jax.Array, weight: jax.Array, eps: float, offset: float = 0.0) -> jax.Array:
+    """x / sqrt(mean(x^2) + eps) * (offset + weight) over the last axis, in f32 (Zhang and Sennrich, arXiv 1910.07467).
 
     Args:
       x: [..., K].
       weight: [K].
       eps: what is added to the mean.
+      offset: what is added to the weight, in f32: in 16 bits the sum would lose the weight's low bits.
 
     Returns:
       [..., K] in x's dtype.
@@ -33,6 +34,7 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
     def in_xla(x, weight):
         y = x.astype(jnp.float32)
         mean = ordered_sum(y * y)[..., None] / x.shape[-1]
-        return (y * jax.lax.rsqrt(mean + eps) * weight.astype(jnp.float32)).astype(x.dtype)
+        scale = weight.astype(jnp.float32)
+        return (y * jax.lax.rsqrt(mean + eps) * (offset + scale if offset else scale)).astype(x.dtype)
 
-    return cpu_kernels.on_cpu(in_cpp, in_xla, x, weight)
+    return in_xla(x, weight) if offset else cpu_kernels.on_cpu(in_cpp, in_xla, x, weight)

@@ -3,57 +3,57 @@
 Notation: B batch, W window, D head size. Pairs are (i, i + D/2), Hugging Face's order.
 """
 
-import dataclasses
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 import cpu_kernels
 from mlspecqd_jax.errors import InputError
+from mlspecqd_jax.network.config import Rope
+
+# The keys that each kind of rope_parameters needs beside rope_theta.
+ROPE_TYPES = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
 
 
-@dataclasses.dataclass(frozen=True)
-class RopeScaling:
-    """Rotary frequency scaling; `rope_type` is "default", "linear" or "llama3" (the other fields belong to the last two)."""
-
-    rope_type: str = "default"
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_position_embeddings: int = 8192
-
-
-def inverse_frequencies(dim: int, theta: float, scaling: RopeScaling) -> list[float]:
-    """Return the rotary inverse frequencies [D / 2] of heads of size `dim` (Su et al., arXiv 2104.09864)."""
-    plain = [theta ** (-i / dim) for i in range(0, dim, 2)]
-    match scaling.rope_type:
+def rope_of(parameters: Mapping[str, Any], head_dim: int) -> Rope:
+    """Return the rotation of heads of a size [D] that transformers' `rope_parameters` describe."""
+    theta, kind = float(parameters["rope_theta"]), parameters["rope_type"]
+    plain = [theta ** (-i / head_dim) for i in range(0, head_dim, 2)]
+    match kind:
         case "default":
-            return plain
+            return Rope(tuple(plain))
         case "linear":
-            return [f / scaling.factor for f in plain]
+            return Rope(tuple(f / parameters["factor"] for f in plain))
         case "llama3":
-            return [_llama3_frequency(f, scaling) for f in plain]
-    raise InputError(f"rope_type '{scaling.rope_type}' is not supported; supported: default, linear, llama3")
+            return Rope(tuple(_llama3_frequency(f, *(parameters[key] for key in ROPE_TYPES["llama3"])) for f in plain))
+    raise InputError(f"rope_type '{kind}' is not supported; supported: {', '.join(ROPE_TYPES)}")
 
 
-def _llama3_frequency(frequency: float, s: RopeScaling) -> float:
+def _llama3_frequency(frequency: float, factor: float, low: float, high: float, positions: int) -> float:
     """Keep high frequencies, divide low ones by `factor`, interpolate between (Llama 3.1's context extension)."""
-    turns = s.original_max_position_embeddings * frequency / (2 * math.pi)  # full turns within the original context
-    smooth = (turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)
+    turns = positions * frequency / (2 * math.pi)  # full turns within the original context
+    smooth = (turns - low) / (high - low)
     smooth = min(max(smooth, 0.0), 1.0)
-    return (1 - smooth) * frequency / s.factor + smooth * frequency
+    return (1 - smooth) * frequency / factor + smooth * frequency
 
 
-def rotary(positions: jax.Array, frequencies: list[float]) -> tuple[jax.Array, jax.Array]:
-    """Return cos and sin, f32 [B, W, D / 2], of the rotation angles at positions int32 [B, W]."""
+def rotary(positions: jax.Array, rope: Rope) -> tuple[jax.Array, jax.Array]:
+    """Return cos and sin, f32 [B, W, D / 2], of the rotation angles at positions int32 [B, W], times the rope's magnitude."""
 
     def in_xla(positions, frequencies):
         angles = positions.astype(jnp.float32)[..., None] * frequencies
         return jnp.cos(angles), jnp.sin(angles)
 
-    frequencies = jnp.asarray(frequencies, jnp.float32)
-    return tuple(cpu_kernels.on_cpu(cpu_kernels.angles, in_xla, positions.astype(jnp.int32), frequencies, unit="positions"))
+    frequencies = jnp.asarray(rope.frequencies, jnp.float32)
+    found = cpu_kernels.on_cpu(cpu_kernels.angles, in_xla, positions.astype(jnp.int32), frequencies, unit="positions")
+    return tuple(found) if rope.magnitude == 1 else tuple(rope.magnitude * part for part in found)
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:

@@ -15,11 +15,10 @@ from mlspecqd_jax.errors import InputError
 from mlspecqd_jax.weights.formats import check_format
 from mlspecqd_jax.weights.layouts import for_device
 from mlspecqd_jax.weights.mx import check_scale_rule, quantize
-from mlspecqd_jax.weights.partition import weight_sharding
+from mlspecqd_jax.weights.placement import weight_sharding
 from mlspecqd_jax.weights.quantized_array import QuantizedArray
+from mlspecqd_jax.weights.tensors import EMBEDDING, HEAD, Tensor
 
-QUANTIZABLE = ("*_proj.weight", "lm_head.weight")
-HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 TIED_HEAD = "mxfp8_e4m3"  # of a twin in MXFP4, on CPU
 
 Policy = Mapping[str, str | None]
@@ -45,6 +44,7 @@ def default_policy(format: str, tied: bool, platform: str) -> Policy:
 
 def quantize_params(
     params: Mapping[str, jax.Array],
+    tensors: Mapping[str, Tensor],
     format: str = "mxfp4",
     policy: Policy | None = None,
     scale_rule: str = "floor",
@@ -57,17 +57,19 @@ def quantize_params(
 
     Args:
       params: parameters by Hugging Face's tensor names. A leaf that has its format already stays the same object.
+      tensors: what they are, of which those that are `linear` can be quantized.
       format: a name of `formats.FORMATS`.
       policy: exceptions, from a glob over tensor names to a format or None (keep the model's own weight; of a tied head, keep the
         tie). The first glob that matches a name decides.
       scale_rule: a name of `mx.SCALE_RULES`.
-      mesh: where to place the new leaves by the partition table; None leaves them where their weights are.
+      mesh: where to place the new leaves by their axes; None leaves them where their weights are.
       dtype: of the activations, for which new leaves are arranged as their device wants them; None keeps them as they are stored.
 
     Raises:
       InputError: an unknown format or scale rule, a glob that matches no quantizable weight, a leaf in another format.
     """
-    wanted = _formats(params, format, policy or {}, scale_rule)
+    tensors = with_head(tensors)
+    wanted = _formats([name for name, tensor in tensors.items() if tensor.linear], format, policy or {}, scale_rule)
     quantized = dict(params)
     for name, to in wanted.items():
         w = params[name] if name in params else params[EMBEDDING]
@@ -76,43 +78,45 @@ def quantize_params(
         if isinstance(w, QuantizedArray):
             raise InputError(f"{name} is in {w.format} already and cannot become {to}; quantize the original model instead")
         # Waiting for each keeps the temporaries of one weight alive, not of all.
-        quantized[name] = jax.block_until_ready(place_quantized(name, quantize(w, to, scale_rule), mesh, dtype))
+        leaf = place_quantized(tensors[name].axes, quantize(w, to, scale_rule), mesh, dtype)
+        quantized[name] = jax.block_until_ready(leaf)
     return quantized
 
 
+def with_head(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return what the parameters of a twin are: where the embedding is the head too, it may be cast as a linear layer's weight."""
+    return dict(tensors) if HEAD in tensors else dict(tensors) | {HEAD: tensors[EMBEDDING]._replace(linear=True)}
+
+
 def place_quantized(
-    name: str, leaf: QuantizedArray, mesh: Mesh | None, dtype: jax.typing.DTypeLike | None = None
+    axes: tuple[str | None, ...], leaf: QuantizedArray, mesh: Mesh | None, dtype: jax.typing.DTypeLike | None = None
 ) -> QuantizedArray:
-    """Put a stored weight where the partition table says, and arrange it for what is there.
+    """Put a stored weight where its axes say, and arrange it for what is there.
 
     Without a mesh it comes to the default device, or stays where it is. Along K it is split only where every shard holds whole MX
     blocks, that is, where the mesh divides the scales.
 
     Args:
-      name: of the weight.
+      axes: over which the weight may be split (`tensors.Tensor`).
       leaf: as `quantize` made it.
       mesh: over which it is split, or None.
       dtype: of the activations; None leaves it as it is stored.
     """
-    sharding = None if mesh is None else weight_sharding(name, leaf.arrays["scales"].shape, mesh)
+    sharding = None if mesh is None else weight_sharding(axes, leaf.arrays["scales"].shape, mesh)
     leaf = jax.device_put(leaf, sharding)
     if sharding is not None:
         leaf = dataclasses.replace(leaf, spec=sharding.spec)
     return leaf if dtype is None else for_device(leaf, dtype=dtype, mesh=mesh)
 
 
-def _formats(params, format: str, policy: Policy, scale_rule: str) -> dict[str, str | None]:
+def _formats(names: list[str], format: str, policy: Policy, scale_rule: str) -> dict[str, str | None]:
     """Return what every weight that can be quantized becomes, or say what is wrong with the request."""
     check_format(format)
     check_scale_rule(scale_rule)
-    names = [name for name in (*params, HEAD) if _matches(name, QUANTIZABLE)]
     for glob, to in policy.items():
         if to is not None:
             check_format(to)
-        if not any(_matches(name, (glob,)) for name in names):
-            raise InputError(f"the policy's '{glob}' matches no weight that can be quantized; these can: {', '.join(QUANTIZABLE)}")
-    return {name: next((to for glob, to in policy.items() if _matches(name, (glob,))), format) for name in names}
-
-
-def _matches(name: str, globs: tuple[str, ...]) -> bool:
-    return any(fnmatch.fnmatchcase(name, glob) for glob in globs)
+        if not any(fnmatch.fnmatchcase(name, glob) for name in names):
+            kinds = sorted({f"*_{name.rpartition('_')[2]}" if ".layers." in name else name for name in names})
+            raise InputError(f"the policy's '{glob}' matches no weight that can be quantized; these can: {', '.join(kinds)}")
+    return {name: next((to for glob, to in policy.items() if fnmatch.fnmatchcase(name, glob)), format) for name in names}

@@ -10,16 +10,17 @@ import re
 import chips
 import pytest
 from hlo import HOST_OPERATIONS, aliased, cache_copies, decoded, widened
-from programs import LLAMA_1B, LLAMA_8B, compile_stack, compile_twin
+from programs import LLAMA_8B, compile_stack, compile_twin
+from tiny import shape
 
 from mlspecqd_jax.network.network import Network
 
 pytestmark = pytest.mark.aot
 
-TARGET = dataclasses.replace(LLAMA_8B, num_hidden_layers=2)
-# Fewer key/value heads, so that its cache does not look like the target's attention scores; another width, so that no weight has as
-# many elements as the sums of a product that is split along K.
-SMALL = dataclasses.replace(LLAMA_1B, num_hidden_layers=1, num_key_value_heads=4, hidden_size=1920)
+TARGET = dataclasses.replace(LLAMA_8B, layers=LLAMA_8B.layers[:2])
+# A layer of Llama-3.2-1B with fewer key/value heads, so that its cache does not look like the target's attention scores, and of
+# another width, so that no weight has as many elements as the sums of a product that is split along K.
+SMALL = shape(128256, 1920, 8192, 1, 32, 4, 64, 131072, tie_word_embeddings=True)
 BATCH, SIZE = 1, 1280  # so that no cache has as many elements as a weight
 
 
@@ -35,7 +36,13 @@ def program(mesh):
 
 def cache_shape(config, mesh):
     """Of one layer's keys or values on one device."""
-    return BATCH, config.num_key_value_heads // mesh.size, SIZE, config.head_dim
+    return BATCH, config.layers[0].mixer.kv_heads // mesh.size, SIZE, config.layers[0].mixer.head_dim
+
+
+def weights():
+    """Return the shapes of both models' weights."""
+    tensors = [tensor for config in (TARGET, SMALL) for tensor in Network(config).tensors().values()]
+    return [tensor.shape for tensor in tensors if len(tensor.shape) == 2]
 
 
 def test_the_loop_copies_no_cache_and_stays_on_the_device(program, mesh):
@@ -49,21 +56,19 @@ def test_the_loop_copies_no_cache_and_stays_on_the_device(program, mesh):
 def test_the_donated_caches_are_updated_where_they_are(program, mesh):
     for config in (TARGET, SMALL):
         caches, in_place = aliased(program.as_text(), "bf16", cache_shape(config, mesh))
-        assert len(caches) == 2 * config.num_hidden_layers
+        assert len(caches) == 2 * len(config.layers)
         assert in_place == caches
 
 
 def test_no_weight_is_widened(program):
-    shapes = {shape for config in (TARGET, SMALL) for shape in Network(config).shapes().values() if len(shape) == 2}
-    assert not widened(program.as_text(), shapes)
+    assert not widened(program.as_text(), set(weights()))
 
 
 def test_no_weight_is_decoded_in_memory(program, mesh):
     """Neither whole nor in part; and all that the program keeps beside its arguments is less than one of the MLP's would be."""
-    weights = [shape for config in (TARGET, SMALL) for shape in Network(config).shapes().values() if len(shape) == 2]
-    assert not decoded(program.as_text(), {n * k // parts for n, k in weights for parts in (1, mesh.size)})
+    assert not decoded(program.as_text(), {n * k // parts for n, k in weights() for parts in (1, mesh.size)})
     on_chip = chips.ON_CHIP["v5e"] if mesh.devices.flat[0].platform == "tpu" else 0
-    one = 2 * TARGET.hidden_size * TARGET.intermediate_size // mesh.size
+    one = 2 * TARGET.hidden_size * TARGET.layers[0].feed.size // mesh.size
     assert program.memory_analysis().temp_size_in_bytes < on_chip + one
 
 

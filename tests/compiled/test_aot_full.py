@@ -61,12 +61,14 @@ def test_whole_models(chip, target, small, dtype):
     assert used < chips.MEMORY[chip.partition(":")[0]]
     assert not HOST_OPERATIONS.search(hlo)
     assert "f64[" not in hlo
-    weights = [shape for config in (target, small) for shape in Network(config).shapes().values() if len(shape) == 2]
+    tensors = [tensor for config in (target, small) for tensor in Network(config).tensors().values()]
+    weights = [tensor.shape for tensor in tensors if len(tensor.shape) == 2]
     # The sums of a product that is split along K are as many as a small weight's elements.
     assert not decoded(hlo, {math.prod(shape) for shape in weights if math.prod(shape) > 2**20})
-    cache = (BATCH, target.num_key_value_heads // math.gcd(mesh.size, target.num_key_value_heads), SIZE, target.head_dim)
+    mixer = target.layers[0].mixer
+    cache = (BATCH, mixer.kv_heads // math.gcd(mesh.size, mixer.kv_heads), SIZE, mixer.head_dim)
     caches, in_place = aliased(hlo, "bf16" if dtype == jnp.bfloat16 else "f16", cache)
-    assert len(caches) >= 2 * target.num_hidden_layers
+    assert len(caches) >= 2 * len(target.layers)
     assert in_place == caches
 
 

@@ -19,7 +19,7 @@ from programs import LLAMA_8B, QWEN3_06B, QWEN25_7B, on_mesh
 
 from mlspecqd_jax.network.network import Network
 from mlspecqd_jax.weights.products import multiply
-from mlspecqd_jax.weights.quantization import HEAD, QUANTIZABLE, _matches
+from mlspecqd_jax.weights.quantization import with_head
 from mlspecqd_jax.weights.quantized_array import QuantizedArray
 from pallas_kernels import best_product, chip_of
 
@@ -27,13 +27,12 @@ pytestmark = pytest.mark.aot
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 MODELS = {"Llama-3.1-8B": LLAMA_8B, "Qwen2.5-7B": QWEN25_7B, "Qwen3-0.6B": QWEN3_06B}
 TPU_ROWS, GPU_ROWS = (1, 16, 40), (1, 40)  # one for each kernel
-SOME = LLAMA_8B.hidden_size, LLAMA_8B.intermediate_size
+SOME = LLAMA_8B.hidden_size, LLAMA_8B.layers[0].feed.size
 
 
 def shapes(config) -> list[tuple[int, int]]:
     """Return the different [N, K] of a model's quantized weights, its head (tied or not) included."""
-    weights = Network(config).shapes() | {HEAD: (config.vocab_size, config.hidden_size)}
-    return sorted({shape for name, shape in weights.items() if _matches(name, QUANTIZABLE)})
+    return sorted({tensor.shape for tensor in with_head(Network(config).tensors()).values() if tensor.linear})
 
 
 def compiled(mesh, n: int, k: int, rows: int, dtype=jnp.bfloat16, spec=(None, None)):

@@ -1,6 +1,5 @@
 """What is compiled: one trace for many requests (law 7); a loop that calls nobody, copies no cache, widens no weight (law 8)."""
 
-import dataclasses
 import functools
 import pathlib
 
@@ -9,36 +8,30 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hlo import HOST_OPERATIONS, aliased, cache_copies, widened
+from tiny import shape
 
 from mlspecqd_jax import generation, requests, stacks
+from mlspecqd_jax.folds import BLOCK
 from mlspecqd_jax.loading import models
-from mlspecqd_jax.network.config import ModelConfig
 from mlspecqd_jax.network.network import Network
 from mlspecqd_jax.speculation import loop
 from mlspecqd_jax.speculation.settings import Sampling
 from mlspecqd_jax.text.card import Card
 
 # Sizes that no activation shares, so that a weight or a cache is known by its shape.
-CONFIG = ModelConfig(
-    vocab_size=97,
-    hidden_size=32,
-    intermediate_size=88,
-    num_hidden_layers=2,
-    num_attention_heads=6,
-    num_key_value_heads=3,
-    head_dim=12,
-    max_position_embeddings=512,
-)
-SMALL = dataclasses.replace(CONFIG, hidden_size=40, intermediate_size=104, num_hidden_layers=1, head_dim=20)
+MIDDLE = 88
+CONFIG = shape(97, 32, MIDDLE, 2, 6, 3, 12, 512)
+SMALL = shape(97, 40, 104, 1, 6, 3, 20, 512)
+GEMMA = shape(97, 32, MIDDLE, 2, 6, 3, 12, 1024, "gemma2", attn_logit_softcapping=5.0, sliding_window=40)
 PROMPT = [3, 1, 4, 1, 5]
 
 
 def cache_shape(config, size=256):
-    return 1, config.num_key_value_heads, size, config.head_dim
+    return 1, config.layers[0].mixer.kv_heads, size, config.layers[0].mixer.head_dim
 
 
 def weight_shapes():
-    return {shape for config in (CONFIG, SMALL) for shape in Network(config).shapes().values() if len(shape) == 2}
+    return {tensor.shape for config in (CONFIG, SMALL) for tensor in Network(config).tensors().values() if len(tensor.shape) == 2}
 
 
 def request(stack, prompt=PROMPT, max_new_tokens=20, **settings):
@@ -49,8 +42,8 @@ def request(stack, prompt=PROMPT, max_new_tokens=20, **settings):
 
 def random_model(config, name):
     network, rng = Network(config), np.random.default_rng(0)
-    params = {name: jnp.asarray(0.1 * rng.normal(size=shape), jnp.bfloat16) for name, shape in network.shapes().items()}
-    card = Card(name, config.vocab_size, config.max_position_embeddings, None, (5,))
+    params = {name: jnp.asarray(0.1 * rng.normal(size=t.shape), jnp.bfloat16) for name, t in network.tensors().items()}
+    card = Card(name, config.vocab_size, config.max_positions, None, (5,))
     return models.Model(network, params, card, pathlib.Path())
 
 
@@ -116,8 +109,28 @@ def test_a_copy_of_a_cache_would_be_seen():
 def test_the_donated_caches_are_updated_where_they_are(program, stack, name):
     for config in (CONFIG, SMALL) if len(stack.levels) > 1 else (CONFIG,):
         caches, in_place = aliased(program(name), "bf16", cache_shape(config))
-        assert len(caches) == 2 * config.num_hidden_layers  # a shared cache counts once
+        assert len(caches) == 2 * len(config.layers)  # a shared cache counts once
         assert in_place == caches
+
+
+@pytest.mark.parametrize("name", ["feed", "advance"])
+def test_attention_by_queries_reads_the_caches_where_they_are(name):
+    """In blocks: no cache is copied or widened, and the donated ones are updated in place."""
+    stack = stacks.stack(random_model(GEMMA, "gemma"))
+    tokens, length, limit, sampling = request(stack, max_new_tokens=300)
+    size = tokens.shape[1]
+    assert size > BLOCK
+    state = jax.eval_shape(lambda *arguments: loop.init(*arguments, prefill_width=16), stack, tokens, length, sampling)
+    programs = generation._programs(stack)
+    if name == "feed":
+        lowered = programs.feed.lower(stack, state, prefill_width=16, first=np.int32(0), pieces=np.int32(1))
+    else:
+        lowered = programs.advance.lower(stack, state, limit, sampling, np.int32(1))
+    hlo = lowered.compile().as_text()
+    assert not cache_copies(hlo, cache_shape(GEMMA, size)[1:])
+    caches, in_place = aliased(hlo, "bf16", cache_shape(GEMMA, size))
+    assert len(caches) == 2 * len(GEMMA.layers)
+    assert in_place == caches
 
 
 @PROGRAMS
@@ -128,12 +141,12 @@ def test_no_weight_is_widened(program, name):
 
 def test_a_widened_weight_would_be_seen():
     """A product in f32 widens its 16-bit weight, once, outside of the loop."""
-    weight = jnp.zeros((CONFIG.intermediate_size, CONFIG.hidden_size), jnp.bfloat16)
+    weight = jnp.zeros((MIDDLE, CONFIG.hidden_size), jnp.bfloat16)
 
     def multiply(weight, n):
         def body(carry):
             i, x = carry
-            return i + 1, (x @ weight.astype(jnp.float32).T) @ jnp.ones((CONFIG.intermediate_size, CONFIG.hidden_size)) + i
+            return i + 1, (x @ weight.astype(jnp.float32).T) @ jnp.ones((MIDDLE, CONFIG.hidden_size)) + i
 
         return jax.lax.while_loop(lambda carry: carry[0] < n, body, (0, jnp.zeros((2, CONFIG.hidden_size))))
 

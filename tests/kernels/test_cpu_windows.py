@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny import shape
 
 import cpu_kernels
 import mlspecqd_jax as mlsd
-from mlspecqd_jax.network.config import ModelConfig
 from mlspecqd_jax.network.network import Network
 from mlspecqd_jax.weights.quantization import quantize_params
 
@@ -20,16 +20,16 @@ FED, WIDEST = 20, 16  # tokens in the cache, and of the widest window
 
 # One layer each, in the widths of models that people use: hidden, intermediate, layers, heads, key/value heads, size of a head.
 WIDE = {
-    "llama": ModelConfig(300, 2048, 5632, 1, 32, 4, 64, 1024),
-    "qwen2.5": ModelConfig(300, 896, 4864, 1, 14, 2, 64, 1024, qkv_bias=True),
-    "qwen3": ModelConfig(300, 1024, 3072, 1, 16, 8, 128, 1024, qk_norm=True),
+    "llama": shape(300, 2048, 5632, 1, 32, 4, 64, 1024),
+    "qwen2.5": shape(300, 896, 4864, 1, 14, 2, 64, 1024, "qwen2"),
+    "qwen3": shape(300, 1024, 3072, 1, 16, 8, 128, 1024, "qwen3"),
 }
 
 
 def random_model(config):
     """Return (network, parameters) of a model with random weights."""
     network = Network(config)
-    random = {name: jax.random.normal(jax.random.key(i), shape) for i, (name, shape) in enumerate(network.shapes().items())}
+    random = {name: jax.random.normal(jax.random.key(i), t.shape) for i, (name, t) in enumerate(network.tensors().items())}
     return network, {name: (w / w.shape[-1] ** 0.5 + (w.ndim == 1)).astype(jnp.bfloat16) for name, w in random.items()}
 
 
@@ -64,7 +64,7 @@ def logits(network, params, tokens, window, slots):
 @pytest.mark.parametrize("weights", ["mxfp4", pytest.param("bfloat16", marks=pytest.mark.exhaustive)])
 def test_every_window_gives_the_same_bits(model, tokens, weights):
     network, params = model
-    run = functools.partial(logits, network, params if weights == "bfloat16" else quantize_params(params))
+    run = functools.partial(logits, network, params if weights == "bfloat16" else quantize_params(params, network.tensors()))
     widest = run(tokens, WIDEST, 64)
     for window in (1, 3, 8):
         np.testing.assert_array_equal(run(tokens, window, 64), widest[:, :window])

@@ -142,7 +142,7 @@ def test_dtypes_that_a_stored_draft_serves(tmp_path, network):
     bfloat16, float32, float16 = (mlsd.load(tmp_path / "converted", dtype=dtype) for dtype in models.DTYPES)
     assert (bfloat16.drafts, float32.drafts, float16.drafts) == (bfloat16.drafts, bfloat16.drafts, ())
     assert len(bfloat16.drafts) == 1
-    again = quantization.quantize_params(float32.params, policy=dict(bfloat16.drafts[0].policy))
+    again = quantization.quantize_params(float32.params, float32.network.tensors(), policy=dict(bfloat16.drafts[0].policy))
     assert_equal(leaves(float32.quantized().params), leaves(again))
     assert leaves(float16.quantized().params)
 
@@ -176,7 +176,7 @@ def test_folders_without_drafts(tmp_path, network):
     marker.write_text(json.dumps({key: value for key, value in json.loads(marker.read_text()).items() if key != "drafts"}))
     model = mlsd.load(tmp_path / "converted")  # as an earlier version wrote it
     assert model.drafts == ()
-    assert_equal(model.quantized().params[NAME], quantization.quantize_params(model.params)[NAME])
+    assert_equal(model.quantized().params[NAME], quantization.quantize_params(model.params, model.network.tensors())[NAME])
 
 
 def test_an_unknown_draft_is_refused_before_anything_is_written(tmp_path):

@@ -5,15 +5,17 @@ import json
 import math
 
 import jax
-import numpy as np
 import pytest
 import tiny
 from refusals import refused
 
 from mlspecqd_jax import arguments
 from mlspecqd_jax.loading import config_file
+from mlspecqd_jax.network.config import Norm
+from mlspecqd_jax.network.families import FAMILIES
 from mlspecqd_jax.network.network import Network
-from mlspecqd_jax.network.rope import RopeScaling
+from mlspecqd_jax.network.rope import rope_of
+from mlspecqd_jax.weights import tensors
 
 
 def parse(tmp_path, config: dict):
@@ -30,49 +32,70 @@ MINIMAL = {
 }
 
 
-@pytest.mark.parametrize("family", list(config_file.FAMILIES))
+def mixer(config, layer=0):
+    return config.layers[layer].mixer
+
+
+def windows(config) -> list[int | None]:
+    return [layer.mixer.window for layer in config.layers]
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
 def test_absent_keys_take_the_defaults_of_transformers(tmp_path, family):
     import transformers
 
     ours = parse(tmp_path, {"model_type": family} | MINIMAL)
-    theirs = {
-        "llama": transformers.LlamaConfig,
-        "mistral": transformers.MistralConfig,
-        "qwen2": transformers.Qwen2Config,
-        "qwen3": transformers.Qwen3Config,
-    }[family](**MINIMAL)
-    for key in ("num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps", "hidden_act", "tie_word_embeddings"):
-        if hasattr(theirs, key):
-            assert getattr(ours, key) == getattr(theirs, key), key
-    assert ours.rope_theta == theirs.rope_parameters["rope_theta"] == 10000
-    assert ours.rope_scaling == RopeScaling()
-    bias = family == "qwen2"
-    assert (ours.qkv_bias, ours.output_bias, ours.mlp_bias, ours.qk_norm) == (bias, False, False, family == "qwen3")
+    theirs = transformers.CONFIG_MAPPING[family](**MINIMAL)
+    gemma = family.startswith("gemma")
+    assert len(ours.layers) == 3
+    assert mixer(ours).kv_heads == theirs.num_key_value_heads
+    if hasattr(theirs, "head_dim"):
+        assert mixer(ours).head_dim == mixer(ours).value_dim == theirs.head_dim
+    assert ours.max_positions == theirs.max_position_embeddings
+    assert ours.norm == Norm(theirs.rms_norm_eps, 1.0 if gemma else 0.0)
+    assert ours.layers[0].feed.act == (theirs.hidden_activation if gemma else theirs.hidden_act)
+    assert ours.layers[0].feed.size == MINIMAL["intermediate_size"]
+    assert ours.tied == theirs.tie_word_embeddings == gemma
+    rope = theirs.rope_parameters["sliding_attention"] if family == "gemma3_text" else theirs.rope_parameters
+    assert rope == {"rope_type": "default", "rope_theta": 10000}
+    assert mixer(ours).rope == rope_of(rope, mixer(ours).head_dim)
+    assert (mixer(ours).bias, mixer(ours).output_bias, ours.layers[0].feed.bias) == (family == "qwen2", False, False)
+    assert bool(mixer(ours).qk_norm) == (family in ("qwen3", "gemma3_text"))
 
 
 def test_defaults_that_are_easily_mistaken(tmp_path):
     """The same facts written out, so that they do not rest on transformers alone."""
     llama = parse(tmp_path, {"model_type": "llama"} | MINIMAL)
-    assert (llama.num_key_value_heads, llama.head_dim, llama.max_position_embeddings) == (32, 6, 2048)
+    assert (mixer(llama).kv_heads, mixer(llama).head_dim, llama.max_positions) == (32, 6, 2048)
     mistral = parse(tmp_path, {"model_type": "mistral"} | MINIMAL)
-    assert (mistral.num_key_value_heads, mistral.sliding_windows) == (8, (4096,) * 3)
-    assert parse(tmp_path, {"model_type": "mistral", "sliding_window": None} | MINIMAL).sliding_windows == ()
+    assert (mixer(mistral).kv_heads, windows(mistral)) == (8, [4096] * 3)
+    assert windows(parse(tmp_path, {"model_type": "mistral", "sliding_window": None} | MINIMAL)) == [None] * 3
     qwen2 = parse(tmp_path, {"model_type": "qwen2", "num_key_value_heads": 4} | MINIMAL)
-    assert (qwen2.head_dim, qwen2.max_position_embeddings, qwen2.sliding_windows) == (6, 32768, ())
-    assert parse(tmp_path, {"model_type": "qwen3"} | MINIMAL).head_dim == 128
+    assert (mixer(qwen2).head_dim, qwen2.max_positions, windows(qwen2)) == (6, 32768, [None] * 3)
+    assert mixer(parse(tmp_path, {"model_type": "qwen3"} | MINIMAL)).head_dim == 128
+    gemma2 = parse(tmp_path, {"model_type": "gemma2"} | MINIMAL)
+    assert (mixer(gemma2).head_dim, mixer(gemma2).scale, mixer(gemma2).cap) == (256, 1 / 16, 50.0)
+    assert (gemma2.logit_cap, gemma2.embed_scale, windows(gemma2)) == (30.0, 192**0.5, [4096, None, 4096])
+    gemma3 = parse(tmp_path, {"model_type": "gemma3_text"} | MINIMAL | {"num_hidden_layers": 7})
+    assert (mixer(gemma3).cap, gemma3.logit_cap, windows(gemma3)) == (None, None, [4096] * 5 + [None, 4096])
+    assert [mixer(gemma3, i).rope.frequencies[64] for i in (0, 5)] == [1e4**-0.5, 1e6**-0.5]
 
 
 def test_sliding_windows_of_qwen(tmp_path):
     config = {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 9} | MINIMAL
-    assert parse(tmp_path, config | {"max_window_layers": 2}).sliding_windows == (None, None, 9)
-    assert parse(tmp_path, config | {"max_window_layers": 3}).sliding_windows == ()
+    assert windows(parse(tmp_path, config | {"max_window_layers": 2})) == [None, None, 9]
+    assert windows(parse(tmp_path, config | {"max_window_layers": 3})) == [None] * 3
     kinds = ["full_attention", "sliding_attention", "full_attention"]
-    assert parse(tmp_path, config | {"layer_types": kinds}).sliding_windows == (None, 9, None)
+    assert windows(parse(tmp_path, config | {"layer_types": kinds})) == [None, 9, None]
 
 
 def other_spelling(config: dict) -> dict:
     """Turn rope_theta and rope_scaling into rope_parameters, or the other way round."""
     config = dict(config)
+    if config["model_type"] == "gemma3_text":
+        everywhere = config.pop("rope_scaling") | {"rope_theta": config.pop("rope_theta")}
+        nearby = {"rope_type": "default", "rope_theta": config.pop("rope_local_base_freq")}
+        return config | {"rope_parameters": {"full_attention": everywhere, "sliding_attention": nearby}}
     if "rope_parameters" in config:
         scaling = dict(config.pop("rope_parameters"))
         theta = scaling.pop("rope_theta")
@@ -88,15 +111,17 @@ def test_both_spellings_of_rope_are_one(tmp_path, family):
     ours = parse(tmp_path, config)
     assert ours == parse(tmp_path, other_spelling(config))
     rope = config.get("rope_parameters") or config
-    assert ours.rope_theta == rope.get("rope_theta", 10000.0)
+    plain = rope_of({"rope_type": "default", "rope_theta": rope.get("rope_theta", 10000.0)}, mixer(ours).head_dim)
+    assert ("rope_scaling" in config) == all(layer.mixer.rope != plain for layer in ours.layers)
 
 
 def test_rope_scalings(tmp_path):
     llama3 = tiny.FAMILIES["llama3"]
-    expected = RopeScaling("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=80)
-    assert parse(tmp_path, llama3).rope_scaling == expected
-    assert parse(tmp_path, tiny.FAMILIES["llama_linear"]).rope_scaling == RopeScaling("linear", factor=2.5)
-    assert parse(tmp_path, llama3 | {"rope_scaling": None}).rope_scaling == RopeScaling()
+    assert mixer(parse(tmp_path, llama3)).rope == rope_of({"rope_theta": 10000.0} | llama3["rope_scaling"], 12)
+    linear = {"rope_type": "linear", "rope_theta": 5000.0, "factor": 2.5}
+    assert mixer(parse(tmp_path, tiny.FAMILIES["llama_linear"])).rope == rope_of(linear, 8)
+    plain = mixer(parse(tmp_path, llama3 | {"rope_scaling": None})).rope
+    assert plain.frequencies == tuple(10000.0 ** (-i / 12) for i in range(0, 12, 2))
 
 
 READ = {
@@ -122,10 +147,9 @@ REFUSED = {
 
 def parameters(config) -> int:
     """Count the parameters from the shapes of one layer: those of dozens take their time."""
-    shapes = Network(dataclasses.replace(config, num_hidden_layers=1, sliding_windows=())).shapes()
-    sizes = {name: np.prod(shape, dtype=np.int64) for name, shape in shapes.items()}
-    layer = sum(size for name, size in sizes.items() if ".layers." in name)
-    return sum(sizes.values()) + (config.num_hidden_layers - 1) * layer
+    one = Network(dataclasses.replace(config, layers=config.layers[:1])).tensors()
+    layer = tensors.parameters({name: tensor for name, tensor in one.items() if ".layers." in name})
+    return tensors.parameters(one) + (len(config.layers) - 1) * layer
 
 
 def test_configs_of_real_models_are_read_or_refused(shared):
@@ -152,7 +176,24 @@ LLAMA = {"model_type": "llama"} | MINIMAL
             {"model_type": "gpt_oss", "num_local_experts": 32, "rope_scaling": {"rope_type": "yarn"}} | MINIMAL,
             ("gpt_oss", "experts"),
         ),
-        ({"model_type": "gemma3", "text_config": {"vocab_size": 9}, "vision_config": {}}, ("gemma3", "a multimodal model")),
+        ({"model_type": "gemma4", "text_config": {"vocab_size": 9}, "vision_config": {}}, ("gemma4", "a multimodal model")),
+        ({"model_type": "gemma3", "vision_config": {}}, ("'text_config'", "add it")),
+        ({"model_type": "gemma3", "text_config": [1]}, ("text_config is [1]", "an object of model_type gemma3_text")),
+        ({"model_type": "gemma3", "text_config": {"model_type": "llama"} | MINIMAL}, ("text_config", "model_type gemma3_text")),
+        ({"model_type": "gemma3", "text_config": {"head_dim": "x"}}, ("head_dim is 'x'", "a whole number")),
+        ({"model_type": "gemma3", "architectures": ["Gemma3ForSequenceClassification"], "text_config": {}}, ("no language-model",)),
+        ({"model_type": "gemma2", "hidden_activation": "tanh"} | MINIMAL, ("hidden_activation 'tanh'", "silu")),
+        ({"model_type": "gemma2", "attn_logit_softcapping": 0} | MINIMAL, ("attn_logit_softcapping is 0", "a number from")),
+        ({"model_type": "gemma3_text", "use_bidirectional_attention": True} | MINIMAL, ("only causal attention",)),
+        (
+            {"model_type": "gemma3_text", "rope_parameters": {"rope_type": "default"}} | MINIMAL,
+            ("rope_parameters", "full_attention"),
+        ),
+        (
+            {"model_type": "gemma3_text", "rope_parameters": {"full_attention": {"rope_type": "yarn"}}} | MINIMAL,
+            ("yarn", "supported: default, linear, llama3"),
+        ),
+        ({"model_type": "gemma3_text", "rope_scaling": {"rope_type": "linear"}} | MINIMAL, ("linear", "'factor'")),
         ({"model_type": "bert", "type_vocab_size": 2} | MINIMAL, ("bert", "an encoder")),
         ({"model_type": "t5", "is_encoder_decoder": True, "d_model": 512}, ("t5", "an encoder-decoder")),
         ({"model_type": "gpt2", "n_embd": 768}, ("gpt2", "another architecture", "supported: llama, mistral, qwen2, qwen3")),
@@ -299,14 +340,16 @@ def test_a_window_of_a_family_without_one_has_no_effect(tmp_path):
 
 
 def test_a_head_size_is_honoured_by_every_family(tmp_path):
-    for family in config_file.FAMILIES:
-        assert parse(tmp_path, {"model_type": family, "num_key_value_heads": 4, "head_dim": 14} | MINIMAL).head_dim == 14
+    for family in FAMILIES:
+        config = parse(tmp_path, {"model_type": family, "num_key_value_heads": 4, "head_dim": 14} | MINIMAL)
+        assert mixer(config).head_dim == 14
 
 
 def test_many_layers_take_no_longer_to_tell(tmp_path):
     config = parse(tmp_path, LLAMA | {"num_hidden_layers": 1024})
-    shapes = Network(config).shapes()
-    assert len([name for name in shapes if name.endswith("mlp.up_proj.weight")]) == 1024
-    assert list(shapes)[:2] == ["lm_head.weight", "model.embed_tokens.weight"]
-    few = dataclasses.replace(config, hidden_size=64, num_hidden_layers=2)
-    assert Network(few).shapes() == {name: leaf.shape for name, leaf in jax.eval_shape(lambda: Network(few).init(0)).items()}
+    names = list(Network(config).tensors())
+    assert len([name for name in names if name.endswith("mlp.up_proj.weight")]) == 1024
+    assert names[:2] == ["lm_head.weight", "model.embed_tokens.weight"]
+    few = dataclasses.replace(config, hidden_size=64, layers=config.layers[:2])
+    shapes = {name: tensor.shape for name, tensor in Network(few).tensors().items()}
+    assert shapes == {name: leaf.shape for name, leaf in jax.eval_shape(lambda: Network(few).init(0)).items()}

@@ -1,5 +1,6 @@
 """Import: which tensors are read, what is fetched from a hub, and one sentence for every bad input."""
 
+import dataclasses
 import hashlib
 import http.server
 import json
@@ -20,6 +21,7 @@ from safetensors.numpy import save_file
 
 from mlspecqd_jax.loading import config_file, find, huggingface
 from mlspecqd_jax.network.network import Network
+from mlspecqd_jax.weights.tensors import Source
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 CONFIG = tiny.FAMILIES["llama3"] | {"num_hidden_layers": 1}
@@ -49,7 +51,7 @@ def test_every_tensor_arrives_in_its_place(tmp_path, shards):
     config = tiny.FAMILIES["qwen3_bias"]
     params = read(write(tmp_path, config=config, shards=shards))
     equal(params, tiny.weights(config))
-    assert list(params) == list(Network(config_file.read_config(tmp_path)).shapes())
+    assert list(params) == list(Network(config_file.read_config(tmp_path)).tensors())
 
 
 @pytest.mark.parametrize("stored", ["float32", "float16", "bfloat16", "float64"])
@@ -58,6 +60,66 @@ def test_dtypes(tmp_path, stored):
     write(tmp_path, tensors)
     for dtype in ("bfloat16", "float32", "float16"):
         equal(read(tmp_path, dtype), {name: value.astype(dtype) for name, value in tensors.items()})
+
+
+FUSED_IN = tiny.FAMILIES["llama_bias"]  # 6 heads over 3, of size 10; a middle of 51
+QKV, HALVES = "model.layers.*.self_attn.qkv_proj", "model.layers.*.mlp.gate_up_proj"
+SOURCES = {
+    "model.layers.*.self_attn.q_proj": Source((QKV,), 3, 0, 20),
+    "model.layers.*.self_attn.k_proj": Source((QKV,), 3, 20, 30),
+    "model.layers.*.self_attn.v_proj": Source((QKV,), 3, 30, 40),
+    "model.layers.*.mlp.gate_proj": Source((HALVES,), 1, 0, 51),
+    "model.layers.*.mlp.up_proj": Source((HALVES,), 1, 51),
+    "model.layers.*.mlp.down_proj": Source(("model.layers.*.mlp.c_proj",), transpose=True),
+    "model.embed_tokens": Source(("model.wte.0", "model.wte.1")),
+}
+
+
+def fused():
+    """Return the tensors of a file that joins queries, keys and values by the head, joins gate and up, transposes, and splits."""
+    tensors = tiny.weights(FUSED_IN)
+    for i in range(FUSED_IN["num_hidden_layers"]):
+        for kind in ("weight", "bias"):
+            q, k, v = (tensors.pop(f"model.layers.{i}.self_attn.{x}_proj.{kind}") for x in "qkv")
+            by_head = np.concatenate([part.reshape(3, -1, *part.shape[1:]) for part in (q, k, v)], axis=1)
+            tensors[f"{QKV.replace('*', str(i))}.{kind}"] = by_head.reshape(-1, *q.shape[1:])
+            halves = [tensors.pop(f"model.layers.{i}.mlp.{x}_proj.{kind}") for x in ("gate", "up")]
+            tensors[f"{HALVES.replace('*', str(i))}.{kind}"] = np.concatenate(halves)
+            tensors[f"model.layers.{i}.mlp.c_proj.{kind}"] = tensors.pop(f"model.layers.{i}.mlp.down_proj.{kind}").T
+    embedding = tensors.pop("model.embed_tokens.weight")  # 97 rows do not divide, hence one more in the file
+    tensors |= {"model.wte.0.weight": embedding[:49], "model.wte.1.weight": np.concatenate([embedding[49:], embedding[:1]])}
+    return tensors
+
+
+def read_fused(folder):
+    config = config_file.read_config(folder)
+    config = dataclasses.replace(config, vocab_size=98, sources=tuple(SOURCES.items()))
+    return huggingface.read_params(folder, Network(config), jnp.dtype("float32"), None)
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_a_file_that_fuses_tensors_is_read_by_rows(tmp_path, shards):
+    """As phi3, GPT-NeoX, GPT-2 and split checkpoints lay theirs out; bit for bit, from one file or several."""
+    tensors, expected = fused(), tiny.weights(FUSED_IN)
+    expected["lm_head.weight"], tensors["lm_head.weight"] = (
+        np.concatenate([t["lm_head.weight"]] * 2)[:98] for t in (expected, tensors)
+    )
+    embedding = expected["model.embed_tokens.weight"]
+    expected["model.embed_tokens.weight"] = np.concatenate([embedding, embedding[:1]])
+    equal(read_fused(tiny.write_checkpoint(tmp_path, FUSED_IN, tensors, shards=shards)), expected)
+
+
+def test_a_fused_tensor_that_is_missing_or_of_another_shape_is_told(tmp_path):
+    tensors = fused()
+    tensors["lm_head.weight"] = np.ones((98, 42), np.float32)
+    name = "model.layers.1.self_attn.qkv_proj.weight"
+    tiny.write_checkpoint(tmp_path / "short", FUSED_IN, tensors | {name: tensors[name][1:]})
+    with refused(name, "[119, 42]", "asks for [120, 42]"):
+        read_fused(tmp_path / "short")
+    del tensors[name]
+    tiny.write_checkpoint(tmp_path / "missing", FUSED_IN, tensors)
+    with refused(f"missing tensor {name}"):
+        read_fused(tmp_path / "missing")
 
 
 def test_a_tied_model_has_no_head_of_its_own(tmp_path):

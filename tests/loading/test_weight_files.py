@@ -61,7 +61,7 @@ def test_a_trained_head_of_a_tied_config_is_used(tmp_path):
     with warned(str(tmp_path / "tied"), "lm_head.weight", '"tie_word_embeddings": false'):
         model = load(tmp_path / "tied")
     untied = load(tiny.write_checkpoint(tmp_path / "untied", UNTIED, weights(lm_head__weight=OTHER)))
-    assert not model.network.config.tie_word_embeddings
+    assert not model.network.config.tied
     same_function(model, untied)
     np.testing.assert_array_equal(model.params[HEAD], OTHER)
 
@@ -82,7 +82,7 @@ def test_an_equal_head_of_a_tied_config_is_kept_once(tmp_path):
     tiny.write_checkpoint(tmp_path, TIED, weights(lm_head__weight=tiny.weights(TIED)[EMBEDDING]))
     with warned():
         model = load(tmp_path)
-    assert model.network.config.tie_word_embeddings
+    assert model.network.config.tied
     assert HEAD not in model.params
 
 
@@ -91,7 +91,7 @@ def test_a_head_stands_for_the_embedding_of_a_tied_config(tmp_path):
     tensors = {name: value for name, value in weights(lm_head__weight=embedding).items() if name != EMBEDDING}
     model = load(tiny.write_checkpoint(tmp_path / "head", TIED, tensors))
     same_function(model, load(tiny.write_checkpoint(tmp_path / "embedding", TIED, weights())))
-    assert list(model.params) == list(model.network.shapes())
+    assert list(model.params) == list(model.network.tensors())
 
 
 @pytest.mark.parametrize(

@@ -9,16 +9,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny import shape
 
 import cpu_kernels
 from mlspecqd_jax.folds import ordered_logsumexp, ordered_softmax, ordered_sum
 from mlspecqd_jax.network.attention import attend
-from mlspecqd_jax.network.config import ModelConfig
 from mlspecqd_jax.network.layers import ACTIVATIONS
 from mlspecqd_jax.network.matmul import linear, row_multiple
 from mlspecqd_jax.network.network import Network
 from mlspecqd_jax.network.norms import rms_norm
-from mlspecqd_jax.network.rope import RopeScaling, inverse_frequencies, rotary, rotate
+from mlspecqd_jax.network.rope import rope_of, rotary, rotate
 from mlspecqd_jax.speculation import choosing
 from mlspecqd_jax.speculation.settings import Sampling
 from mlspecqd_jax.weights.mx import quantize
@@ -56,11 +56,25 @@ def test_the_harness_sees_a_norm_whose_sums_xla_orders():
         assert_rows_alike(norm, random(0, (64, 576)))
 
 
+@pytest.mark.parametrize("offset", [0.0, 1.0])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("k", WIDTHS)
-def test_norms(k, dtype):
+def test_norms(k, dtype, offset):
     weight = random(1, (k,), dtype)
-    assert_rows_alike(lambda x: rms_norm(x, weight, 1e-5), random(0, (64, k), dtype))
+    assert_rows_alike(lambda x: rms_norm(x, weight, 1e-5, offset), random(0, (64, k), dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_norms_between_sums_as_gemma_s_layers_have_them(dtype):
+    """What XLA fuses: a scaled embedding, a norm, a sum of both, and another norm."""
+    weight = random(1, (640,), dtype)
+
+    def run(x, y):
+        x = x * jnp.asarray(640**0.5, x.dtype)
+        x = x + rms_norm(y, weight, 1e-6, 1.0)
+        return x, rms_norm(x, weight, 1e-6, 1.0)
+
+    assert_rows_alike(run, random(0, (64, 640), dtype), random(2, (64, 640), dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -98,6 +112,34 @@ def test_attention_over_windows_batches_and_buffers(dtype):
     np.testing.assert_array_equal(np.asarray(run(q, *more, jnp.zeros_like(last), last)), whole)
 
 
+@pytest.mark.parametrize("groups", [1, 2, 3])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_attention_that_is_capped_or_scaled_over_windows_batches_and_buffers(dtype, groups):
+    """XLA's form on CPU, with or without the C++ kernels."""
+    kv, depth, slots = 3, 64, 512
+    shapes = ((kv * groups, 8, depth), (kv, slots, depth), (kv, slots, 48))
+    q, k, v = (random(i, (8, *shape), dtype) for i, shape in enumerate(shapes))
+    last = 180 + 20 * jnp.arange(8)[:, None] + jnp.arange(8)  # across the edge of a block
+    first = jnp.where(jnp.arange(8)[:, None] % 2 == 0, last - 100, 0)
+    sinks = random(3, (kv * groups,), dtype)
+
+    @jax.jit
+    def run(q, k, v, first, last):
+        return attend(q, k, v, first, last, sinks, scale=0.07, cap=20.0)
+
+    whole = np.asarray(run(q, k, v, first, last))
+    for window in (1, 6):
+        found = run(q[:, :, :window], k, v, first[:, :window], last[:, :window])
+        np.testing.assert_array_equal(np.asarray(found), whole[:, :window])
+    for batch in (1, 3):
+        found = run(q[:batch], k[:batch], v[:batch], first[:batch], last[:batch])
+        np.testing.assert_array_equal(np.asarray(found), whole[:batch])
+    one = run(q[:1, :, :1], k[:1], v[:1], first[:1, :1], last[:1, :1])
+    np.testing.assert_array_equal(np.asarray(one), whole[:1, :1])
+    more = [jnp.pad(array, ((0, 0), (0, 0), (0, 300), (0, 0)), constant_values=7) for array in (k, v)]
+    np.testing.assert_array_equal(np.asarray(run(q, *more, first, last)), whole)
+
+
 @pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_pytorch_tanh"])
 def test_activations(activation):
     for dtype in ("bfloat16", "float32"):
@@ -107,10 +149,10 @@ def test_activations(activation):
 
 @pytest.mark.slow
 def test_rotations():
-    frequencies = inverse_frequencies(64, 100000.0, RopeScaling())
+    rope = rope_of({"rope_type": "default", "rope_theta": 100000.0}, 64)
     position = jnp.asarray(np.random.RandomState(0).randint(0, 8192, (64, 1)), jnp.int32)
     x = random(0, (64, 1, 9, 64), "bfloat16")
-    assert_rows_alike(lambda x, position: rotate(x, *rotary(position, frequencies)), x, position)
+    assert_rows_alike(lambda x, position: rotate(x, *rotary(position, rope)), x, position)
 
 
 @pytest.mark.parametrize("k", [100, pytest.param(4099, marks=pytest.mark.slow)])
@@ -151,17 +193,21 @@ def test_the_choice_of_a_token_and_its_log_probability(vocab):
     assert_rows_alike(run, logits, jnp.arange(12, dtype=jnp.uint32), rows=(1, 5, 12))
 
 
+GEMMA = {"tie_word_embeddings": True, "sliding_window": 12}
 # Hidden, intermediate, query heads, key/value heads, size of a head, vocabulary: of models that people use, one layer each.
 SHAPES = {
-    "576": ModelConfig(49152, 576, 1536, 1, 9, 3, 64, 2048, tie_word_embeddings=True),
-    "1024": ModelConfig(151936, 1024, 3072, 1, 16, 8, 128, 2048, tie_word_embeddings=True, qk_norm=True),
-    "1536": ModelConfig(151936, 1536, 8960, 1, 12, 2, 128, 2048, tie_word_embeddings=True, qkv_bias=True),
-    "2048": ModelConfig(32000, 2048, 5632, 1, 32, 4, 64, 2048),
-    "4096": ModelConfig(32000, 4096, 14336, 1, 32, 8, 128, 2048),
+    "576": shape(49152, 576, 1536, 1, 9, 3, 64, 2048, tie_word_embeddings=True),
+    "1024": shape(151936, 1024, 3072, 1, 16, 8, 128, 2048, "qwen3", tie_word_embeddings=True),
+    "1536": shape(151936, 1536, 8960, 1, 12, 2, 128, 2048, "qwen2", tie_word_embeddings=True),
+    "2048": shape(32000, 2048, 5632, 1, 32, 4, 64, 2048),
+    "4096": shape(32000, 4096, 14336, 1, 32, 8, 128, 2048),
+    # Gemma's layers, one of each kind; of Gemma 2, and of Gemma 3 with another scale.
+    "gemma2": shape(8192, 640, 1280, 2, 4, 2, 64, 2048, "gemma2", **GEMMA, attn_logit_softcapping=5.0, final_logit_softcapping=9.0),
+    "gemma3": shape(8192, 640, 1280, 2, 4, 1, 64, 2048, "gemma3_text", **GEMMA, query_pre_attn_scalar=100),
 }
 QUICK, LONG = (
-    {("576", "bfloat16")},
-    {("576", "float32")},
+    {("576", "bfloat16"), ("gemma2", "bfloat16"), ("gemma3", "bfloat16")},
+    {("576", "float32"), ("gemma2", "float32"), ("gemma3", "float32")},
 )
 # Batch and window, and the buckets of their buffers.
 PROGRAMS = ((1, 1, 256), (1, 6, 256), (2, 1, 512), (4, 16, 256), (8, 8, 256))
@@ -184,8 +230,8 @@ def test_whole_models(name, dtype):
     """Logits of every position, in every program, are those of the widest."""
     network = Network(SHAPES[name])
     params = {
-        leaf: (jax.random.normal(jax.random.key(i), shape) / shape[-1] ** 0.5 + (len(shape) == 1)).astype(dtype)
-        for i, (leaf, shape) in enumerate(network.shapes().items())
+        leaf: (jax.random.normal(jax.random.key(i), t.shape) / t.shape[-1] ** 0.5 + (len(t.shape) == 1)).astype(dtype)
+        for i, (leaf, t) in enumerate(network.tensors().items())
     }
     tokens = np.random.RandomState(0).randint(0, network.vocab_size, (8, 36)).astype(np.int32)
     fed = 20

@@ -21,8 +21,8 @@ NEW = 24
 
 def shallow(model, name):
     """The model cut to its first layer, a fast one of the same tokenizer."""
-    network = Network(dataclasses.replace(model.network.config, num_hidden_layers=1))
-    params = {name: model.params[name] + 0 for name in network.shapes()}
+    network = Network(dataclasses.replace(model.network.config, layers=model.network.config.layers[:1]))
+    params = {name: model.params[name] + 0 for name in network.tensors()}
     return dataclasses.replace(model, network=network, params=params, card=dataclasses.replace(model.card, name=name))
 
 

@@ -20,6 +20,7 @@ from mlspecqd_jax.weights import layouts
 from mlspecqd_jax.weights.mx import quantize
 from mlspecqd_jax.weights.quantization import place_quantized, quantize_params
 from mlspecqd_jax.weights.quantized_array import QuantizedArray
+from mlspecqd_jax.weights.tensors import Tensor
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 CHIPS = mx_weights.CHIPS
@@ -73,7 +74,9 @@ def test_an_arranged_leaf_takes_the_place_of_the_stored_one(monkeypatch):
     params = {"model.layers.0.mlp.up_proj.weight": jnp.ones((64, 96)), "model.norm.weight": jnp.ones(96)}
 
     monkeypatch.setattr(layouts, "chip_of", lambda device: "TPU v3")
-    twin = quantize_params(params | {"lm_head.weight": jnp.ones((70, 96))}, dtype=jnp.bfloat16)
+    params |= {"lm_head.weight": jnp.ones((70, 96))}
+    tensors = {name: Tensor(leaf.shape, (), leaf.ndim == 2, ()) for name, leaf in params.items()}
+    twin = quantize_params(params, tensors, dtype=jnp.bfloat16)
     leaf = twin["model.layers.0.mlp.up_proj.weight"]
     assert {leaf.product for leaf in twin.values() if isinstance(leaf, QuantizedArray)} == {"grouped"}
     assert (leaf.chip, row_multiple(leaf, "bfloat16", "TPU v3")) == ("TPU v3", 16)
@@ -81,16 +84,16 @@ def test_an_arranged_leaf_takes_the_place_of_the_stored_one(monkeypatch):
     assert leaf.nbytes == 64 * 96 * 17 // 32
     assert twin["model.norm.weight"] is params["model.norm.weight"]
     with pytest.raises(ValueError, match="is in mxfp4 already"):
-        quantize_params(twin, "mxfp8_e4m3")
+        quantize_params(twin, tensors, "mxfp8_e4m3")
 
 
 def test_a_leaf_carries_how_it_is_split():
     mesh = jax.make_mesh((1,), ("model",))
-    for name, spec in (("q_proj.weight", ("model", None)), ("o_proj.weight", (None, "model"))):
-        leaf = place_quantized(name, quantize(jnp.ones((8, 64))), mesh)
-        assert tuple(leaf.spec) == spec
+    for axes in (("model", None), (None, "model")):
+        leaf = place_quantized(axes, quantize(jnp.ones((8, 64))), mesh)
+        assert tuple(leaf.spec) == axes
         assert all(array.sharding.spec == leaf.spec for array in leaf.arrays.values())
-    assert tuple(place_quantized("o_proj.weight", quantize(jnp.ones((8, 64))), None).spec) == (None, None)
+    assert tuple(place_quantized((None, "model"), quantize(jnp.ones((8, 64))), None).spec) == (None, None)
 
 
 # Prints, for each product and each way to split a weight, where its arrays lie; the results are checked on the way.
@@ -100,7 +103,7 @@ import jax, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
 import mx_weights
 from mlspecqd_jax.weights import layouts
-from mlspecqd_jax.weights.partition import usable_mesh
+from mlspecqd_jax.weights.placement import usable_mesh
 from mlspecqd_jax.weights.products import multiply
 from mlspecqd_jax.weights.quantized_array import QuantizedArray
 

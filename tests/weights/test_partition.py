@@ -12,7 +12,9 @@ import pytest
 import tiny
 from jax.sharding import Mesh, PartitionSpec
 
-from mlspecqd_jax.weights import partition
+from mlspecqd_jax.network.families import config_of
+from mlspecqd_jax.network.network import Network
+from mlspecqd_jax.weights.placement import weight_sharding
 
 pytestmark = pytest.mark.slow  # four devices, each program compiled for one and for four
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -166,7 +168,7 @@ def test_a_twin_on_four_devices_is_that_of_one(found):
 
 
 def test_elements_and_scales_are_split_alike(found):
-    """By the weight's row of the table; along K only into whole MX blocks."""
+    """By the weight's axes; along K only into whole MX blocks."""
     layer, weights = "model.layers.0", found["twin"]["weights"]
     assert len(weights) == 8
     assert weights[f"{layer}.self_attn.q_proj.weight"] == [[128, 40], [[32, 32]], [[32, 2]]]
@@ -195,7 +197,7 @@ def test_a_mesh_without_the_axis_is_refused(found):
         ("model.layers.0.input_layernorm.weight", ()),
     ],
 )
-def test_the_table(name, spec):
+def test_axes(name, spec):
     mesh = Mesh(np.array(jax.devices()[:1]), ("model",))
-    shape = (8, 8)[: 2 if len(spec) == 2 else 1]
-    assert partition.weight_sharding(name, shape, mesh).spec == PartitionSpec(*spec)
+    tensor = Network(config_of("qwen3", num_hidden_layers=11, attention_bias=True)).tensors()[name]
+    assert weight_sharding(tensor.axes, tensor.shape, mesh).spec == PartitionSpec(*spec)

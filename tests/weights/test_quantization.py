@@ -106,12 +106,13 @@ def test_elsewhere_than_on_cpu_a_tied_head_has_the_one_format_that_has_a_product
 
 
 def test_leaves_in_the_wanted_format_stay_and_others_are_refused(untied):
-    first = quantize_params(untied.params, policy={HEAD: None})
-    second = quantize_params(first)
+    tensors = untied.network.tensors()
+    first = quantize_params(untied.params, tensors, policy={HEAD: None})
+    second = quantize_params(first, tensors)
     assert all(second[name] is leaf for name, leaf in first.items() if name != HEAD)
     assert second[HEAD].format == "mxfp4"
     with pytest.raises(ValueError, match=r"_proj.weight is in mxfp4 already and cannot become mxfp8_e5m2; quantize the original"):
-        quantize_params(first, "mxfp8_e5m2")
+        quantize_params(first, tensors, "mxfp8_e5m2")
 
 
 def test_policy(untied):

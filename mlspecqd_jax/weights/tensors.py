@@ -1,0 +1,67 @@
+"""`Tensor`: what is known of a parameter before it is there: its shape, how it may be split and cast, and where a file holds it.
+
+Checkpoints fuse, transpose and interleave what a network keeps apart. One formula undoes all of it: rows of the file's tensors one
+after another, in equal groups, a slice of each group (`Source`).
+
+Notation: N outputs, K contracted, the last axis of a weight [N, K]; a bias is [N].
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+AXIS = "model"  # of a mesh, over which weights are split
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+
+
+class Source(NamedTuple):
+    """Rows of a file: those of `names` one after another, in `groups` equal parts; of each part, the rows from start to stop."""
+
+    names: tuple[str, ...]
+    groups: int = 1
+    start: int = 0
+    stop: int | None = None  # None is the end
+    transpose: bool = False  # whether the file holds [K, N]
+
+
+class Tensor(NamedTuple):
+    """A parameter."""
+
+    shape: tuple[int, ...]
+    axes: tuple[str | None, ...]  # the mesh axis over which each dimension may be split, or None; () splits nothing
+    linear: bool  # whether it is the weight of a linear layer, which may be quantized
+    sources: tuple[Source, ...]  # its rows are theirs, one source's after another's
+
+
+def read(tensor: Tensor, get: Callable[[str], np.ndarray]) -> np.ndarray:
+    """Return a parameter in its shape; `get` returns a tensor of the file by name."""
+    pieces = [_rows(source, tensor.shape[1:], get) for source in tensor.sources]
+    return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+
+def stored_shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each of the file's tensors that some parameters come from: as many rows as the furthest that is read."""
+    shapes = {}
+    for tensor in tensors.values():
+        for source in tensor.sources:
+            stop = source.start + tensor.shape[0] // source.groups if source.stop is None else source.stop
+            for name in source.names:
+                known = shapes.get(name, (0,))[-1 if source.transpose else 0]
+                shape = (max(known, source.groups * stop // len(source.names)), *tensor.shape[1:])
+                shapes[name] = shape[::-1] if source.transpose else shape
+    return shapes
+
+
+def parameters(tensors: Mapping[str, Tensor]) -> int:
+    """Count the numbers that the parameters hold."""
+    return sum(math.prod(tensor.shape) for tensor in tensors.values())
+
+
+def _rows(source: Source, rest: tuple[int, ...], get: Callable[[str], np.ndarray]) -> np.ndarray:
+    parts = [part.T if source.transpose else part for part in map(get, source.names)]
+    if len(parts) == 1 and source[1:4] == (1, 0, None):
+        return parts[0]  # as it was mapped
+    rows = np.concatenate(parts) if len(parts) > 1 else parts[0]
+    return rows.reshape(source.groups, -1, *rest)[:, source.start : source.stop].reshape(-1, *rest)
