@@ -126,7 +126,8 @@ static void check(Pool& pool, int64_t m, int64_t n, int64_t k, unsigned seed) {
 static double decoded(mx8::Format f, uint8_t code, uint8_t scale) {
   const int sign = code >> (f.bits() - 1), exponent = code >> f.mantissa_bits & ((1 << f.exponent_bits) - 1);
   const int fraction = code & ((1 << f.mantissa_bits) - 1), least = 1 - f.bias() - f.mantissa_bits;
-  const double magnitude = exponent == 0 ? std::ldexp(fraction, least) : std::ldexp((1 << f.mantissa_bits) + fraction, least + exponent - 1);
+  const double magnitude =
+      exponent == 0 ? std::ldexp(fraction, least) : std::ldexp((1 << f.mantissa_bits) + fraction, least + exponent - 1);
   return scale == 0 ? 0 : std::ldexp(sign ? -magnitude : magnitude, scale - 127);
 }
 
@@ -149,7 +150,8 @@ static void check_mx8(Pool& pool, int64_t m, int64_t n, int64_t blocks, unsigned
       for (int64_t i = 0; i < m * n; ++i) {
         double expected = 0, terms = 0;
         for (int64_t j = 0; j < k; ++j) {
-          const double term = widened(Bf16{x[i / n * k + j]}) * decoded(f, codes[i % n * k + j], scales[(i % n * k + j) / mx8::kBlock]);
+          const double term =
+              widened(Bf16{x[i / n * k + j]}) * decoded(f, codes[i % n * k + j], scales[(i % n * k + j) / mx8::kBlock]);
           expected += term, terms += std::abs(term);
         }
         require(std::abs(y[i] - expected) <= 1e-6 * terms, "mx8", choice.isa, m, n, k);
@@ -169,8 +171,8 @@ static void check_attention(Pool& pool, const attention::Shape& s, unsigned seed
   std::vector<int32_t> start(s.batch), first(s.batch * s.window), last(first);
   for (int64_t b = 0; b < s.batch; ++b) start[b] = static_cast<int32_t>(random() % (s.slots + 2)) - 1;
   for (size_t i = 0; i < last.size(); ++i) last[i] = static_cast<int32_t>(random() % (s.slots + 1)), first[i] = last[i] / 3 - 1;
-  put_window(reinterpret_cast<char*>(k.data()), start.data(), reinterpret_cast<const char*>(more.data()), s.batch, s.kv_heads, s.slots,
-             s.window, s.depth * static_cast<int64_t>(sizeof(Element)));
+  put_window(reinterpret_cast<char*>(k.data()), start.data(), reinterpret_cast<const char*>(more.data()), s.batch, s.kv_heads,
+             s.slots, s.window, s.depth * static_cast<int64_t>(sizeof(Element)));
   for (const auto& choice : attention_choices<Element>()) {
     if (!choice.supported) continue;
     std::vector<float> y(q.size(), NAN);

@@ -91,8 +91,8 @@ struct Shape {
 // out [B, W, H, D] from q [B, H, W, D] and k, v [B, Hkv, S, D]; the query at [b, w] sees the slots from first[b, w] to
 // last[b, w], both included.
 template <class Element, class Pool>
-void attention(const Kernel<Element>& kernel, Pool& pool, const Element* q, const Element* k, const Element* v, const int32_t* first,
-               const int32_t* last, float* out, const Shape& s) {
+void attention(const Kernel<Element>& kernel, Pool& pool, const Element* q, const Element* k, const Element* v,
+               const int32_t* first, const int32_t* last, float* out, const Shape& s) {
   const int lanes = kernel.lanes;
   const int64_t rows = s.heads / s.kv_heads * s.window, blocks = (rows + lanes - 1) / lanes, heads = s.batch * s.kv_heads;
   const float scale = 1 / std::sqrt(static_cast<float>(s.depth));

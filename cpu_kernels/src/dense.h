@@ -12,8 +12,8 @@ namespace mlspecqd::dense {
 
 constexpr int64_t kNear = 256;  // elements
 
-// One instruction set's product for one type: rows are prepared in blocks of `rows`, each of `activation_bytes` for every element of
-// K, rounded up to `step`; then any range of columns may be computed.
+// One instruction set's product for one type: rows are prepared in blocks of `rows`, each of `activation_bytes` for every element
+// of K, rounded up to `step`; then any range of columns may be computed.
 struct Kernel {
   int rows;
   int64_t step;

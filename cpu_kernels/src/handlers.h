@@ -1,5 +1,6 @@
 // The handlers behind XLA's FFI of the kernels that exist for every type of float, and the names of the instruction sets that this
-// processor can run. Each .cc file makes a library of some kernels, so that they are compiled side by side and when they are needed.
+// processor can run. Each .cc file makes a library of some kernels, so that they are compiled side by side and when they are
+// needed.
 
 #pragma once
 
@@ -82,8 +83,8 @@ static ffi::Error rotate_handler(ffi::ThreadPool pool, Heads<type> x, Thirds cos
   const auto a = x.dimensions(), c = cos.dimensions(), s = sin.dimensions(), out = y->dimensions();
   const bool result = out[0] == a[0] && out[1] == a[2] && out[2] == a[1] && out[3] == a[3];
   if (c[0] != a[0] || c[1] != a[1] || 2 * c[2] != a[3] || !std::equal(c.begin(), c.end(), s.begin()) || !result) return unfitting();
-  rotary::rotate(pool, elements(x), cos.typed_data(), sin.typed_data(), reinterpret_cast<Element*>(y->typed_data()), a[0], a[1], a[2],
-                 a[3]);
+  rotary::rotate(pool, elements(x), cos.typed_data(), sin.typed_data(), reinterpret_cast<Element*>(y->typed_data()), a[0], a[1],
+                 a[2], a[3]);
   return ffi::Error::Success();
 }
 
@@ -95,7 +96,8 @@ static ffi::Error attention_handler(ffi::ThreadPool pool, std::string_view isa, 
   const attention::Shape shape = {a[0], a[1], b[1], a[2], b[2], a[3]};
   const bool windows = f[0] == a[0] && f[1] == a[2] && l[0] == a[0] && l[1] == a[2];
   const bool result = out[0] == a[0] && out[1] == a[2] && out[2] == a[1] && out[3] == a[3];
-  if (!std::equal(b.begin(), b.end(), c.begin()) || b[0] != a[0] || b[3] != a[3] || b[1] == 0 || a[1] % b[1] || !windows || !result) {
+  if (!std::equal(b.begin(), b.end(), c.begin()) || b[0] != a[0] || b[3] != a[3] || b[1] == 0 || a[1] % b[1] || !windows ||
+      !result) {
     return unfitting();
   }
   const auto* kernel = choose(attention_choices<typename Stored<type>::Element>(), isa);
@@ -119,45 +121,45 @@ static const char* names(const Choices& choices) {
 
 }  // namespace mlspecqd
 
-#define MLSPECQD_HANDLERS(name, type)                                                     \
-  XLA_FFI_DEFINE_HANDLER_SYMBOL(matmul_##name, mlspecqd::dense_handler<xla::ffi::type>,       \
-                                xla::ffi::Ffi::Bind()                                         \
-                                    .Ctx<xla::ffi::ThreadPool>()                              \
-                                    .Attr<std::string_view>("isa")                            \
-                                    .Arg<mlspecqd::Matrix<xla::ffi::type>>()                  \
-                                    .Arg<mlspecqd::Matrix<xla::ffi::type>>()                  \
-                                    .Ret<mlspecqd::Y>());                                     \
-  XLA_FFI_DEFINE_HANDLER_SYMBOL(rms_norm_##name, mlspecqd::norm_handler<xla::ffi::type>,      \
-                                xla::ffi::Ffi::Bind()                                         \
-                                    .Ctx<xla::ffi::ThreadPool>()                              \
-                                    .Attr<std::string_view>("isa")                            \
-                                    .Attr<float>("eps")                                       \
-                                    .Arg<mlspecqd::Matrix<xla::ffi::type>>()                  \
-                                    .Arg<mlspecqd::Row<xla::ffi::type>>()                     \
-                                    .Ret<mlspecqd::Matrix<xla::ffi::type>>());                \
+#define MLSPECQD_HANDLERS(name, type) \
+  XLA_FFI_DEFINE_HANDLER_SYMBOL(matmul_##name, mlspecqd::dense_handler<xla::ffi::type>, \
+                                xla::ffi::Ffi::Bind() \
+                                    .Ctx<xla::ffi::ThreadPool>() \
+                                    .Attr<std::string_view>("isa") \
+                                    .Arg<mlspecqd::Matrix<xla::ffi::type>>() \
+                                    .Arg<mlspecqd::Matrix<xla::ffi::type>>() \
+                                    .Ret<mlspecqd::Y>()); \
+  XLA_FFI_DEFINE_HANDLER_SYMBOL(rms_norm_##name, mlspecqd::norm_handler<xla::ffi::type>, \
+                                xla::ffi::Ffi::Bind() \
+                                    .Ctx<xla::ffi::ThreadPool>() \
+                                    .Attr<std::string_view>("isa") \
+                                    .Attr<float>("eps") \
+                                    .Arg<mlspecqd::Matrix<xla::ffi::type>>() \
+                                    .Arg<mlspecqd::Row<xla::ffi::type>>() \
+                                    .Ret<mlspecqd::Matrix<xla::ffi::type>>()); \
   XLA_FFI_DEFINE_HANDLER_SYMBOL(attention_##name, mlspecqd::attention_handler<xla::ffi::type>, \
-                                xla::ffi::Ffi::Bind()                                         \
-                                    .Ctx<xla::ffi::ThreadPool>()                              \
-                                    .Attr<std::string_view>("isa")                            \
-                                    .Arg<mlspecqd::Heads<xla::ffi::type>>()                   \
-                                    .Arg<mlspecqd::Heads<xla::ffi::type>>()                   \
-                                    .Arg<mlspecqd::Heads<xla::ffi::type>>()                   \
-                                    .Arg<mlspecqd::Slots>()                                   \
-                                    .Arg<mlspecqd::Slots>()                                   \
-                                    .Ret<mlspecqd::HeadsOut>());                              \
-  XLA_FFI_DEFINE_HANDLER_SYMBOL(rotate_##name, mlspecqd::rotate_handler<xla::ffi::type>,      \
-                                xla::ffi::Ffi::Bind()                                         \
-                                    .Ctx<xla::ffi::ThreadPool>()                              \
-                                    .Arg<mlspecqd::Heads<xla::ffi::type>>()                   \
-                                    .Arg<mlspecqd::Thirds>()                                  \
-                                    .Arg<mlspecqd::Thirds>()                                  \
-                                    .Ret<mlspecqd::Heads<xla::ffi::type>>());                 \
-  extern "C" const char* matmul_##name##_isas() {                                            \
+                                xla::ffi::Ffi::Bind() \
+                                    .Ctx<xla::ffi::ThreadPool>() \
+                                    .Attr<std::string_view>("isa") \
+                                    .Arg<mlspecqd::Heads<xla::ffi::type>>() \
+                                    .Arg<mlspecqd::Heads<xla::ffi::type>>() \
+                                    .Arg<mlspecqd::Heads<xla::ffi::type>>() \
+                                    .Arg<mlspecqd::Slots>() \
+                                    .Arg<mlspecqd::Slots>() \
+                                    .Ret<mlspecqd::HeadsOut>()); \
+  XLA_FFI_DEFINE_HANDLER_SYMBOL(rotate_##name, mlspecqd::rotate_handler<xla::ffi::type>, \
+                                xla::ffi::Ffi::Bind() \
+                                    .Ctx<xla::ffi::ThreadPool>() \
+                                    .Arg<mlspecqd::Heads<xla::ffi::type>>() \
+                                    .Arg<mlspecqd::Thirds>() \
+                                    .Arg<mlspecqd::Thirds>() \
+                                    .Ret<mlspecqd::Heads<xla::ffi::type>>()); \
+  extern "C" const char* matmul_##name##_isas() { \
     return mlspecqd::names(mlspecqd::dense_choices<mlspecqd::Stored<xla::ffi::type>::Element>()); \
-  }                                                                                           \
-  extern "C" const char* rms_norm_##name##_isas() {                                          \
+  } \
+  extern "C" const char* rms_norm_##name##_isas() { \
     return mlspecqd::names(mlspecqd::norm_choices<mlspecqd::Stored<xla::ffi::type>::Element>()); \
-  }                                                                                           \
-  extern "C" const char* attention_##name##_isas() {                                         \
+  } \
+  extern "C" const char* attention_##name##_isas() { \
     return mlspecqd::names(mlspecqd::attention_choices<mlspecqd::Stored<xla::ffi::type>::Element>()); \
   }

@@ -1,9 +1,9 @@
 // mx8_matmul: x [M, K] bfloat16 by w [N, K] in an MX format of one element a byte to f32 [M, N], K a multiple of 32, once for each
 // instruction set. Six-bit elements lie in the low bits of their bytes.
 //
-// Nothing is rounded but the sums: an element times its block's scale is a number of f32, and so is that times a bfloat16. On x86 an
-// element is put into a float16 of the same sign, exponent field and leading mantissa bits, which the processor widens, subnormal
-// ones too. That is the element over 2^(15 - bias), so the sums are multiplied by that power at the end.
+// Nothing is rounded but the sums: an element times its block's scale is a number of f32, and so is that times a bfloat16. On x86
+// an element is put into a float16 of the same sign, exponent field and leading mantissa bits, which the processor widens,
+// subnormal ones too. That is the element over 2^(15 - bias), so the sums are multiplied by that power at the end.
 //
 // A scale byte of 0 is read as scale 0, and elements, products and sums below about 2^-112 count as zero. The codes that FP8 sets
 // aside for infinity and NaN never stand for a weight.

@@ -21,8 +21,8 @@ static ffi::Error put_window_handler(ffi::AnyBuffer buffer, Slot start, ffi::Any
   }
   if (out->untyped_data() != buffer.untyped_data()) std::memcpy(out->untyped_data(), buffer.untyped_data(), buffer.size_bytes());
   const auto row_bytes = a[3] * static_cast<int64_t>(ffi::ByteWidth(buffer.element_type()));
-  put_window(static_cast<char*>(out->untyped_data()), start.typed_data(), static_cast<const char*>(values.untyped_data()), a[0], a[1],
-             a[2], b[2], row_bytes);
+  put_window(static_cast<char*>(out->untyped_data()), start.typed_data(), static_cast<const char*>(values.untyped_data()), a[0],
+             a[1], a[2], b[2], row_bytes);
   return ffi::Error::Success();
 }
 
@@ -35,9 +35,6 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(angles, mlspecqd::angles_handler,
                                   .Ret<mlspecqd::Thirds>()
                                   .Ret<mlspecqd::Thirds>());
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(put_window, mlspecqd::put_window_handler,
-                              xla::ffi::Ffi::Bind()
-                                  .Arg<xla::ffi::AnyBuffer>()
-                                  .Arg<mlspecqd::Slot>()
-                                  .Arg<xla::ffi::AnyBuffer>()
-                                  .Ret<xla::ffi::AnyBuffer>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    put_window, mlspecqd::put_window_handler,
+    xla::ffi::Ffi::Bind().Arg<xla::ffi::AnyBuffer>().Arg<mlspecqd::Slot>().Arg<xla::ffi::AnyBuffer>().Ret<xla::ffi::AnyBuffer>());

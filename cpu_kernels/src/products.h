@@ -26,9 +26,7 @@ struct Choice {
 };
 
 #if defined(MLSPECQD_X86)
-inline bool has_avx2() {
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-}
+inline bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }
 inline bool has_avx512() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512vl");
@@ -126,9 +124,9 @@ auto choose(const Choices& choices, std::string_view isa) -> decltype(choices[0]
   return nullptr;
 }
 
-constexpr int64_t kChunkBytes = 64 << 10;        // of a weight: some microseconds of reading
+constexpr int64_t kChunkBytes = 64 << 10;    // of a weight: some microseconds of reading
 constexpr int64_t kLeastShared = 128 << 10;  // multiply-adds below which waking a thread takes longer than the work
-constexpr int64_t kChunkColumns = 12;            // a multiple of the tiles' widths
+constexpr int64_t kChunkColumns = 12;        // a multiple of the tiles' widths
 
 // Calls columns(x, rows, first row, begin, end) for all blocks of rows and ranges of columns, over the pool's threads.
 //
@@ -136,8 +134,8 @@ constexpr int64_t kChunkColumns = 12;            // a multiple of the tiles' wid
 //   block: rows prepared together, `block_bytes` for each row of them.
 //   prepare(first row, rows, out): writes a block of rows.
 template <class Pool, class Prepare, class Columns>
-void blocked(Pool& pool, int64_t m, int64_t n, int64_t k, int64_t row_bytes, int block, int64_t prepared_bytes, const Prepare& prepare,
-             const Columns& columns) {
+void blocked(Pool& pool, int64_t m, int64_t n, int64_t k, int64_t row_bytes, int block, int64_t prepared_bytes,
+             const Prepare& prepare, const Columns& columns) {
   if (m == 0 || n == 0) return;
   const Scratch prepared = scratch(m * prepared_bytes);
   {
@@ -169,8 +167,8 @@ void dense_matmul(const dense::Kernel& kernel, Pool& pool, const Element* x, con
 }
 
 template <class Pool>
-void mxfp4_matmul(const mxfp4::Kernel& kernel, Pool& pool, const uint16_t* x, const uint8_t* packed, const uint8_t* scales, float* out,
-                  int64_t m, int64_t n, int64_t k) {
+void mxfp4_matmul(const mxfp4::Kernel& kernel, Pool& pool, const uint16_t* x, const uint8_t* packed, const uint8_t* scales,
+                  float* out, int64_t m, int64_t n, int64_t k) {
   const int64_t prepared = (k + kernel.group - 1) / kernel.group * kernel.group_bytes;
   blocked(
       pool, m, n, k, k / 2, kernel.rows, prepared,
