@@ -7,6 +7,7 @@
 #include <deque>
 #include <functional>
 #include <mutex>
+#include <new>
 #include <random>
 #include <thread>
 #include <vector>
@@ -18,7 +19,8 @@ using namespace mlspecqd;
 
 class Pool {
  public:
-  explicit Pool(int threads) {
+  // Every `failing`th task finds no memory; none for 0.
+  explicit Pool(int threads, int failing = 0) : failing_(failing) {
     for (int i = 0; i < threads; ++i) threads_.emplace_back([this] { run(); });
   }
   ~Pool() {
@@ -33,6 +35,7 @@ class Pool {
   void Schedule(std::function<void()> task) {
     {
       std::lock_guard<std::mutex> lock(mutex_);
+      if (failing_ > 0 && ++asked_ % failing_ == 0) throw std::bad_alloc();
       tasks_.push_back(std::move(task));
     }
     wake_.notify_one();
@@ -56,6 +59,7 @@ class Pool {
   std::condition_variable wake_;
   std::deque<std::function<void()>> tasks_;
   bool closing_ = false;
+  int failing_, asked_ = 0;
   std::vector<std::thread> threads_;
 };
 
@@ -200,7 +204,7 @@ static void check_attention(Pool& pool, const attention::Shape& s, unsigned seed
 }
 
 int main() {
-  Pool pool(3);
+  Pool pool(3), failing(3, 2);
   const auto all = [&pool](unsigned seed) {
     for (int64_t m : {1, 2, 3, 4, 7, 8, 9, 19}) {
       for (int64_t n : {1, 3, 13, 29}) {
@@ -208,12 +212,14 @@ int main() {
       }
     }
     check(pool, 3, 700, 544, seed);  // large enough for the pool
+    check(failing, 3, 700, 544, seed);
     for (int64_t m : {1, 2, 3, 4, 7, 8, 9, 19}) {
       for (int64_t n : {1, 3, 13}) {
         for (int64_t blocks : {1, 2, 5}) check_mx8(pool, m, n, blocks, seed++);
       }
     }
     check_mx8(pool, 3, 700, 17, seed);
+    check_attention<float>(failing, {2, 6, 3, 18, 77, 20}, seed);
     for (int64_t slots : {1, 31, 32, 77}) {
       for (int64_t window : {1, 5, 18}) {
         for (int64_t depth : {1, 8, 20}) {

@@ -10,9 +10,11 @@
 
 #pragma once
 
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #include "floats.h"
 #include "registers.h"
@@ -40,7 +42,6 @@ struct Kernel {
 namespace portable {
 
 #define TARGET
-#define FOUR_ROWS
 
 using namespace registers::portable;
 
@@ -71,7 +72,6 @@ struct Decoder {
 #include "mx8_tile.inc"
 
 #undef TARGET
-#undef FOUR_ROWS
 
 }  // namespace portable
 
@@ -95,7 +95,6 @@ struct InFloat16 {
 namespace avx2 {
 
 #define TARGET __attribute__((target("avx2,fma,f16c")))
-#define FOUR_ROWS
 
 using namespace registers::avx2;
 
@@ -120,7 +119,6 @@ struct Decoder : InFloat16 {
 #include "mx8_tile.inc"
 
 #undef TARGET
-#undef FOUR_ROWS
 
 }  // namespace avx2
 

@@ -99,7 +99,7 @@ template <class Element, class Pool>
 void rms_norm(Rows<Element> kernel, Pool& pool, const Element* x, const Element* weight, float eps, Element* out, int64_t m,
               int64_t k) {
   const int64_t each = kLeastElements / (k > 0 ? k : 1) + 1;
-  for_each_chunk(pool, (m + each - 1) / each, [&](int64_t chunk) {
+  for_each_chunk(pool, (m + each - 1) / each, 0, [&](int64_t chunk, char*) noexcept {
     const int64_t begin = chunk * each, end = begin + each < m ? begin + each : m;
     kernel(x, weight, begin, end, k, eps, out);
   });

@@ -1,5 +1,7 @@
 // What depends on positions, whatever the type of the numbers: angles, and writing a window into a cache.
 
+#include <cstring>
+
 #include "handlers.h"
 #include "put_window.h"
 
@@ -28,13 +30,5 @@ static ffi::Error put_window_handler(ffi::AnyBuffer buffer, Slot start, ffi::Any
 
 }  // namespace mlspecqd
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(angles, mlspecqd::angles_handler,
-                              xla::ffi::Ffi::Bind()
-                                  .Arg<mlspecqd::Slots>()
-                                  .Arg<mlspecqd::Row<xla::ffi::F32>>()
-                                  .Ret<mlspecqd::Thirds>()
-                                  .Ret<mlspecqd::Thirds>());
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    put_window, mlspecqd::put_window_handler,
-    xla::ffi::Ffi::Bind().Arg<xla::ffi::AnyBuffer>().Arg<mlspecqd::Slot>().Arg<xla::ffi::AnyBuffer>().Ret<xla::ffi::AnyBuffer>());
+MLSPECQD_HANDLER(angles, angles_handler)
+MLSPECQD_HANDLER(put_window, put_window_handler)
