@@ -6,7 +6,7 @@ import json
 import math
 import os
 import pathlib
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -29,12 +29,15 @@ DTYPES = ("bfloat16", "float32", "float16")
 SAMPLING_KEYS = ("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
+Leaf = jax.Array | MXFP4Array | MXArray | layouts.LaidOut
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Model:
     """A loaded model: the static network, its parameters by Hugging Face's tensor names, and its card."""
 
     network: Network
-    params: dict[str, jax.Array | MXFP4Array | MXArray | layouts.LaidOut]
+    params: dict[str, Leaf]
     card: Card
     folder: pathlib.Path
     recipe: Recipe | None = None  # how the weights were quantized
@@ -43,6 +46,11 @@ class Model:
     @property
     def tokenizer(self):
         return self.card.tokenizer
+
+    @property
+    def embedding(self) -> jax.Array:
+        """The input embedding, which is of the model's dtype, on its device, and never quantized."""
+        return cast(jax.Array, self.params[EMBEDDING])
 
     @property
     def num_parameters(self) -> int:
@@ -77,18 +85,18 @@ class Model:
                 f"{self.card.name} is quantized already (format {self.recipe.format}, scale rule {self.recipe.scale_rule}, "
                 f"policy {dict(self.recipe.policy)}); quantize the original model instead"
             )
-        dtype = self.params[EMBEDDING].dtype
-        finish = functools.partial(layouts.for_device, dtype=dtype, mesh=self.network.mesh)
+        finish = functools.partial(layouts.for_device, dtype=self.embedding.dtype, mesh=self.network.mesh)
         if recipe in self.drafts:
             params = self.params | checkpoint.restore_draft(self.folder, self.network, recipe, finish)
         else:
-            params = quantize_params(self.params, format, dict(recipe.policy), scale_rule, self.network.mesh, finish)
+            arrays = cast(dict[str, jax.Array], self.params)  # as without a recipe
+            params = quantize_params(arrays, format, dict(recipe.policy), scale_rule, self.network.mesh, finish)
         card = dataclasses.replace(self.card, name=f"{self.card.name}@{format}")
         return dataclasses.replace(self, params=params, card=card, recipe=recipe)
 
     def _recipe(self, format: str, policy: Policy | None = None, scale_rule: str = "floor") -> Recipe:
         if policy is None:
-            platform = next(iter(self.params[EMBEDDING].devices())).platform
+            platform = next(iter(self.embedding.devices())).platform
             policy = default_policy(format, HEAD not in self.network.shapes(), platform)
         return Recipe(format, tuple(policy.items()), scale_rule)
 
@@ -123,7 +131,7 @@ def load(model: str | os.PathLike, *, dtype: str = "bfloat16", mesh: Mesh | None
     )
     converted = checkpoint.is_converted(folder)
     read = checkpoint.restore if converted else huggingface.read_params
-    params = read(folder, Network(config, mesh), jnp.dtype(dtype), mesh)
+    params: dict[str, Leaf] = {**read(folder, Network(config, mesh), jnp.dtype(dtype), mesh)}
     # What the files hold decides whether the embedding is the head too.
     network = Network(dataclasses.replace(config, tie_word_embeddings=weight_files.HEAD not in params), mesh)
     return Model(network, params, card, folder, drafts=checkpoint.drafts(folder, dtype) if converted else ())
@@ -179,14 +187,15 @@ def convert(
     twins = {}
     if draft is not None:
         recipe = loaded._recipe(draft)
-        twins[recipe] = quantize_params(loaded.params, draft, dict(recipe.policy), mesh=loaded.network.mesh)
+        arrays = cast(dict[str, jax.Array], loaded.params)  # as they are read
+        twins[recipe] = quantize_params(arrays, draft, dict(recipe.policy), mesh=loaded.network.mesh)
     checkpoint.save(folder, loaded.folder, loaded.params, twins)
     return folder
 
 
 def enable_compilation_cache() -> None:
     """Keep compiled programs in the user's cache folder, unless jax was told where to keep them (or not to)."""
-    if jax.config.jax_compilation_cache_dir is None:
+    if jax.config.values["jax_compilation_cache_dir"] is None:
         base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
         jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(base) / "mlspecqd-jax" / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
