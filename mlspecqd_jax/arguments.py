@@ -15,6 +15,7 @@ from typing import Annotated, Any, NamedTuple, TypedDict, get_type_hints
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from mlspecqd_jax.errors import InputError
 
@@ -208,7 +209,7 @@ def integers(name: str, value: Any, axes: str) -> jax.Array:
 
 def brief(value: Any, most: int = 60) -> str:
     """Return what a message shows of a value: one line, whatever it is, and of a text at most so many characters."""
-    if isinstance(value, jax.core.Tracer):
+    if isinstance(value, Tracer):
         return "a traced value"
     if isinstance(value, (np.ndarray, jax.Array)):
         return f"an array of {value.dtype.name} of shape {list(value.shape)}"
@@ -226,7 +227,7 @@ def brief(value: Any, most: int = 60) -> str:
 
 def is_array(value: Any) -> bool:
     """Return whether a value is a numpy or jax array whose numbers are known."""
-    return isinstance(value, (np.ndarray, jax.Array)) and not isinstance(value, jax.core.Tracer)
+    return isinstance(value, (np.ndarray, jax.Array)) and not isinstance(value, Tracer)
 
 
 def _listed(array):

@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         arguments = _parser().parse_args(argv)
         with warnings.catch_warnings():
-            warnings.showwarning = _show_warning
+            warnings.showwarning = _show_warning  # ty: ignore[invalid-assignment]  (ty takes functions for types of their own)
             arguments.run(arguments)
         console.put("")
         return 0
@@ -162,6 +162,7 @@ def _generate(a: argparse.Namespace) -> None:
         finally:
             console.put("\n")
         out = stream.generation
+        assert out is not None  # since the stream has ended
     _print_summary(out.report)
     if not a.draft:
         console.say(f"[by default drafted with --draft {' --draft '.join(drafts)}; --draft none decodes plainly]")

@@ -1,6 +1,7 @@
 """Writing to stdout and stderr, whatever a shell made of them: closed, full, of another encoding, or left by their reader."""
 
 import errno
+import io
 import os
 import sys
 
@@ -11,7 +12,7 @@ def prepare() -> None:
     """Give up streams that are closed, and escape what a stream's encoding cannot spell."""
     sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure") and (stream.encoding or "").lower().replace("-", "") != "utf8":
+        if isinstance(stream, io.TextIOWrapper) and (stream.encoding or "").lower().replace("-", "") != "utf8":
             stream.reconfigure(errors="backslashreplace")
 
 

@@ -12,7 +12,6 @@ import jax
 
 import cpu_kernels
 from mlspecqd_jax.loading.models import Model
-from mlspecqd_jax.weights.quantization import EMBEDDING
 
 
 class Row(NamedTuple):
@@ -55,9 +54,8 @@ def drafts_for(device: str, nbytes: int) -> tuple[str, ...]:
 
 def device_kind(model: Model) -> str:
     """Return the table's name for the device that a model is on."""
-    weight = model.params[EMBEDDING]
-    platform = next(iter(weight.devices())).platform
+    platform = next(iter(model.embedding.devices())).platform
     if platform != "cpu":
         return "tpu" if platform == "tpu" else "gpu"
-    in_cpp = weight.dtype == jax.numpy.bfloat16 and model.network.mesh is None and cpu_kernels.usable()
+    in_cpp = model.embedding.dtype == jax.numpy.bfloat16 and model.network.mesh is None and cpu_kernels.usable()
     return "cpu" if in_cpp else "cpu-xla"

@@ -43,7 +43,8 @@ def parse(specs: Sequence[str]) -> list[Spec]:
 
 
 def _parse(spec: str, above: str | None) -> Spec:
-    base, _, digits = re.fullmatch(r"(.*?)(:(\d+))?", spec, re.DOTALL).groups()
+    ended = re.fullmatch(r"(.*):(\d+)", spec, re.DOTALL)
+    base, digits = ended.groups() if ended else (spec, None)
     draft_len = None if digits is None else check_draft_len(int(digits))
     if above is not None and above.partition(":")[0] == NGRAM:
         raise InputError(f"--draft {spec} cannot draft for ngram, which has no weights; put ngram last")

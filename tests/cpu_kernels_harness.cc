@@ -7,6 +7,7 @@
 #include <deque>
 #include <functional>
 #include <mutex>
+#include <new>
 #include <random>
 #include <thread>
 #include <vector>
@@ -18,7 +19,8 @@ using namespace mlspecqd;
 
 class Pool {
  public:
-  explicit Pool(int threads) {
+  // Every `failing`th task finds no memory; none for 0.
+  explicit Pool(int threads, int failing = 0) : failing_(failing) {
     for (int i = 0; i < threads; ++i) threads_.emplace_back([this] { run(); });
   }
   ~Pool() {
@@ -33,6 +35,7 @@ class Pool {
   void Schedule(std::function<void()> task) {
     {
       std::lock_guard<std::mutex> lock(mutex_);
+      if (failing_ > 0 && ++asked_ % failing_ == 0) throw std::bad_alloc();
       tasks_.push_back(std::move(task));
     }
     wake_.notify_one();
@@ -56,6 +59,7 @@ class Pool {
   std::condition_variable wake_;
   std::deque<std::function<void()>> tasks_;
   bool closing_ = false;
+  int failing_, asked_ = 0;
   std::vector<std::thread> threads_;
 };
 
@@ -126,7 +130,8 @@ static void check(Pool& pool, int64_t m, int64_t n, int64_t k, unsigned seed) {
 static double decoded(mx8::Format f, uint8_t code, uint8_t scale) {
   const int sign = code >> (f.bits() - 1), exponent = code >> f.mantissa_bits & ((1 << f.exponent_bits) - 1);
   const int fraction = code & ((1 << f.mantissa_bits) - 1), least = 1 - f.bias() - f.mantissa_bits;
-  const double magnitude = exponent == 0 ? std::ldexp(fraction, least) : std::ldexp((1 << f.mantissa_bits) + fraction, least + exponent - 1);
+  const double magnitude =
+      exponent == 0 ? std::ldexp(fraction, least) : std::ldexp((1 << f.mantissa_bits) + fraction, least + exponent - 1);
   return scale == 0 ? 0 : std::ldexp(sign ? -magnitude : magnitude, scale - 127);
 }
 
@@ -149,7 +154,8 @@ static void check_mx8(Pool& pool, int64_t m, int64_t n, int64_t blocks, unsigned
       for (int64_t i = 0; i < m * n; ++i) {
         double expected = 0, terms = 0;
         for (int64_t j = 0; j < k; ++j) {
-          const double term = widened(Bf16{x[i / n * k + j]}) * decoded(f, codes[i % n * k + j], scales[(i % n * k + j) / mx8::kBlock]);
+          const double term =
+              widened(Bf16{x[i / n * k + j]}) * decoded(f, codes[i % n * k + j], scales[(i % n * k + j) / mx8::kBlock]);
           expected += term, terms += std::abs(term);
         }
         require(std::abs(y[i] - expected) <= 1e-6 * terms, "mx8", choice.isa, m, n, k);
@@ -169,8 +175,8 @@ static void check_attention(Pool& pool, const attention::Shape& s, unsigned seed
   std::vector<int32_t> start(s.batch), first(s.batch * s.window), last(first);
   for (int64_t b = 0; b < s.batch; ++b) start[b] = static_cast<int32_t>(random() % (s.slots + 2)) - 1;
   for (size_t i = 0; i < last.size(); ++i) last[i] = static_cast<int32_t>(random() % (s.slots + 1)), first[i] = last[i] / 3 - 1;
-  put_window(reinterpret_cast<char*>(k.data()), start.data(), reinterpret_cast<const char*>(more.data()), s.batch, s.kv_heads, s.slots,
-             s.window, s.depth * static_cast<int64_t>(sizeof(Element)));
+  put_window(reinterpret_cast<char*>(k.data()), start.data(), reinterpret_cast<const char*>(more.data()), s.batch, s.kv_heads,
+             s.slots, s.window, s.depth * static_cast<int64_t>(sizeof(Element)));
   for (const auto& choice : attention_choices<Element>()) {
     if (!choice.supported) continue;
     std::vector<float> y(q.size(), NAN);
@@ -198,7 +204,7 @@ static void check_attention(Pool& pool, const attention::Shape& s, unsigned seed
 }
 
 int main() {
-  Pool pool(3);
+  Pool pool(3), failing(3, 2);
   const auto all = [&pool](unsigned seed) {
     for (int64_t m : {1, 2, 3, 4, 7, 8, 9, 19}) {
       for (int64_t n : {1, 3, 13, 29}) {
@@ -206,12 +212,14 @@ int main() {
       }
     }
     check(pool, 3, 700, 544, seed);  // large enough for the pool
+    check(failing, 3, 700, 544, seed);
     for (int64_t m : {1, 2, 3, 4, 7, 8, 9, 19}) {
       for (int64_t n : {1, 3, 13}) {
         for (int64_t blocks : {1, 2, 5}) check_mx8(pool, m, n, blocks, seed++);
       }
     }
     check_mx8(pool, 3, 700, 17, seed);
+    check_attention<float>(failing, {2, 6, 3, 18, 77, 20}, seed);
     for (int64_t slots : {1, 31, 32, 77}) {
       for (int64_t window : {1, 5, 18}) {
         for (int64_t depth : {1, 8, 20}) {

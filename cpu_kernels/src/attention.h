@@ -12,7 +12,6 @@
 
 #include "floats.h"
 #include "parallel.h"
-#include "scratch.h"
 #include "target.h"
 
 namespace mlspecqd::attention {
@@ -91,12 +90,15 @@ struct Shape {
 // out [B, W, H, D] from q [B, H, W, D] and k, v [B, Hkv, S, D]; the query at [b, w] sees the slots from first[b, w] to
 // last[b, w], both included.
 template <class Element, class Pool>
-void attention(const Kernel<Element>& kernel, Pool& pool, const Element* q, const Element* k, const Element* v, const int32_t* first,
-               const int32_t* last, float* out, const Shape& s) {
+void attention(const Kernel<Element>& kernel, Pool& pool, const Element* q, const Element* k, const Element* v,
+               const int32_t* first, const int32_t* last, float* out, const Shape& s) {
   const int lanes = kernel.lanes;
   const int64_t rows = s.heads / s.kv_heads * s.window, blocks = (rows + lanes - 1) / lanes, heads = s.batch * s.kv_heads;
   const float scale = 1 / std::sqrt(static_cast<float>(s.depth));
-  const auto block = [&](int64_t chunk) {
+  int64_t most = 0;  // slots that any query sees
+  for (int64_t i = 0; i < s.batch * s.window; ++i) most = std::max(most, std::min<int64_t>(int64_t{last[i]} + 1, s.slots));
+  const int64_t floats = (2 * s.depth + rounded_up(most, kTile)) * lanes + kTile * s.depth;
+  const auto block = [&](int64_t chunk, char* memory) noexcept {
     const int64_t head = chunk / blocks, begin = chunk % blocks * lanes, batch = head / s.kv_heads;
     const int there = static_cast<int>(std::min<int64_t>(lanes, rows - begin));
     alignas(64) int32_t from[kMostLanes] = {}, to[kMostLanes] = {};
@@ -107,24 +109,23 @@ void attention(const Kernel<Element>& kernel, Pool& pool, const Element* q, cons
       to[lane] = static_cast<int32_t>(std::min<int64_t>(int64_t{last[at]} + 1, s.slots));
       slots = std::max<int64_t>(slots, to[lane]);
     }
-    const int64_t tiles = (slots + kTile - 1) / kTile * kTile;
-    const Scratch memory = scratch(((2 * s.depth + tiles) * lanes + kTile * s.depth) * sizeof(float));
-    float* const queries = reinterpret_cast<float*>(memory.get());
+    float* const queries = reinterpret_cast<float*>(memory);
     float *const result = queries + s.depth * lanes, *const weights = result + s.depth * lanes;
+    float* const tile = weights + rounded_up(slots, kTile) * lanes;
     std::memset(queries, 0, s.depth * lanes * sizeof(float));
     for (int lane = 0; lane < there; ++lane) {
       const Element* const row = q + (head * rows + begin + lane) * s.depth;
       for (int64_t d = 0; d < s.depth; ++d) queries[d * lanes + lane] = widened(row[d]);
     }
     const int64_t cache = head * s.slots * s.depth;
-    kernel.attend(queries, k + cache, v + cache, from, to, slots, s.depth, scale, weights + tiles * lanes, weights, result);
+    kernel.attend(queries, k + cache, v + cache, from, to, slots, s.depth, scale, tile, weights, result);
     for (int lane = 0; lane < there; ++lane) {
       const int64_t row = begin + lane, h = head % s.kv_heads * (s.heads / s.kv_heads) + row / s.window;
       float* const to_row = out + ((batch * s.window + row % s.window) * s.heads + h) * s.depth;
       for (int64_t d = 0; d < s.depth; ++d) to_row[d] = result[d * lanes + lane];
     }
   };
-  for_each_chunk(pool, heads * blocks, block);
+  for_each_chunk(pool, heads * blocks, floats * static_cast<int64_t>(sizeof(float)), block);
 }
 
 }  // namespace mlspecqd::attention

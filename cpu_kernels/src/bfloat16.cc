@@ -1,3 +1,3 @@
 #include "handlers.h"
 
-MLSPECQD_HANDLERS(bfloat16, BF16)
+MLSPECQD_OF_FLOATS(bfloat16, BF16)

@@ -2,8 +2,10 @@
 
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #include "floats.h"
 #include "registers.h"
@@ -12,8 +14,8 @@ namespace mlspecqd::dense {
 
 constexpr int64_t kNear = 256;  // elements
 
-// One instruction set's product for one type: rows are prepared in blocks of `rows`, each of `activation_bytes` for every element of
-// K, rounded up to `step`; then any range of columns may be computed.
+// One instruction set's product for one type: rows are prepared in blocks of `rows`, each of `activation_bytes` for every element
+// of K, rounded up to `step`; then any range of columns may be computed.
 struct Kernel {
   int rows;
   int64_t step;
@@ -26,7 +28,6 @@ namespace portable {
 
 #define TARGET
 #define KEEP(a)
-#define FOUR_ROWS
 
 using Activation = float;
 constexpr int kStep = 8, kParts = 1, kRows = 4;
@@ -66,7 +67,6 @@ using Element = float;
 
 #undef TARGET
 #undef KEEP
-#undef FOUR_ROWS
 
 }  // namespace portable
 
@@ -79,7 +79,6 @@ using Element = float;
 namespace avx2 {
 
 #define TARGET __attribute__((target("avx2,fma,f16c")))
-#define FOUR_ROWS
 
 using namespace registers::avx2;
 using Activation = float;
@@ -127,7 +126,6 @@ constexpr int kStep = 8, kParts = 1;
 }  // namespace f32
 
 #undef TARGET
-#undef FOUR_ROWS
 
 }  // namespace avx2
 

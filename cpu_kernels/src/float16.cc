@@ -1,3 +1,3 @@
 #include "handlers.h"
 
-MLSPECQD_HANDLERS(float16, F16)
+MLSPECQD_OF_FLOATS(float16, F16)

@@ -1,3 +1,3 @@
 #include "handlers.h"
 
-MLSPECQD_HANDLERS(float32, F32)
+MLSPECQD_OF_FLOATS(float32, F32)

@@ -1,18 +1,20 @@
 // mx8_matmul: x [M, K] bfloat16 by w [N, K] in an MX format of one element a byte to f32 [M, N], K a multiple of 32, once for each
 // instruction set. Six-bit elements lie in the low bits of their bytes.
 //
-// Nothing is rounded but the sums: an element times its block's scale is a number of f32, and so is that times a bfloat16. On x86 an
-// element is put into a float16 of the same sign, exponent field and leading mantissa bits, which the processor widens, subnormal
-// ones too. That is the element over 2^(15 - bias), so the sums are multiplied by that power at the end.
+// Nothing is rounded but the sums: an element times its block's scale is a number of f32, and so is that times a bfloat16. On x86
+// an element is put into a float16 of the same sign, exponent field and leading mantissa bits, which the processor widens,
+// subnormal ones too. That is the element over 2^(15 - bias), so the sums are multiplied by that power at the end.
 //
 // A scale byte of 0 is read as scale 0, and elements, products and sums below about 2^-112 count as zero. The codes that FP8 sets
 // aside for infinity and NaN never stand for a weight.
 
 #pragma once
 
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #include "floats.h"
 #include "registers.h"
@@ -40,7 +42,6 @@ struct Kernel {
 namespace portable {
 
 #define TARGET
-#define FOUR_ROWS
 
 using namespace registers::portable;
 
@@ -71,7 +72,6 @@ struct Decoder {
 #include "mx8_tile.inc"
 
 #undef TARGET
-#undef FOUR_ROWS
 
 }  // namespace portable
 
@@ -95,7 +95,6 @@ struct InFloat16 {
 namespace avx2 {
 
 #define TARGET __attribute__((target("avx2,fma,f16c")))
-#define FOUR_ROWS
 
 using namespace registers::avx2;
 
@@ -120,7 +119,6 @@ struct Decoder : InFloat16 {
 #include "mx8_tile.inc"
 
 #undef TARGET
-#undef FOUR_ROWS
 
 }  // namespace avx2
 

@@ -145,8 +145,10 @@ TARGET inline void prepare_block(const uint16_t* x, int lane, Group* group) {
   const __m512 even = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
   const __m512 odd = _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(0xffff0000)));
   alignas(16) int32_t words[8];
-  _mm_store_si128(reinterpret_cast<__m128i*>(words), _mm512_maskz_cvtepi32_epi8(some, _mm512_cvtps_epi32(_mm512_mul_ps(even, scale))));
-  _mm_store_si128(reinterpret_cast<__m128i*>(words + 4), _mm512_maskz_cvtepi32_epi8(some, _mm512_cvtps_epi32(_mm512_mul_ps(odd, scale))));
+  _mm_store_si128(reinterpret_cast<__m128i*>(words),
+                  _mm512_maskz_cvtepi32_epi8(some, _mm512_cvtps_epi32(_mm512_mul_ps(even, scale))));
+  _mm_store_si128(reinterpret_cast<__m128i*>(words + 4),
+                  _mm512_maskz_cvtepi32_epi8(some, _mm512_cvtps_epi32(_mm512_mul_ps(odd, scale))));
   for (int j = 0; j < 8; ++j) group->elements[j][lane] = words[j];
   group->factor[lane] = f.back;
 }
@@ -168,7 +170,8 @@ TARGET inline void prepare(const uint16_t* x, int rows, int64_t k, void* out) {
   }
 }
 
-// One group of a row of the weight: dword j of its blocks, a block a lane, as elements (the even, then the odd ones), and the scales.
+// One group of a row of the weight: dword j of its blocks, a block a lane, as elements (the even, then the odd ones), and the
+// scales.
 struct Decoded {
   __m512i elements[8];
   __m512 scale;
@@ -178,7 +181,7 @@ struct Decoded {
 //   blocks: how many of the group's blocks there are; those missing are read as zero elements with scale 0.
 //   next: bytes from here to the same place in the tile that comes next, which is fetched meanwhile.
 TARGET inline __attribute__((always_inline)) void decode(const uint8_t* packed, const uint8_t* scales, int64_t blocks, int64_t next,
-                                                            Decoded& out) {
+                                                         Decoded& out) {
   const __m512i table = _mm512_broadcast_i32x4(_mm_setr_epi8(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0));
   const __m128i order = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
   const __m512i low = _mm512_set1_epi8(15);
@@ -236,8 +239,8 @@ TARGET void tile(const Group* x, const uint8_t* packed, const uint8_t* scales, i
 }
 
 template <int MT>
-TARGET void columns(const Group* x, const uint8_t* packed, const uint8_t* scales, int64_t blocks, int64_t begin, int64_t end, float* out,
-                    int64_t stride) {
+TARGET void columns(const Group* x, const uint8_t* packed, const uint8_t* scales, int64_t blocks, int64_t begin, int64_t end,
+                    float* out, int64_t stride) {
   constexpr int NT = MT <= 2 ? 4 : 2;
   int64_t n = begin;
   for (; n + NT <= end; n += NT) {
@@ -337,8 +340,7 @@ TARGET inline void dot(const Group* x, const uint8_t* packed, const uint8_t* sca
           pairs = _mm256_setzero_si256();
         }
       }
-      sums[m] = _mm256_fmadd_ps(
-          _mm256_mul_ps(_mm256_cvtepi32_ps(total), _mm256_load_ps(x[m].factor)), scale, sums[m]);
+      sums[m] = _mm256_fmadd_ps(_mm256_mul_ps(_mm256_cvtepi32_ps(total), _mm256_load_ps(x[m].factor)), scale, sums[m]);
     }
   }
 #pragma GCC unroll 8
@@ -348,8 +350,8 @@ TARGET inline void dot(const Group* x, const uint8_t* packed, const uint8_t* sca
 }
 
 template <int MT>
-TARGET void columns(const Group* x, const uint8_t* packed, const uint8_t* scales, int64_t blocks, int64_t begin, int64_t end, float* out,
-                    int64_t stride) {
+TARGET void columns(const Group* x, const uint8_t* packed, const uint8_t* scales, int64_t blocks, int64_t begin, int64_t end,
+                    float* out, int64_t stride) {
   for (int64_t n = begin; n < end; ++n) {
     dot<MT>(x, packed + n * blocks * (kBlock / 2), scales + n * blocks, blocks, out + n, stride);
   }

@@ -1,7 +1,7 @@
 // rms_norm: x / sqrt(mean(x^2) + eps) * weight, row by row, in f32.
 //
-// A row's squares are added in sixteen lanes, each in order, and the lanes in one fixed order, so that its bits depend on nothing else:
-// neither on other rows, nor on the instruction set, since no multiply-add is fused.
+// A row's squares are added in sixteen lanes, each in order, and the lanes in one fixed order, so that its bits depend on nothing
+// else: neither on other rows, nor on the instruction set, since no multiply-add is fused.
 
 #pragma once
 
@@ -96,9 +96,10 @@ constexpr int64_t kLeastElements = 16 << 10;  // of a chunk: some microseconds o
 
 // out [M, K] from x [M, K] and weight [K].
 template <class Element, class Pool>
-void rms_norm(Rows<Element> kernel, Pool& pool, const Element* x, const Element* weight, float eps, Element* out, int64_t m, int64_t k) {
+void rms_norm(Rows<Element> kernel, Pool& pool, const Element* x, const Element* weight, float eps, Element* out, int64_t m,
+              int64_t k) {
   const int64_t each = kLeastElements / (k > 0 ? k : 1) + 1;
-  for_each_chunk(pool, (m + each - 1) / each, [&](int64_t chunk) {
+  for_each_chunk(pool, (m + each - 1) / each, 0, [&](int64_t chunk, char*) noexcept {
     const int64_t begin = chunk * each, end = begin + each < m ? begin + each : m;
     kernel(x, weight, begin, end, k, eps, out);
   });

@@ -7,14 +7,16 @@
 #include <cstdint>
 #include <memory>
 #include <thread>
+#include <type_traits>
 
+#include "scratch.h"
 #include "target.h"
 
 namespace mlspecqd {
 
 // Rounds results below the least normal number to zero and reads such numbers as zero, as long as it lives. Threads of a pool and
 // threads of Python come with different settings, and a result must not depend on the thread that made it.
-class FlushSubnormals {
+class [[maybe_unused]] FlushSubnormals {
  public:
 #if defined(MLSPECQD_X86)
   FlushSubnormals() : saved_(_mm_getcsr()) { _mm_setcsr((saved_ & ~kRounding) | kFlushToZero | kDenormalsAreZero); }
@@ -44,30 +46,41 @@ inline void pause() {
 #endif
 }
 
-// Calls body(chunk) for every chunk in [0, chunks) and returns when all are done.
+// Calls body(chunk, memory) for every chunk in [0, chunks) and returns when all are done; `memory` is room for `bytes`, aligned to
+// a register, that no other thread has meanwhile.
 //
 // Every participant takes the next chunk from one counter, so the caller can do all of them alone: it never waits for a task that
 // has not begun, only for chunks that another thread is in the middle of. A task that the pool runs late finds no chunk left; the
-// counters outlive the call for it, the body does not.
+// counters outlive the call for it, the body and the memory do not.
+//
+// Throws std::bad_alloc before anything has begun, and never later: nothing catches what leaves a task of a pool, and the body must
+// not be gone while tasks run.
 template <class Pool, class Body>
-void for_each_chunk(Pool& pool, int64_t chunks, const Body& body) {
+void for_each_chunk(Pool& pool, int64_t chunks, int64_t bytes, const Body& body) {
+  static_assert(std::is_nothrow_invocable_v<const Body&, int64_t, char*>, "nothing catches what a task of a pool throws");
   struct Shared {
     std::atomic<int64_t> next{0};
     std::atomic<int64_t> done{0};
   };
-  const auto work = [chunks](Shared& shared, const Body* body) {
+  const auto work = [chunks](Shared& shared, const Body* call, char* memory) noexcept {
     FlushSubnormals flush;
     for (int64_t chunk; (chunk = shared.next.fetch_add(1, std::memory_order_relaxed)) < chunks;) {
-      (*body)(chunk);
+      (*call)(chunk, memory);
       shared.done.fetch_add(1, std::memory_order_release);
     }
   };
-  const auto shared = std::make_shared<Shared>();
   const int64_t helpers = chunks > 1 ? std::min<int64_t>(pool.num_threads(), chunks) - 1 : 0;
-  for (int64_t i = 0; i < helpers; ++i) {
-    pool.Schedule([shared, work, body = &body] { work(*shared, body); });
+  const int64_t each = rounded_up(bytes, kAlignment);
+  const Scratch memory = scratch((helpers + 1) * each);
+  const auto shared = std::make_shared<Shared>();
+  try {
+    for (int64_t i = 1; i <= helpers; ++i) {
+      pool.Schedule([shared, work, call = &body, own = memory.get() + i * each]() noexcept { work(*shared, call, own); });
+    }
+  } catch (...) {
+    // A task that cannot be made is done without.
   }
-  work(*shared, &body);
+  work(*shared, &body, memory.get());
   for (int spins = 0; shared->done.load(std::memory_order_acquire) < chunks; ++spins) {
     if (spins < 4096) {
       pause();

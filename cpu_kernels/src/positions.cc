@@ -1,5 +1,7 @@
 // What depends on positions, whatever the type of the numbers: angles, and writing a window into a cache.
 
+#include <cstring>
+
 #include "handlers.h"
 #include "put_window.h"
 
@@ -21,23 +23,12 @@ static ffi::Error put_window_handler(ffi::AnyBuffer buffer, Slot start, ffi::Any
   }
   if (out->untyped_data() != buffer.untyped_data()) std::memcpy(out->untyped_data(), buffer.untyped_data(), buffer.size_bytes());
   const auto row_bytes = a[3] * static_cast<int64_t>(ffi::ByteWidth(buffer.element_type()));
-  put_window(static_cast<char*>(out->untyped_data()), start.typed_data(), static_cast<const char*>(values.untyped_data()), a[0], a[1],
-             a[2], b[2], row_bytes);
+  put_window(static_cast<char*>(out->untyped_data()), start.typed_data(), static_cast<const char*>(values.untyped_data()), a[0],
+             a[1], a[2], b[2], row_bytes);
   return ffi::Error::Success();
 }
 
 }  // namespace mlspecqd
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(angles, mlspecqd::angles_handler,
-                              xla::ffi::Ffi::Bind()
-                                  .Arg<mlspecqd::Slots>()
-                                  .Arg<mlspecqd::Row<xla::ffi::F32>>()
-                                  .Ret<mlspecqd::Thirds>()
-                                  .Ret<mlspecqd::Thirds>());
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(put_window, mlspecqd::put_window_handler,
-                              xla::ffi::Ffi::Bind()
-                                  .Arg<xla::ffi::AnyBuffer>()
-                                  .Arg<mlspecqd::Slot>()
-                                  .Arg<xla::ffi::AnyBuffer>()
-                                  .Ret<xla::ffi::AnyBuffer>());
+MLSPECQD_HANDLER(angles, angles_handler)
+MLSPECQD_HANDLER(put_window, put_window_handler)

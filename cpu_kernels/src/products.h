@@ -6,6 +6,7 @@
 #include <array>
 #include <cstdint>
 #include <string_view>
+#include <utility>
 
 #include "attention.h"
 #include "dense.h"
@@ -15,6 +16,10 @@
 #include "parallel.h"
 #include "rotary.h"
 #include "scratch.h"
+
+#if defined(MLSPECQD_X86)
+#include <cpuid.h>
+#endif
 
 namespace mlspecqd {
 
@@ -26,9 +31,12 @@ struct Choice {
 };
 
 #if defined(MLSPECQD_X86)
-inline bool has_avx2() {
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+// Clang before 16 knows no "f16c" here.
+inline bool has_f16c() {
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
 }
+inline bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c(); }
 inline bool has_avx512() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512vl");
@@ -126,9 +134,9 @@ auto choose(const Choices& choices, std::string_view isa) -> decltype(choices[0]
   return nullptr;
 }
 
-constexpr int64_t kChunkBytes = 64 << 10;        // of a weight: some microseconds of reading
+constexpr int64_t kChunkBytes = 64 << 10;    // of a weight: some microseconds of reading
 constexpr int64_t kLeastShared = 128 << 10;  // multiply-adds below which waking a thread takes longer than the work
-constexpr int64_t kChunkColumns = 12;            // a multiple of the tiles' widths
+constexpr int64_t kChunkColumns = 12;        // a multiple of the tiles' widths
 
 // Calls columns(x, rows, first row, begin, end) for all blocks of rows and ranges of columns, over the pool's threads.
 //
@@ -136,8 +144,8 @@ constexpr int64_t kChunkColumns = 12;            // a multiple of the tiles' wid
 //   block: rows prepared together, `block_bytes` for each row of them.
 //   prepare(first row, rows, out): writes a block of rows.
 template <class Pool, class Prepare, class Columns>
-void blocked(Pool& pool, int64_t m, int64_t n, int64_t k, int64_t row_bytes, int block, int64_t prepared_bytes, const Prepare& prepare,
-             const Columns& columns) {
+void blocked(Pool& pool, int64_t m, int64_t n, int64_t k, int64_t row_bytes, int block, int64_t prepared_bytes,
+             const Prepare& prepare, const Columns& columns) {
   if (m == 0 || n == 0) return;
   const Scratch prepared = scratch(m * prepared_bytes);
   {
@@ -147,8 +155,8 @@ void blocked(Pool& pool, int64_t m, int64_t n, int64_t k, int64_t row_bytes, int
     }
   }
   const int64_t wanted = std::max<int64_t>(kChunkBytes / std::max<int64_t>(row_bytes, 1), 1);
-  const int64_t width = m * n * k < kLeastShared ? n : (wanted + kChunkColumns - 1) / kChunkColumns * kChunkColumns;
-  for_each_chunk(pool, (n + width - 1) / width, [&](int64_t chunk) {
+  const int64_t width = m * n * k < kLeastShared ? n : rounded_up(wanted, kChunkColumns);
+  for_each_chunk(pool, (n + width - 1) / width, 0, [&](int64_t chunk, char*) noexcept {
     const int64_t begin = chunk * width, end = std::min(n, begin + width);
     for (int64_t at = 0; at < m; at += block) {
       columns(at, static_cast<int>(std::min<int64_t>(block, m - at)), prepared.get() + at * prepared_bytes, begin, end);
@@ -159,7 +167,7 @@ void blocked(Pool& pool, int64_t m, int64_t n, int64_t k, int64_t row_bytes, int
 template <class Element, class Pool>
 void dense_matmul(const dense::Kernel& kernel, Pool& pool, const Element* x, const Element* w, float* out, int64_t m, int64_t n,
                   int64_t k) {
-  const int64_t prepared = (k + kernel.step - 1) / kernel.step * kernel.step * kernel.activation_bytes;
+  const int64_t prepared = rounded_up(k, kernel.step) * kernel.activation_bytes;
   blocked(
       pool, m, n, k, sizeof(Element) * k, kernel.rows, prepared,
       [&](int64_t at, int rows, char* block) { kernel.prepare(x + at * k, rows, k, block); },
@@ -169,8 +177,8 @@ void dense_matmul(const dense::Kernel& kernel, Pool& pool, const Element* x, con
 }
 
 template <class Pool>
-void mxfp4_matmul(const mxfp4::Kernel& kernel, Pool& pool, const uint16_t* x, const uint8_t* packed, const uint8_t* scales, float* out,
-                  int64_t m, int64_t n, int64_t k) {
+void mxfp4_matmul(const mxfp4::Kernel& kernel, Pool& pool, const uint16_t* x, const uint8_t* packed, const uint8_t* scales,
+                  float* out, int64_t m, int64_t n, int64_t k) {
   const int64_t prepared = (k + kernel.group - 1) / kernel.group * kernel.group_bytes;
   blocked(
       pool, m, n, k, k / 2, kernel.rows, prepared,

@@ -13,7 +13,8 @@ namespace mlspecqd {
 inline void put_window(char* buffer, const int32_t* start, const char* values, int64_t batch, int64_t heads, int64_t slots,
                        int64_t window, int64_t row_bytes) {
   for (int64_t b = 0; b < batch; ++b) {
-    const int64_t begin = std::clamp<int64_t>(-int64_t{start[b]}, 0, window), end = std::clamp<int64_t>(slots - start[b], begin, window);
+    const int64_t begin = std::clamp<int64_t>(-int64_t{start[b]}, 0, window);
+    const int64_t end = std::clamp<int64_t>(slots - start[b], begin, window);
     for (int64_t row = b * heads; row < (b + 1) * heads; ++row) {
       std::memcpy(buffer + (row * slots + start[b] + begin) * row_bytes, values + (row * window + begin) * row_bytes,
                   (end - begin) * row_bytes);

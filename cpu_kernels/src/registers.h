@@ -1,5 +1,5 @@
-// Registers of f32 lanes as the tiles of the products use them, once for each instruction set: zero, load, a fused multiply-add, and
-// the sums of lanes in one fixed order.
+// Registers of f32 lanes as the tiles of the products use them, once for each instruction set: zero, load, a fused multiply-add,
+// and the sums of lanes in one fixed order.
 
 #pragma once
 

@@ -27,10 +27,10 @@ constexpr int64_t kLeastElements = 16 << 10;  // of a chunk: some microseconds o
 
 // out [B, H, W, D] from x [B, W, H, D]: the pairs (i, i + D/2) rotated by cos, sin [B, W, D/2].
 template <class Element, class Pool>
-void rotate(Pool& pool, const Element* x, const float* cos, const float* sin, Element* out, int64_t batch, int64_t window, int64_t heads,
-            int64_t depth) {
+void rotate(Pool& pool, const Element* x, const float* cos, const float* sin, Element* out, int64_t batch, int64_t window,
+            int64_t heads, int64_t depth) {
   const int64_t half = depth / 2, each = kLeastElements / std::max<int64_t>(heads * depth, 1) + 1, rows = batch * window;
-  for_each_chunk(pool, (rows + each - 1) / each, [&](int64_t chunk) {
+  for_each_chunk(pool, (rows + each - 1) / each, 0, [&](int64_t chunk, char*) noexcept {
     for (int64_t row = chunk * each; row < std::min(rows, (chunk + 1) * each); ++row) {
       const float *const c = cos + row * half, *const s = sin + row * half;
       for (int64_t h = 0; h < heads; ++h) {

@@ -149,7 +149,7 @@ def _quiet():
 
 def _mark_finished(folder: pathlib.Path, params: dict[str, jax.Array], drafts: list[Recipe]) -> None:
     dtypes = sorted({leaf.dtype.name for leaf in params.values()})
-    marker = {"format": VERSION, "dtypes": dtypes, "bytes": sum(leaf.nbytes for leaf in params.values())}
+    marker: dict[str, Any] = {"format": VERSION, "dtypes": dtypes, "bytes": sum(leaf.nbytes for leaf in params.values())}
     marker |= {
         "drafts": [recipe.format for recipe in drafts],
         "policies": {recipe.format: dict(recipe.policy) for recipe in drafts},

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import os
 import pathlib
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ from mlspecqd_jax.text.card import Card
 from mlspecqd_jax.weights.formats import FORMATS, check_format
 from mlspecqd_jax.weights.placement import usable_mesh
 from mlspecqd_jax.weights.quantization import Policy, Recipe, default_policy, quantize_params
-from mlspecqd_jax.weights.quantized_array import QuantizedArray
+from mlspecqd_jax.weights.quantized_array import Leaf
 from mlspecqd_jax.weights.tensors import EMBEDDING, HEAD, parameters
 
 DTYPES = ("bfloat16", "float32", "float16")
@@ -33,7 +33,7 @@ class Model:
     """A loaded model: the static network, its parameters by Hugging Face's tensor names, and its card."""
 
     network: Network
-    params: dict[str, jax.Array | QuantizedArray]
+    params: dict[str, Leaf]
     card: Card
     folder: pathlib.Path
     recipe: Recipe | None = None  # how the weights were quantized
@@ -42,6 +42,11 @@ class Model:
     @property
     def tokenizer(self):
         return self.card.tokenizer
+
+    @property
+    def embedding(self) -> jax.Array:
+        """The input embedding, which is of the model's dtype, on its device, and never quantized."""
+        return cast(jax.Array, self.params[EMBEDDING])
 
     @property
     def num_parameters(self) -> int:
@@ -76,18 +81,19 @@ class Model:
                 f"{self.card.name} is quantized already (format {self.recipe.format}, scale rule {self.recipe.scale_rule}, "
                 f"policy {dict(self.recipe.policy)}); quantize the original model instead"
             )
-        dtype = self.params[EMBEDDING].dtype
+        dtype = self.embedding.dtype
         if recipe in self.drafts:
             params = self.params | checkpoint.restore_draft(self.folder, self.network, recipe, dtype)
         else:
+            arrays = cast(dict[str, jax.Array], self.params)  # as without a recipe
             tensors, mesh = self.network.tensors(), self.network.mesh
-            params = quantize_params(self.params, tensors, format, dict(recipe.policy), scale_rule, mesh, dtype)
+            params = quantize_params(arrays, tensors, format, dict(recipe.policy), scale_rule, mesh, dtype)
         card = dataclasses.replace(self.card, name=f"{self.card.name}@{format}")
         return dataclasses.replace(self, params=params, card=card, recipe=recipe)
 
     def _recipe(self, format: str, policy: Policy | None = None, scale_rule: str = "floor") -> Recipe:
         if policy is None:
-            platform = next(iter(self.params[EMBEDDING].devices())).platform
+            platform = next(iter(self.embedding.devices())).platform
             policy = default_policy(format, self.network.config.tied, platform)
         return Recipe(format, tuple(policy.items()), scale_rule)
 
@@ -122,7 +128,7 @@ def load(model: str | os.PathLike, *, dtype: str = "bfloat16", mesh: Mesh | None
     )
     converted = checkpoint.is_converted(folder)
     read = checkpoint.restore if converted else huggingface.read_params
-    params = read(folder, Network(config, mesh), jnp.dtype(dtype), mesh)
+    params: dict[str, Leaf] = {**read(folder, Network(config, mesh), jnp.dtype(dtype), mesh)}
     # What the files hold decides whether the embedding is the head too.
     network = Network(dataclasses.replace(config, tied=HEAD not in params), mesh)
     return Model(network, params, card, folder, drafts=checkpoint.drafts(folder, dtype) if converted else ())
@@ -178,16 +184,16 @@ def convert(
     twins = {}
     if draft is not None:
         recipe = loaded._recipe(draft)
-        twins[recipe] = quantize_params(
-            loaded.params, loaded.network.tensors(), draft, dict(recipe.policy), mesh=loaded.network.mesh
-        )
+        arrays = cast(dict[str, jax.Array], loaded.params)  # as they are read
+        tensors, mesh = loaded.network.tensors(), loaded.network.mesh
+        twins[recipe] = quantize_params(arrays, tensors, draft, dict(recipe.policy), mesh=mesh)
     checkpoint.save(folder, loaded.folder, loaded.params, twins)
     return folder
 
 
 def enable_compilation_cache() -> None:
     """Keep compiled programs in the user's cache folder, unless jax was told where to keep them (or not to)."""
-    if jax.config.jax_compilation_cache_dir is None:
+    if jax.config.values["jax_compilation_cache_dir"] is None:
         base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
         jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(base) / "mlspecqd-jax" / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)

@@ -10,6 +10,7 @@ import contextlib
 import datetime
 import json
 import sys
+from typing import Any, cast
 
 CPU_SECONDS, MEMORY = 2, 2**30
 # Of the request: {"path": sys.path, "template": text, "conversations": [[message]], "variables": {name: value}, "most": characters}
@@ -55,7 +56,7 @@ def _environment():
     class Generation(Extension):
         """`{% generation %}` marks for training what an assistant wrote; here it is its body."""
 
-        tags = frozenset(["generation"])
+        tags = {"generation"}  # noqa: RUF012  (jinja2's is no ClassVar)
 
         def parse(self, parser):
             line = next(parser.stream).lineno
@@ -69,8 +70,9 @@ def _environment():
 
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
     environment.filters["tojson"] = tojson
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+    functions = cast(dict[str, Any], environment.globals)
+    functions["raise_exception"] = raise_exception
+    functions["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
     return environment
 
 

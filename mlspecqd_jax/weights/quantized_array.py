@@ -61,3 +61,6 @@ class QuantizedArray:
     def scales_e8m0(self) -> jax.Array:
         """The scales of a stored weight as float8_e8m0fnu [N, K32 / 32]."""
         return jax.lax.bitcast_convert_type(self.arrays["scales"], jnp.float8_e8m0fnu)
+
+
+Leaf = jax.Array | QuantizedArray  # what a model's parameters are

@@ -29,11 +29,31 @@ print(matmul.implementation("cpu"))
 for _ in range(2):
     print(matmul.linear(jnp.ones((2, 3, 40), jnp.bfloat16), jnp.ones((5, 40), jnp.bfloat16), out_dtype=jnp.float32).sum())
 """
+# 64 bytes of scores a slot for either head, on the threads of a pool; the first and the last call see one slot.
+SCORES = """
+import resource
+import jax, jax.numpy as jnp
+import cpu_kernels
+slots = 1 << 22
+q, first = jnp.ones((1, 2, 1, 1), jnp.bfloat16), jnp.zeros((1, 1), jnp.int32)
+kv = jnp.ones((1, 2, slots, 1), jnp.bfloat16)
+attend = jax.jit(cpu_kernels.attention)
+print(attend(q, kv, kv, first, first).tolist())
+with open("/proc/self/statm") as file:
+    size = int(file.read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (size + (slots << 5), resource.RLIM_INFINITY))
+try:
+    attend(q, kv, kv, first, first + slots - 1).block_until_ready()
+except (jax.errors.JaxRuntimeError, ValueError) as error:  # the first, by its documentation
+    print(str(error).splitlines()[0])
+print(attend(q, kv, kv, first, first).tolist())
+"""
+WARNINGS = ("-Wall", "-Wextra", "-Wshadow", "-Werror")  # here and not in a user's build, whose compiler may know newer ones
 XLA, CPP = "XLA dot, at least two rows\n1200.0\n1200.0\n", "C++ for bfloat16"
 
 
-def start(cache, **environment):
-    command = [sys.executable, "-c", PRODUCT]
+def start(cache, program=PRODUCT, **environment):
+    command = [sys.executable, "-c", program]
     environment = (
         {k: v for k, v in os.environ.items() if k not in ("CXX", build.SWITCH)}
         | {
@@ -159,3 +179,22 @@ def test_sanitizers_find_nothing(tmp_path, sanitizers):
     process = subprocess.run([harness], capture_output=True, text=True, timeout=300)
     assert process.returncode == 0, process.stdout + process.stderr
     assert process.stdout.endswith("done\n")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", [(), ("-DMLSPECQD_PORTABLE",)], ids=["all", "portable"])
+@pytest.mark.parametrize("compiler", ["g++", "clang++"])
+@pytest.mark.parametrize("unit", sorted(UNITS))
+def test_no_compiler_warns(tmp_path, compiler, unit, form):
+    if shutil.which(compiler) is None:
+        pytest.skip(f"needs {compiler}")
+    assert build.compile_library((compiler,), unit, tmp_path / "out.so", (*WARNINGS, *form)) is None
+
+
+@needs_compiler
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a limit of the address space that holds")
+def test_memory_that_cannot_be_had_is_an_error_of_the_call(tmp_path):
+    """Attention's scores are the only memory that grows with what is seen; a process that may not have it goes on."""
+    process = start(tmp_path, program=SCORES, XDG_CACHE_HOME=os.environ["XDG_CACHE_HOME"])
+    out, _ = outcome(process)
+    assert out == "[[[[1.0], [1.0]]]]\nRESOURCE_EXHAUSTED: out of memory\n[[[[1.0], [1.0]]]]\n"

@@ -68,7 +68,8 @@ def test_the_wheel_works_outside_the_tree(tmp_path):
         f"pallas_kernels/{name}.py" for name in ("reference", "xla", "tpu", "gpu", "fallbacks", "product", "products", "blocks")
     ]
     demos = [f"mlspecqd_jax/_demo/{name}/model.safetensors" for name in ("demo", "demo-small")]
-    for needed in ("mlspecqd_jax/cli.py", *kernels, *demos, *sources):
+    typed = [f"{package}/py.typed" for package in ("mlspecqd_jax", "pallas_kernels", "cpu_kernels")]
+    for needed in ("mlspecqd_jax/cli.py", *kernels, *demos, *sources, *typed):
         assert needed in names
     assert not [name for name in names if name.startswith(("tests/", "examples/", "benchmarks/"))]
     run(sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", tmp_path / "site", wheel)
