@@ -1,4 +1,4 @@
-"""The README's tables of one accelerator: products, generation with random weights, and exactness of a real model."""
+"""The tables of one accelerator: products, generation with random weights, and exactness of a real model."""
 
 # By part of the result: whether XLA timed algorithms for each product.
 ALGORITHMS = {

@@ -1,4 +1,4 @@
-"""The README's table of programs compiled for chips that were not there."""
+"""The table of programs compiled for chips that were not there."""
 
 
 def programs(result: dict) -> str:

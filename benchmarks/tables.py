@@ -1,7 +1,7 @@
-"""Writes the README's tables from the JSON under benchmarks/results.
+"""Writes the tables of benchmarks/README.md, and the README's headline rows, from the JSON under benchmarks/results.
 
 python benchmarks/tables.py            # rewrite what stands between the markers
-python benchmarks/tables.py --check    # exit 1 if the README says anything else
+python benchmarks/tables.py --check    # exit 1 if a page says anything else, and name what
 """
 
 import argparse
@@ -13,6 +13,7 @@ from pathlib import Path
 import accelerator_tables
 import aot_tables
 import cpu_tables
+import headlines
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -145,30 +146,39 @@ TABLES = {
 }
 
 
-def rewritten(readme: str) -> str:
-    """Return the README with every table made anew; what has not been measured has none."""
-    for name, make in TABLES.items():
-        result = RESULTS / f"{name}.json"
-        if not result.exists():
-            continue
-        table = make(json.loads(result.read_text()))
-        readme, found = re.subn(
-            rf"(<!-- {name} -->\n).*?(<!-- end -->)", lambda m, t=table: f"{m[1]}{t}\n{m[2]}", readme, flags=re.DOTALL
-        )
-        if not found:
-            raise SystemExit(f"README.md has no place for the table {name}")
-    return readme
+def made(results: dict[str, dict]) -> dict[str, dict[str, str]]:
+    """Return the tables of each page by the names of their places; what has not been measured has none."""
+    return {
+        "README.md": {"headlines": headlines.headlines(results)},
+        "benchmarks/README.md": {name: make(results[name]) for name, make in TABLES.items() if name in results},
+    }
+
+
+def place(name: str) -> re.Pattern:
+    """Return what finds a table's place: its marker, what stands there, and the end."""
+    return re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", flags=re.DOTALL)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true")
     check = parser.parse_args().check
-    path = ROOT / "README.md"
-    text = path.read_text(encoding="utf-8")
-    if check:
-        sys.exit(0 if rewritten(text) == text else "README.md differs from benchmarks/results; run python benchmarks/tables.py")
-    path.write_text(rewritten(text), encoding="utf-8")
+    stale = []
+    for page, tables in made({file.stem: json.loads(file.read_text()) for file in RESULTS.glob("*.json")}).items():
+        path = ROOT / page
+        text = path.read_text(encoding="utf-8")
+        for name, table in tables.items():
+            found = place(name).search(text)
+            if not found:
+                raise SystemExit(f"{page} has no place for the table {name}")
+            rewritten = f"{found[1]}{table}\n{found[2]}"
+            if rewritten != found[0]:
+                stale.append(f"{name} in {page}")
+                text = text[: found.start()] + rewritten + text[found.end() :]
+        if not check:
+            path.write_text(text, encoding="utf-8")
+    if check and stale:
+        sys.exit(f"not what benchmarks/results say: {', '.join(stale)}; run python benchmarks/tables.py")
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
 A draft pays where a pass over it costs less than the passes over the target that it saves. Look-up costs next to nothing, but the
 windows that judge it cost what they cost; a twin reads a third of the target's bytes, which is a gain only where reading them is
-what takes the time. `python benchmarks/decode.py` and `benchmarks/accelerator.py` measure both, and the README's tables hold what
-they found.
+what takes the time. `python benchmarks/decode.py` and `benchmarks/accelerator.py` measure both, and the tables of
+`benchmarks/README.md` hold what they found.
 """
 
 from typing import NamedTuple

@@ -1,8 +1,9 @@
-"""What ships: the README's tables and commands, the examples, and the wheel outside the tree."""
+"""What ships: the pages with their tables, commands and links, the examples, and the wheel outside the tree."""
 
 import os
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -24,8 +25,48 @@ def run(*command, cwd=ROOT, **environment):
     return process.stdout
 
 
-def test_readme_tables_are_made_from_the_results():
+def test_tables_are_made_from_the_results():
     run(sys.executable, "benchmarks/tables.py", "--check")
+
+
+@pytest.mark.parametrize(("page", "place"), [("README.md", "headlines"), ("benchmarks/README.md", "startup-cpu")])
+def test_a_stale_table_is_named_and_made_anew(tmp_path, page, place):
+    shutil.copytree(ROOT / "benchmarks", tmp_path / "benchmarks", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "README.md", tmp_path)
+    text = (tmp_path / page).read_text(encoding="utf-8")
+    (tmp_path / page).write_text(text.replace(f"<!-- {place} -->\n", f"<!-- {place} -->\nstale\n"), encoding="utf-8")
+    command = [sys.executable, "benchmarks/tables.py"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    check = subprocess.run([*command, "--check"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert check.returncode == 1
+    assert f"{place} in {page}" in check.stderr
+    run(*command, cwd=tmp_path, PYTHONPATH=str(ROOT))
+    assert (tmp_path / page).read_text(encoding="utf-8") == text
+
+
+def anchors(page: pathlib.Path) -> set[str]:
+    """Return the names of a page's headings, as GitHub makes them."""
+    heads = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+
+
+@pytest.mark.parametrize(
+    "page", ["README.md", "benchmarks/README.md", *sorted(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))]
+)
+def test_links_of_the_pages_lead_somewhere(page):
+    path = ROOT / page
+    for link in re.findall(r"\]\(([^)\s]+)\)", path.read_text(encoding="utf-8")):
+        if "://" not in link:
+            to, _, anchor = link.partition("#")
+            target = path.parent / to if to else path
+            assert target.exists(), link
+            assert not anchor or anchor in anchors(target), link
+
+
+def test_readme_is_short_and_the_source_distribution_has_the_rest():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 130
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["hatch"]["build"]["targets"]["sdist"]
+    assert {"README.md", "docs", "benchmarks", "examples"} <= set(settings["include"])
 
 
 def test_readme_has_the_two_commands_that_ci_runs():
