@@ -30,10 +30,9 @@ def draw(run, plain, prompt: str, decoded: list[str], how: str, stem: Path) -> l
         upper.tick_params(labelbottom=False)
         middle.set_xlabel("milliseconds")
         lower.axis("off")
-        counts = [sum(p.depth == depth for p in run.passes) for depth in range(len(run.names))]
-        each = " and ".join(f"{n} of the {'target' if not depth else 'draft'}" for depth, n in enumerate(counts) if n)
-        title(upper, f"with drafts: {each}, {run.seconds:.2f} s ({plain.seconds / run.seconds:.2f} x plain decoding)")
-        title(middle, f"plain decoding: {len(plain.passes)} passes of the target, {plain.seconds:.2f} s")
+        ratio = plain.seconds_unlogged / run.seconds_unlogged
+        title(upper, f"with drafts: {spent(run)} ({ratio:.2f} x)")
+        title(middle, f"plain decoding: {spent(plain)}")
         upper.set_title(how, loc="right", color=GREY, fontsize=9)
         figure.legend(handles=keys(run.names), loc="outside lower center", ncols=6, frameon=False)
         figure.draw_without_rendering()  # lays it out, so that the text knows its width
@@ -44,6 +43,16 @@ def draw(run, plain, prompt: str, decoded: list[str], how: str, stem: Path) -> l
         plt.close(figure)
     Image.open(paths[0]).convert("RGB").quantize(64).save(paths[0], optimize=True)  # flat colours need no more
     return paths
+
+
+def spent(run) -> str:
+    """Return the passes of each level and the seconds, as drawn and without the log."""
+    counts = [sum(p.depth == depth for p in run.passes) for depth in range(len(run.names))]
+    names = ["target", "draft", *["draft below"] * len(counts)]
+    passes = ", ".join(
+        f"{n}{'' if i else ' passes'} of the {name}" for i, (n, name) in enumerate(zip(counts, names, strict=False)) if n
+    )
+    return f"{passes}; {run.seconds:.2f} s, unwatched {run.seconds_unlogged:.2f} s"
 
 
 def title(axis, words: str) -> None:
@@ -70,7 +79,7 @@ def strip(axis, run, most: float) -> None:
     axis.text(1e3 * run.passes[-1].ended + most / 150, top, f"{len(run.new)} tokens", va="center")
     axis.set_xlim(0, most)
     axis.set_ylim(-0.3, top + (0.5 if top else 0.3))
-    axis.set_yticks(range(top + 1), [label(name, "\n") for name in reversed(run.names)])
+    axis.set_yticks(range(top + 1), labels(run.names, "\n")[::-1])
     axis.tick_params(axis="y", left=False)
     axis.spines[["top", "right", "left"]].set_visible(False)
 
@@ -120,12 +129,19 @@ def text(axis, prompt: str, decoded: list[str], origin: list[int]) -> None:
             x += len(piece)
 
 
-def label(name: str, between: str = " ") -> str:
-    """Return what a level is called, from its model's name."""
-    folder, _, format_ = name.partition("@")
-    if format_:
-        return f"its twin,{between}{format_.upper()}"
-    first, dash, rest = Path(folder).name.partition("-")
+def labels(names: list[str], between: str = " ") -> list[str]:
+    """Return what levels are called, from their models' names."""
+    return [f"its twin,{between}{name.partition('@')[2].upper()}" if own(name, names) else short(name, between) for name in names]
+
+
+def own(name: str, names: list[str]) -> bool:
+    """Return whether a draft is a twin of the target."""
+    return "@" in name and name.partition("@")[0] == names[0]
+
+
+def short(name: str, between: str) -> str:
+    """Return a model's name without its folder, on two lines where it is long."""
+    first, dash, rest = Path(name).name.partition("-")
     return f"{first}{dash}{between.strip(' ') if len(first) > 4 else ''}{rest}"
 
 
@@ -135,4 +151,4 @@ def keys(names: list[str]) -> list:
         Line2D([], [], color=ACCEPTED, marker="o", markersize=3.5, linewidth=0.8, label="drafted and accepted"),
         Line2D([], [], color=REJECTED, marker="x", markersize=4, linewidth=0.8, linestyle=":", label="drafted in vain"),
     ]
-    return marks + [Patch(color=LANES[i % 4], label=label(name)) for i, name in enumerate(names)]
+    return marks + [Patch(color=LANES[i % 4], label=name) for i, name in enumerate(labels(names))]
