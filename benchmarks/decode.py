@@ -27,7 +27,7 @@ from matmul import reader
 
 import mlspecqd_jax as mlsd
 from mlspecqd_jax import specs
-from mlspecqd_jax.network import matmul as weights
+from mlspecqd_jax.network import ops as weights
 
 WINDOWS = (1, 2, 4, 6, 8)
 SLOTS, POSITION = 512, 256  # of the cache, and of the windows in it

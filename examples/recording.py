@@ -57,15 +57,18 @@ class Recorded:
     def vocab_size(self) -> int:
         return self.scorer.vocab_size
 
-    def init_cache(self, *arguments):
-        return self.scorer.init_cache(*arguments)
+    def row_multiple(self, params) -> int:
+        return self.scorer.row_multiple(params)
 
-    def __call__(self, params, tokens, start, cache):
+    def init_cache(self, params, batch, slots):
+        return self.scorer.init_cache(params, batch, slots)
+
+    def __call__(self, params, tokens, start, cache, *, features=False):
         like = jax.ShapeDtypeStruct(tokens.shape, tokens.dtype)
         tokens = io_callback(self.log.begin, like, params[DEPTH], start, tokens, ordered=True)  # the pass waits for what it returns
-        logits, cache = self.scorer(params, tokens, start, cache)
-        io_callback(self.log.end, None, logits[0, 0, 0], ordered=True)
-        return logits, cache
+        scored = mlsd.Scored(*self.scorer(params, tokens, start, cache, features=features))
+        io_callback(self.log.end, None, scored.logits[0, 0, 0], ordered=True)
+        return scored
 
 
 @jax.tree_util.register_dataclass
@@ -78,14 +81,25 @@ class RecordedDrafter:
     depth: int = dataclasses.field(metadata={"static": True})
 
     @property
+    def name(self) -> str:
+        return self.drafter.name
+
+    @property
     def must_follow(self) -> bool:
         return self.drafter.must_follow
 
-    def init(self, *arguments):
-        return self.drafter.init(*arguments)
+    @property
+    def uses_features(self) -> bool:
+        return self.drafter.uses_features
 
-    def propose(self, *arguments):
-        draft, *rest = self.drafter.propose(*arguments)
+    def init(self, batch, slots):
+        return self.drafter.init(batch, slots)
+
+    def feed(self, state, tokens, start, lent):
+        return self.drafter.feed(state, tokens, start, lent)
+
+    def propose(self, state, ask, sampling):
+        draft, *rest = self.drafter.propose(state, ask, sampling)
         like = jax.ShapeDtypeStruct(draft.length.shape, draft.length.dtype)
         length = io_callback(self.log.proposal, like, self.depth, draft.tokens, draft.length, ordered=True)
         return draft._replace(length=length), *rest

@@ -38,7 +38,7 @@ class Pass(NamedTuple):
     appended: list[int]
 
 
-def passes(events, lengths, text, end: int, limit: int, stops, depth: int = 0) -> Iterator[Pass]:
+def passes(events, lengths, text, end: int, depth: int = 0) -> Iterator[Pass]:
     """Yield the passes of a level, each after those of what drafted for it.
 
     Args:
@@ -46,8 +46,6 @@ def passes(events, lengths, text, end: int, limit: int, stops, depth: int = 0) -
       lengths: draft_len of each level.
       text: what the level put out, position -> token.
       end: the length that it reached.
-      limit: the length that it was asked for.
-      stops: tokens that end a draft.
       depth: of the level.
     """
     own = [i for i, event in enumerate(events) if event.depth == depth]
@@ -56,14 +54,10 @@ def passes(events, lengths, text, end: int, limit: int, stops, depth: int = 0) -
     groups = itertools.pairwise([-1, *own])
     for (before, i), (length, then), n in zip(groups, itertools.pairwise(reached), refed, strict=True):
         event, below = events[i], events[before + 1 : i]
-        wanted = min(max(limit - length - 1, 0), lengths[depth])
-        draft = event.window[1 + n :][:wanted]
-        if below and below[-1].start < 0:
-            draft = below[-1].window
-        elif below:
-            draft = draft[: next((j + 1 for j, token in enumerate(draft) if token in stops), len(draft))]
+        draft = list(itertools.takewhile(lambda token: token != mlsd.PADDING, event.window[1 + n :]))
+        if below and below[-1].start >= 0:  # those of a level
             window = {event.start + j: token for j, token in enumerate(event.window)}
-            yield from passes(below, lengths, window, length + len(draft), length + wanted, stops, depth + 1)
+            yield from passes(below, lengths, window, length + len(draft), depth + 1)
         appended = [text[position] for position in range(length, then)]
         kept = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(draft, appended, strict=False))
         yield Pass(depth, event.began, event.ended, draft, len(list(kept)), appended)
@@ -82,14 +76,14 @@ class Run(NamedTuple):
 def runs(stacks: list[mlsd.Level], prompt: str, new_tokens: int, repeated: int) -> list[Run]:
     """Continue the prompt greedily with each stack in turn, with a log and without, and return each one's medians."""
     log, measured = Log(), [[] for _ in stacks]
-    logged = [recorded(stack, log) for stack in stacks]
+    logged = [recorded(stack.level, log) for stack in stacks]
     for _ in range(repeated + 1):
         for stack, telling, found in zip(stacks, logged, measured, strict=True):
             found.append([once(stack, ours, log, prompt, new_tokens) for ours in (telling, stack)])
     return [summary(stack, found[1:]) for stack, found in zip(stacks, measured, strict=True)]  # the first ones compiled
 
 
-def once(stack: mlsd.Level, ours: mlsd.Level, log: Log, prompt: str, new_tokens: int):
+def once(stack: mlsd.Stack, ours: mlsd.Level, log: Log, prompt: str, new_tokens: int):
     """Return (batch, end state, events, when it began, when it ended) of a generation by `ours`, the stack or the logged one."""
     batch = mlsd.prepare(stack, prompt, max_new_tokens=new_tokens)
     sampling = mlsd.Sampling.create(1, stack.card.vocab_size, stop_token_ids=stack.card.eos_token_ids)
@@ -101,17 +95,17 @@ def once(stack: mlsd.Level, ours: mlsd.Level, log: Log, prompt: str, new_tokens:
     return batch, state, list(log.events), began, time.perf_counter()
 
 
-def summary(stack: mlsd.Level, found: list) -> Run:
+def summary(stack: mlsd.Stack, found: list) -> Run:
     """Return the passes of generations that did the same, each time the median of theirs."""
     stamps = [[began, *(t for event in events for t in event[-2:]), ended] for (_, _, events, began, ended), _ in found]
     between = [statistics.median(each) for each in zip(*([b - a for a, b in itertools.pairwise(s)] for s in stamps), strict=True)]
     times = [0.0, *itertools.accumulate(between)]
     batch, state, events, *_ = found[-1][0]
     events = [e._replace(began=times[2 * i + 1], ended=times[2 * i + 2]) for i, e in enumerate(events)]
-    begin, end, stops = int(batch.length[0]), int(state.length[0]), set(stack.card.eos_token_ids)
+    begin, end = int(batch.length[0]), int(state.length[0])
     text = np.asarray(state.tokens)[0].tolist()
-    passed = passes(events, [level.draft_len for level in stack.levels], text, end, int(batch.limit[0]), stops)
-    names = [level.card.name for level in stack.levels] + ["look-up"] * (stack.levels[-1].drafter is not None)
+    passed = passes(events, [level.draft_len for level in stack.levels], text, end)
+    names = [card.name for card in stack.cards] + ["look-up"] * (stack.levels[-1].drafter is not None)
     unlogged = statistics.median(ended - began for _, (*_, began, ended) in found)
     return Run(names, list(passed), text[begin:end], times[-1], unlogged)
 

@@ -234,7 +234,7 @@ def _info(a: argparse.Namespace) -> None:
     import jax
 
     from mlspecqd_jax.loading import models
-    from mlspecqd_jax.network import matmul
+    from mlspecqd_jax.network import ops
     from pallas_kernels import chip_of
 
     device = jax.devices()[0]
@@ -242,7 +242,7 @@ def _info(a: argparse.Namespace) -> None:
         models.describe(a.model)
         | {
             "device": f"{device.device_kind} ({device.platform}, {jax.device_count()} in all), jax {jax.__version__}",
-            "products": matmul.implementation(chip_of(device)),
+            "products": ops.implementation(chip_of(device)),
         }
     ).items():
         console.put(f"{name + ':':22}{value}\n")

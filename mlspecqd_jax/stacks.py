@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import cpu_kernels
 from mlspecqd_jax import jax_settings
 from mlspecqd_jax.arguments import brief, flag, instance
 from mlspecqd_jax.errors import InputError
@@ -12,10 +11,7 @@ from mlspecqd_jax.speculation.level import Level
 from mlspecqd_jax.speculation.stack import Stack
 from mlspecqd_jax.text.card import first_difference
 from mlspecqd_jax.weights.quantization import EMBEDDING
-
-# A row's result was found equal bit for bit at all even widths of XLA's bfloat16 products on CPU; in float32 and float16 it was not
-# on every processor. Elsewhere one padded width is alike by construction.
-CPU_ROWS, ROWS = 2, 16
+from pallas_kernels.xla import ONE_WIDTH
 
 
 @jax_settings.held
@@ -38,9 +34,7 @@ def stack(target: Model, *drafters: Any, exact: bool = True, share_cache: bool =
     instance("target", target, Model, "a Model, as mlsd.load returns it")
     exact, share_cache = flag("exact", exact), flag("share_cache", share_cache)
     pairs = [_pair(drafter, nested=i > 0) for i, drafter in enumerate(drafters)]
-    embedding, draft_len = target.params[EMBEDDING], pairs[0][1] if pairs else 0
-    platform = next(iter(embedding.devices())).platform
-    rows = exact_rows(platform, embedding.dtype.name, draft_len, computes_rows_apart(target)) if exact else 1
+    rows = exact_rows(target, pairs[0][1] if pairs else 0) if exact else 1
     models = [target]
     for i, (drafter, _) in enumerate(pairs):
         if isinstance(drafter, Model):
@@ -68,37 +62,19 @@ def prompt_lookup(max_ngram: int = 3, min_ngram: int = 1) -> PromptLookup:
     return PromptLookup(max_ngram, min_ngram)
 
 
-def exact_rows(platform: str, dtype: str, draft_len: int, apart: bool = False) -> int:
+def exact_rows(target: Model, draft_len: int) -> int:
     """Return how many rows every window of the target is a multiple of, so that all stacks compute a row alike.
-
-    Args:
-      platform: of the target's device.
-      dtype: of its activations.
-      draft_len: of what drafts for it.
-      apart: whether it computes every row by itself.
 
     Raises:
       InputError: a window of draft_len + 1 would be wider than plain decoding's, where that is not known to be alike, or no
         width at which a row is known to be.
     """
-    if platform == "cpu" and apart:
-        return 1
-    if platform == "cpu" and dtype != "bfloat16":
+    rows = target.network.row_multiple(target.params)
+    if rows == ONE_WIDTH and draft_len >= rows:
         raise InputError(
-            f"exact=True cannot be promised for {dtype} on CPU without the C++ kernels, which take weights on one device; "
-            "install a C++ compiler such as g++ if that is what is missing, use bfloat16, or pass exact=False (--inexact)"
+            f"draft_len {draft_len} is more than the {rows - 1} that exact=True allows on GPU and TPU; pass exact=False"
         )
-    if platform != "cpu" and draft_len >= ROWS:
-        raise InputError(
-            f"draft_len {draft_len} is more than the {ROWS - 1} that exact=True allows on {platform}; pass exact=False"
-        )
-    return CPU_ROWS if platform == "cpu" else ROWS
-
-
-def computes_rows_apart(model: Model) -> bool:
-    """Return whether a model's products, norms and attention are all in C++, where a row's bits do not depend on the window."""
-    in_cpp = all(getattr(leaf, "is_stored", True) for leaf in model.params.values())
-    return in_cpp and model.network.mesh is None and cpu_kernels.usable(model.params[EMBEDDING].dtype.name)
+    return rows
 
 
 def is_twin(model: Model, other: Model) -> bool:

@@ -18,6 +18,7 @@ from pallas_kernels.reference import bf16_matmul, check_shapes, mx_decode, whole
 
 CONVERTS_BEFORE = (0, 11)  # the jax whose XLA:CPU has gathers and scatters of 16-bit floats
 NARROW = 16  # positions
+ONE_WIDTH = 16  # rows, at which a row is computed alike because all windows have it; of a multiple of it nothing is known
 
 
 def matmul(x: jax.Array, w: jax.Array) -> jax.Array:
@@ -44,7 +45,7 @@ def decoded_matmul(
     XLA hoists decoding out of a generation loop, and XLA:CPU then keeps every decoded weight as f32, eight times the packed bytes:
     a barrier holds it in the loop. XLA:CPU removes barriers before it orders operations, and then decodes the weights of all layers
     first: only data holds each back until its own x is there (jax 0.10 to 0.12).
-    Test: tests/network/test_matmul.py, test_a_loop_holds_one_decoded_weight.
+    Test: tests/network/test_ops.py, test_a_loop_holds_one_decoded_weight.
 
     Args:
       x, codes, scales, exponent_bits, mantissa_bits: as `reference.mx_matmul`.
@@ -124,7 +125,7 @@ def row_multiple(chip: str, dtype: str) -> int | None:
 
     Elsewhere one padded width is alike by construction.
     """
-    return (2 if dtype == "bfloat16" else None) if chip == "cpu" else 16
+    return (2 if dtype == "bfloat16" else None) if chip == "cpu" else ONE_WIDTH
 
 
 def _dot(x, arrays, *, n, chip, element, interpret):

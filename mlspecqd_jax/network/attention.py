@@ -4,15 +4,12 @@ Notation: B batch, W window, S cache length, H query heads, Hkv key/value heads,
 value's.
 """
 
-import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-import cpu_kernels
 from mlspecqd_jax.folds import BLOCK, ordered_softmax
-from mlspecqd_jax.network.moves import put_window
 
 
 class KVCache(NamedTuple):
@@ -20,11 +17,6 @@ class KVCache(NamedTuple):
 
     k: jax.Array  # [B, Hkv, S, D]
     v: jax.Array  # [B, Hkv, S, Dv]
-
-
-def write(cache: KVCache, k: jax.Array, v: jax.Array, start: jax.Array) -> KVCache:
-    """Store k [B, Hkv, W, D] and v [B, Hkv, W, Dv] at positions start[r] + 0..W-1; XLA updates both in place in nested loops."""
-    return KVCache(put_window(cache.k, start, k), put_window(cache.v, start, v))
 
 
 def finite(x: jax.Array) -> jax.Array:
@@ -40,7 +32,7 @@ def attend(
     last: jax.Array,
     sinks: jax.Array | None = None,
     *,
-    scale: float | None = None,
+    scale: float,
     cap: float | None = None,
 ) -> jax.Array:
     """softmax(cap tanh(scale q k^T / cap)) v over the slots that a query sees, query heads grouped over key/value heads.
@@ -51,28 +43,12 @@ def attend(
       v: [B, Hkv, S, Dv].
       first, last: int32 [B, W]; query w of row r sees the slots from first[r, w] to last[r, w], both included.
       sinks: [H], a logit of each head that the softmax sums too, and whose probability goes to no value; or None.
-      scale: None is 1 / sqrt(D).
+      scale: of the products.
       cap: bound of the logits' magnitude, softly (Gemma 2, arXiv 2408.00118, section 2); None leaves them as they are.
 
     Returns:
       [B, W, H * Dv] in q's dtype.
     """
-    depth = q.shape[-1]
-    if scale in (None, depth**-0.5) and cap is None and sinks is None and v.shape[-1] == depth:
-        return cpu_kernels.on_cpu(_attend_on_cpu, _attend, q, k, v, first, last)
-    how = _How(depth**-0.5 if scale is None else scale, cap)
-    arguments = (q, k, v, first, last) if sinks is None else (q, k, v, first, last, sinks)
-    return jax.lax.platform_dependent(
-        *arguments, cpu=functools.partial(_attend_by_query, how), default=functools.partial(_attend, how=how)
-    )
-
-
-class _How(NamedTuple):
-    scale: float
-    cap: float | None
-
-
-def _attend(q, k, v, first, last, sinks=None, how=None):
     batch, heads, window, dim = q.shape
     kv, slots = k.shape[1:3]
     groups = heads // kv
@@ -80,22 +56,21 @@ def _attend(q, k, v, first, last, sinks=None, how=None):
     visible = (first[..., None] <= slot) & (slot <= last[..., None])  # [B, W, S]
     scores = _product(q.reshape(batch, kv, groups * window, dim), k, 3).reshape(batch, kv, groups, window, slots)
     sinks = None if sinks is None else jnp.broadcast_to(sinks.reshape(kv, groups, 1), scores.shape[:-1])
-    weights = _weights(scores, visible[:, None, None], sinks, how or _How(dim**-0.5, None)).astype(v.dtype)
+    weights = _weights(scores, visible[:, None, None], sinks, scale, cap).astype(v.dtype)
     out = _product(weights.reshape(batch, kv, groups * window, slots), v, 2).reshape(batch, heads, window, -1)
     return jnp.swapaxes(out, 1, 2).reshape(batch, window, -1).astype(q.dtype)
 
 
-def _weights(scores, visible, sinks, how):
+def _weights(scores, visible, sinks, scale, cap):
     """Return the softmax, f32, of products of queries and keys f32 [..., S], where they are visible."""
-    scores = scores * how.scale
-    if how.cap is not None:
-        scores = how.cap * jnp.tanh(scores / how.cap)
+    scores = scores * scale
+    if cap is not None:
+        scores = cap * jnp.tanh(scores / cap)
     return ordered_softmax(jnp.where(visible, scores, -jnp.inf), None if sinks is None else sinks.astype(jnp.float32))
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _attend_by_query(how, q, k, v, first, last, sinks=None):
-    """`_attend` for XLA:CPU, one query after another and the slots in blocks, so that all products are of one shape.
+def attend_by_query(q, k, v, first, last, sinks=None, *, scale: float, cap: float | None = None):
+    """`attend` for XLA:CPU, one query after another and the slots in blocks, so that all products are of one shape.
 
     XLA:CPU adds up a product in an order that its sizes decide, so one over a window, or over all slots of a buffer, would make a
     query's bits depend on both. Blocks that a query does not see are not read.
@@ -122,7 +97,7 @@ def _attend_by_query(how, q, k, v, first, last, sinks=None):
 
         scores = jax.lax.fori_loop(*blocks, score, jnp.zeros((kv, heads // kv, k.shape[2]), jnp.float32))
         slot = jnp.arange(k.shape[2])
-        weights = _weights(scores, (begin <= slot) & (slot <= end), sinks, how)
+        weights = _weights(scores, (begin <= slot) & (slot <= end), sinks, scale, cap)
 
         def add(i, out):
             return out + _dot(jax.lax.dynamic_slice_in_dim(weights, i * BLOCK, BLOCK, 2), block(v, row, i), 1)
@@ -133,33 +108,10 @@ def _attend_by_query(how, q, k, v, first, last, sinks=None):
     return out.reshape(batch, window, -1).astype(q.dtype)
 
 
-@_attend_by_query.defjvp
-def _(how, primals, tangents):
-    where = primals[3:5]
-
-    def differentiable(q, k, v, *sinks):
-        return _attend(q, k, v, *where, *sinks, how=how)
-
-    values, moved = primals[:3] + primals[5:], tangents[:3] + tangents[5:]
-    return _attend_by_query(how, *primals), jax.jvp(differentiable, values, moved)[1]
-
-
 def _dot(a, b, axis):
     """Contract the last axis of a [H, R, X] with `axis` of b [H, ...] to f32 [H, R, ...]."""
     dimensions = (((2,), (axis,)), ((0,), (0,)))
     return jax.lax.dot_general(a.astype(jnp.float32), b.astype(jnp.float32), dimensions, precision=jax.lax.Precision.HIGHEST)
-
-
-@jax.custom_jvp
-def _attend_on_cpu(q, k, v, first, last):
-    out = cpu_kernels.attention(q, k, v, first, last)
-    return out.reshape(*out.shape[:2], -1).astype(q.dtype)
-
-
-@_attend_on_cpu.defjvp
-def _(primals, tangents):
-    _, tangent = jax.jvp(lambda q, k, v: _attend(q, k, v, *primals[3:]), primals[:3], tangents[:3])
-    return _attend_on_cpu(*primals), tangent
 
 
 def _product(a: jax.Array, b: jax.Array, axis: int) -> jax.Array:

@@ -17,11 +17,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mlspecqd_jax.network import config
-from mlspecqd_jax.network.attention import KVCache, attend, finite, write
-from mlspecqd_jax.network.matmul import linear
-from mlspecqd_jax.network.moves import rows
-from mlspecqd_jax.network.norms import rms_norm
-from mlspecqd_jax.network.rope import rotary, rotate
+from mlspecqd_jax.network.attention import KVCache, finite
+from mlspecqd_jax.network.ops import attend, linear, rms_norm, rotary, rotate, rows, write
 from mlspecqd_jax.weights.tensors import AXIS
 
 ACTIVATIONS = {
@@ -62,14 +59,14 @@ class Embedding(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """`norms.rms_norm` with its weight [K]."""
+    """`ops.rms_norm` with its weight [K]."""
 
     def __init__(self, k: int, norm: config.Norm):
         self.weight = nnx.Param(jnp.full((k,), 1 - norm.offset))
         self.norm = norm
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return rms_norm(x, self.weight.get_value(), self.norm.eps, self.norm.offset)
+        return rms_norm(x, self.weight.get_value(), self.norm)
 
 
 class Attention(nnx.Module):

@@ -17,11 +17,15 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
+from mlspecqd_jax.errors import InputError
+from mlspecqd_jax.network import ops
 from mlspecqd_jax.network.attention import KVCache
 from mlspecqd_jax.network.config import Config
 from mlspecqd_jax.network.layers import ALONG_N, Linear, Trunk
 from mlspecqd_jax.weights.placement import cache_sharding
+from mlspecqd_jax.weights.quantized_array import Leaf
 from mlspecqd_jax.weights.tensors import EMBEDDING, HEAD, Source, Tensor
+from pallas_kernels import chip_of
 
 FIRST = ".layers.0."  # in the names of a first layer's parameters
 
@@ -88,6 +92,24 @@ class Network:
         state = nnx.state(Transformer(self.config, nnx.Rngs(seed), stddev))
         flat = {_name(path): leaf.get_value().astype(dtype) for path, leaf in nnx.to_flat_state(state)}
         return {name: flat[name] for name in self.tensors()}
+
+    def row_multiple(self, params: dict[str, Leaf]) -> int:
+        """Return to how many rows windows are padded so that a row is computed alike in all of them (see `speculation.protocols`).
+
+        Raises:
+          InputError: no such number is known for these parameters where they lie.
+        """
+        embedding = params[EMBEDDING]
+        chip = chip_of(next(iter(embedding.devices())))
+        weights = [params.get(name, embedding) for name in (HEAD, *(name for name, t in self.tensors().items() if t.linear))]
+        found = ops.row_multiple(weights, embedding.dtype.name, chip, self.mesh)
+        if found is None:
+            raise InputError(
+                f"exact=True cannot be promised for {embedding.dtype.name} on CPU without the C++ kernels, which take weights on "
+                "one device; install a C++ compiler such as g++ if that is what is missing, use bfloat16, or pass exact=False "
+                "(--inexact)"
+            )
+        return found
 
     def init_cache(self, params: dict[str, jax.Array], batch: int, slots: int) -> list[KVCache]:
         """Return zeroed caches of `slots` positions for every layer, in the dtype of the embedding."""

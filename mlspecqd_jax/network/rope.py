@@ -10,7 +10,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-import cpu_kernels
 from mlspecqd_jax.errors import InputError
 from mlspecqd_jax.network.config import Rope
 
@@ -44,35 +43,14 @@ def _llama3_frequency(frequency: float, factor: float, low: float, high: float, 
     return (1 - smooth) * frequency / factor + smooth * frequency
 
 
-def rotary(positions: jax.Array, rope: Rope) -> tuple[jax.Array, jax.Array]:
-    """Return cos and sin, f32 [B, W, D / 2], of the rotation angles at positions int32 [B, W], times the rope's magnitude."""
-
-    def in_xla(positions, frequencies):
-        angles = positions.astype(jnp.float32)[..., None] * frequencies
-        return jnp.cos(angles), jnp.sin(angles)
-
-    frequencies = jnp.asarray(rope.frequencies, jnp.float32)
-    found = cpu_kernels.on_cpu(cpu_kernels.angles, in_xla, positions.astype(jnp.int32), frequencies, unit="positions")
-    return tuple(found) if rope.magnitude == 1 else tuple(rope.magnitude * part for part in found)
+def angles(positions: jax.Array, frequencies: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return cos and sin, f32 [B, W, D / 2], of positions int32 [B, W] times frequencies f32 [D / 2]."""
+    turned = positions.astype(jnp.float32)[..., None] * frequencies
+    return jnp.cos(turned), jnp.sin(turned)
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     """Rotate the pairs (i, i + D/2) of x [B, W, heads, D] by the given angles, in f32; return [B, heads, W, D]."""
-    # XLA:CPU fuses these products and sums with what is around them, otherwise for a window of one row than for others.
-    return cpu_kernels.on_cpu(lambda x: _in_cpp(x, cos, sin), lambda x: _in_xla(x, cos, sin), x)
-
-
-@jax.custom_jvp
-def _in_cpp(x, cos, sin):
-    return cpu_kernels.rotate(x, cos, sin)
-
-
-@_in_cpp.defjvp
-def _(primals, tangents):
-    return _in_cpp(*primals), jax.jvp(_in_xla, primals, tangents)[1]
-
-
-def _in_xla(x, cos, sin):
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     cos, sin = cos[:, :, None], sin[:, :, None]
     return jnp.swapaxes(jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype), 1, 2)

@@ -24,10 +24,10 @@ cp "{folder}/$unit"-*.so "$last"
 """
 PRODUCT = """
 import jax.numpy as jnp
-from mlspecqd_jax.network import matmul
-print(matmul.implementation("cpu"))
+from mlspecqd_jax.network import ops
+print(ops.implementation("cpu"))
 for _ in range(2):
-    print(matmul.linear(jnp.ones((2, 3, 40), jnp.bfloat16), jnp.ones((5, 40), jnp.bfloat16), out_dtype=jnp.float32).sum())
+    print(ops.linear(jnp.ones((2, 3, 40), jnp.bfloat16), jnp.ones((5, 40), jnp.bfloat16), out_dtype=jnp.float32).sum())
 """
 # 64 bytes of scores a slot for either head, on the threads of a pool; the first and the last call see one slot.
 SCORES = """

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import cpu_kernels
-from mlspecqd_jax.network.matmul import linear
+from mlspecqd_jax.network.ops import linear
 from mlspecqd_jax.weights.formats import FORMATS
 from mlspecqd_jax.weights.mx import dequantize, quantize
 from pallas_kernels import mx_decode

@@ -16,11 +16,12 @@ import tiny
 from flax import nnx
 
 from mlspecqd_jax.loading import config_file
-from mlspecqd_jax.network.attention import KVCache, attend, write
+from mlspecqd_jax.network.attention import KVCache
 from mlspecqd_jax.network.config import Layer, Norm, Rope
 from mlspecqd_jax.network.layers import ACTIVATIONS, Block, RMSNorm
 from mlspecqd_jax.network.network import Network
-from mlspecqd_jax.network.rope import rope_of, rotary
+from mlspecqd_jax.network.ops import attend, rotary, write
+from mlspecqd_jax.network.rope import rope_of
 from mlspecqd_jax.weights.tensors import EMBEDDING, HEAD, Source
 
 TOLERANCE = 1e-4

@@ -13,12 +13,11 @@ from tiny import shape
 
 import cpu_kernels
 from mlspecqd_jax.folds import ordered_logsumexp, ordered_softmax, ordered_sum
-from mlspecqd_jax.network.attention import attend
+from mlspecqd_jax.network.config import Norm
 from mlspecqd_jax.network.layers import ACTIVATIONS
-from mlspecqd_jax.network.matmul import linear, row_multiple
 from mlspecqd_jax.network.network import Network
-from mlspecqd_jax.network.norms import rms_norm
-from mlspecqd_jax.network.rope import rope_of, rotary, rotate
+from mlspecqd_jax.network.ops import attend, linear, rms_norm, rotary, rotate, row_multiple
+from mlspecqd_jax.network.rope import rope_of
 from mlspecqd_jax.speculation import choosing
 from mlspecqd_jax.speculation.settings import Sampling
 from mlspecqd_jax.weights.mx import quantize
@@ -61,7 +60,7 @@ def test_the_harness_sees_a_norm_whose_sums_xla_orders():
 @pytest.mark.parametrize("k", WIDTHS)
 def test_norms(k, dtype, offset):
     weight = random(1, (k,), dtype)
-    assert_rows_alike(lambda x: rms_norm(x, weight, 1e-5, offset), random(0, (64, k), dtype))
+    assert_rows_alike(lambda x: rms_norm(x, weight, Norm(1e-5, offset)), random(0, (64, k), dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -71,8 +70,8 @@ def test_norms_between_sums_as_gemma_s_layers_have_them(dtype):
 
     def run(x, y):
         x = x * jnp.asarray(640**0.5, x.dtype)
-        x = x + rms_norm(y, weight, 1e-6, 1.0)
-        return x, rms_norm(x, weight, 1e-6, 1.0)
+        x = x + rms_norm(y, weight, Norm(1e-6, 1.0))
+        return x, rms_norm(x, weight, Norm(1e-6, 1.0))
 
     assert_rows_alike(run, random(0, (64, 640), dtype), random(2, (64, 640), dtype))
 
@@ -81,7 +80,7 @@ def test_norms_between_sums_as_gemma_s_layers_have_them(dtype):
 @pytest.mark.parametrize("k", WIDTHS)
 def test_products(k, dtype):
     w = random(1, (384, k), dtype)
-    assert row_multiple(w, dtype, "cpu") == FEWEST
+    assert row_multiple([w], dtype, "cpu") == FEWEST
     assert_rows_alike(functools.partial(linear, w=w), random(0, (64, k), dtype), rows=[m for m in ROWS if m >= FEWEST])
 
 
@@ -89,7 +88,7 @@ def test_products(k, dtype):
 @pytest.mark.parametrize(("format", "dtype"), [("mxfp4", "bfloat16"), ("mxfp8_e4m3", "bfloat16"), ("mxfp4", "float32")])
 def test_quantized_products(format, dtype):
     w = quantize(random(1, (384, 576), "bfloat16"), format)
-    assert row_multiple(w, dtype, "cpu") == 1
+    assert row_multiple([w], dtype, "cpu") == 1
     assert_rows_alike(functools.partial(linear, w=w), random(0, (64, 576), dtype))
 
 

@@ -10,6 +10,7 @@ import pytest
 import cpu_kernels
 import mlspecqd_jax as mlsd
 from mlspecqd_jax import generation, specs, stacks
+from mlspecqd_jax.network import network
 from mlspecqd_jax.network.network import Network
 from mlspecqd_jax.speculation.drafters.prompt_lookup import PromptLookup
 from mlspecqd_jax.weights.mx import quantize
@@ -193,17 +194,20 @@ def test_what_does_not_fit_is_refused(demo, other):
         assert "\n" not in str(caught.value)
 
 
-def test_the_exact_width_bounds_the_draft_where_windows_are_sixteen_rows():
-    assert [stacks.exact_rows(*case) for case in (("cpu", "bfloat16", 40), ("tpu", "float32", 15), ("gpu", "float16", 0))] == [
-        2,
-        16,
-        16,
-    ]
-    assert [stacks.exact_rows("cpu", dtype, 40, apart=True) for dtype in ("bfloat16", "float32")] == [1, 1]
-    with pytest.raises(ValueError, match=r"cannot be promised for float16 on CPU without the C\+\+ kernels.* exact=False"):
-        stacks.exact_rows("cpu", "float16", 1)
-    with pytest.raises(ValueError, match="draft_len 16 is more than the 15 that exact=True allows on tpu; pass exact=False"):
-        stacks.exact_rows("tpu", "bfloat16", 16)
+def test_the_exact_width_bounds_the_draft_where_windows_are_sixteen_rows(demo, monkeypatch):
+    """C7."""
+    for chip in ("TPU v5 lite", "sm_90"):
+        monkeypatch.setattr(network, "chip_of", lambda device, chip=chip: chip)
+        assert [stacks.exact_rows(demo, draft_len) for draft_len in (0, 15)] == [16, 16]
+        with pytest.raises(ValueError, match="draft_len 16 is more than the 15 that exact=True allows on GPU and TPU; pass"):
+            mlsd.stack(demo, (demo.quantized(), 16))
+        assert mlsd.stack(demo, (demo.quantized(), 16), exact=False).level.window() == 17
+    monkeypatch.undo()
+    monkeypatch.setattr(cpu_kernels.products, "usable", lambda unit="": False)
+    monkeypatch.setattr(cpu_kernels, "usable", lambda unit="": False)
+    assert stacks.exact_rows(mlsd.load("demo"), 40) == 2
+    with pytest.raises(ValueError, match=r"cannot be promised for float32 on CPU without the C\+\+ kernels.* exact=False"):
+        mlsd.stack(demo)
 
 
 def test_windows_are_padded_unless_all_rows_are_computed_apart(demo):
@@ -211,7 +215,8 @@ def test_windows_are_padded_unless_all_rows_are_computed_apart(demo):
     twins = (quantize(low.params[up], format) for format in ("mxfp4", "mxfp8_e4m3"))
     mxfp4, mxfp8 = (dataclasses.replace(low, params=low.params | {up: leaf}) for leaf in twins)
     apart = cpu_kernels.usable()
-    assert [stacks.computes_rows_apart(model) for model in (low, mxfp4, mxfp8, demo)] == [apart] * 4
+    assert [model.network.row_multiple(model.params) for model in (low, mxfp4, mxfp8)] == [1 if apart else 2] * 3
+    assert not apart or demo.network.row_multiple(demo.params) == 1
     assert mlsd.stack(low).level.window() == (1 if apart else 2)
     assert mlsd.stack(low, (mlsd.prompt_lookup(), 6)).level.window() == (7 if apart else 8)
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from mlspecqd_jax.network.matmul import implementation, linear, row_multiple
+from mlspecqd_jax.network.ops import implementation, linear, row_multiple
 from mlspecqd_jax.weights import layouts
 from mlspecqd_jax.weights.mx import quantize
 from mlspecqd_jax.weights.quantization import place_quantized, quantize_params
@@ -79,7 +79,7 @@ def test_an_arranged_leaf_takes_the_place_of_the_stored_one(monkeypatch):
     twin = quantize_params(params, tensors, dtype=jnp.bfloat16)
     leaf = twin["model.layers.0.mlp.up_proj.weight"]
     assert {leaf.product for leaf in twin.values() if isinstance(leaf, QuantizedArray)} == {"grouped"}
-    assert (leaf.chip, row_multiple(leaf, "bfloat16", "TPU v3")) == ("TPU v3", 16)
+    assert (leaf.chip, row_multiple([leaf], "bfloat16", "TPU v3")) == ("TPU v3", 16)
     assert (leaf.shape, leaf.size, leaf.format) == ((64, 96), 64 * 96, "mxfp4")
     assert leaf.nbytes == 64 * 96 * 17 // 32
     assert twin["model.norm.weight"] is params["model.norm.weight"]

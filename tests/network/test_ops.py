@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import cpu_kernels
-from mlspecqd_jax.network.matmul import linear, row_multiple
+from mlspecqd_jax.network.ops import linear, row_multiple
 from mlspecqd_jax.weights import layouts
 from mlspecqd_jax.weights.formats import FORMATS
 from mlspecqd_jax.weights.mx import dequantize, quantize
@@ -124,14 +124,14 @@ def test_rows_at_whose_multiples_a_row_is_alike(format):
         w = weight(48, 96, dtype)
         leaf = w if format is None else quantize(w, format)
         in_xla = 2 if dtype == "bfloat16" else None
-        assert row_multiple(leaf, dtype, "cpu") == (1 if in_cpp else in_xla)
-        assert row_multiple(leaf, dtype, "cpu", mesh) == in_xla
+        assert row_multiple([leaf], dtype, "cpu") == (1 if in_cpp else in_xla)
+        assert row_multiple([leaf], dtype, "cpu", mesh) == in_xla
         for chip in ("gpu", "sm_90", "tpu", "TPU v5 lite"):
-            assert row_multiple(leaf, dtype, chip) == row_multiple(leaf, dtype, chip, mesh) == 16
+            assert row_multiple([leaf], dtype, chip) == row_multiple([leaf], dtype, chip, mesh) == 16
 
 
 def test_a_plain_weight_is_multiplied_in_its_own_dtype_and_an_arranged_one_by_its_product():
     mesh = jax.make_mesh((1,), ("model",))
-    assert row_multiple(weight(48, 96), "bfloat16", "cpu", mesh) is None
+    assert row_multiple([weight(48, 96)], "bfloat16", "cpu", mesh) is None
     arranged = layouts.arrange(quantize(weight(48, 96)), "gpu", "sm_90", dtype="bfloat16")
-    assert row_multiple(arranged, "bfloat16", "sm_90") == 16
+    assert row_multiple([arranged], "bfloat16", "sm_90") == 16

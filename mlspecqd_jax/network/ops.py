@@ -1,0 +1,166 @@
+"""What a pass is made of, and the only file that asks who runs it: C++ on one CPU, a chip's kernel, or XLA in its best form.
+
+Layers call these operations and look neither at devices nor at how a weight is stored. Each is differentiated as its form in XLA.
+
+Notation: B batch, W window, S cache length, H query heads, Hkv key/value heads, D size of a query's and a key's head, Dv of a
+value's, N outputs, K contracted or hidden size.
+"""
+
+import contextlib
+import functools
+import math
+from collections.abc import Callable, Iterable
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+import cpu_kernels
+from mlspecqd_jax.network import attention, norms, rope
+from mlspecqd_jax.network.attention import KVCache
+from mlspecqd_jax.network.config import Norm, Rope
+from mlspecqd_jax.weights.products import multiply, product_of
+from mlspecqd_jax.weights.quantized_array import Leaf
+from pallas_kernels import BLOCK, best_product, xla
+from pallas_kernels.xla import rows
+
+__all__ = ["attend", "implementation", "linear", "rms_norm", "rotary", "rotate", "row_multiple", "rows", "write"]
+
+
+def linear(x: jax.Array, w: Leaf, *, out_dtype: jnp.dtype | None = None) -> jax.Array:
+    """x @ w.T over the last axis of x, accumulated in f32.
+
+    Args:
+      x: activations [..., K].
+      w: weight [N, K]; a plain one is used in its own dtype, a quantized one by the product that it is arranged for, or else by the
+        best that reads it as it is stored.
+      out_dtype: dtype of the result; None gives x's (the head asks for f32).
+
+    Returns:
+      [..., N].
+    """
+    y = multiply(x.reshape(-1, x.shape[-1]), w)
+    return y.reshape(*x.shape[:-1], w.shape[0]).astype(out_dtype or x.dtype)
+
+
+def rms_norm(x: jax.Array, weight: jax.Array, norm: Norm) -> jax.Array:
+    """`norms.rms_norm` of x [..., K] with its weight [K]."""
+    in_xla = functools.partial(norms.rms_norm, norm=norm)
+    if norm.offset:
+        return in_xla(x, weight)
+
+    def in_cpp(x, weight):
+        return cpu_kernels.rms_norm(x.reshape(-1, x.shape[-1]), weight, norm.eps).reshape(x.shape)
+
+    return cpu_kernels.on_cpu(_differentiated_as(in_xla, in_cpp), in_xla, x, weight)
+
+
+def rotary(positions: jax.Array, rotation: Rope) -> tuple[jax.Array, jax.Array]:
+    """Return cos and sin, f32 [B, W, D / 2], of the rotation angles at positions int32 [B, W], times the rope's magnitude."""
+    frequencies = jnp.asarray(rotation.frequencies, jnp.float32)
+    found = cpu_kernels.on_cpu(cpu_kernels.angles, rope.angles, positions.astype(jnp.int32), frequencies, unit="positions")
+    return tuple(found) if rotation.magnitude == 1 else tuple(rotation.magnitude * part for part in found)
+
+
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """`rope.rotate` of x [B, W, heads, D] by the given angles; return [B, heads, W, D]."""
+
+    # XLA:CPU fuses these products and sums with what is around them, otherwise for a window of one row than for others.
+    def in_cpp(x):
+        return _differentiated_as(rope.rotate, cpu_kernels.rotate)(x, cos, sin)
+
+    return cpu_kernels.on_cpu(in_cpp, lambda x: rope.rotate(x, cos, sin), x)
+
+
+def write(cache: KVCache, k: jax.Array, v: jax.Array, start: jax.Array) -> KVCache:
+    """Store k [B, Hkv, W, D] and v [B, Hkv, W, Dv] at positions start[r] + 0..W-1; XLA updates both in place in nested loops."""
+
+    def put(buffer, values):
+        return cpu_kernels.on_cpu(cpu_kernels.put_window, xla.put_window, buffer, start, values, unit="positions")
+
+    return KVCache(put(cache.k, k), put(cache.v, v))
+
+
+def attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    first: jax.Array,
+    last: jax.Array,
+    sinks: jax.Array | None = None,
+    *,
+    scale: float | None = None,
+    cap: float | None = None,
+) -> jax.Array:
+    """`attention.attend`: softmax(cap tanh(scale q k^T / cap)) v, over the slots that a query sees; [B, W, H * Dv] in q's dtype.
+
+    Args:
+      q, k, v: [B, H, W, D], [B, Hkv, S, D] and [B, Hkv, S, Dv].
+      first, last: int32 [B, W]; query w of row r sees the slots from first[r, w] to last[r, w], both included.
+      sinks: [H], a logit of each head that the softmax sums too, and whose probability goes to no value; or None.
+      scale: None is 1 / sqrt(D).
+      cap: bound of the logits' magnitude, softly; None leaves them as they are.
+    """
+    usual = q.shape[-1] ** -0.5
+    scale = usual if scale is None else scale
+    in_xla = functools.partial(attention.attend, scale=scale, cap=cap)
+    if scale == usual and cap is None and sinks is None and v.shape[-1] == q.shape[-1]:
+        return cpu_kernels.on_cpu(_differentiated_as(in_xla, _attend_in_cpp), in_xla, q, k, v, first, last)
+    by_query = _differentiated_as(in_xla, functools.partial(attention.attend_by_query, scale=scale, cap=cap))
+    given = () if sinks is None else (sinks,)
+    return jax.lax.platform_dependent(q, k, v, first, last, *given, cpu=by_query, default=in_xla)
+
+
+def row_multiple(weights: Iterable[Leaf], dtype: str, chip: str, mesh: Mesh | None = None) -> int | None:
+    """Return to how many rows windows are padded so that a pass computes a row alike for all of them; None if that is not known.
+
+    Norms, rotations and what is elementwise have one order of operations everywhere, attention and each product what they promise.
+
+    Args:
+      weights: of the pass.
+      dtype: of the activations; a plain weight is used in its own.
+      chip: of `pallas_kernels.chip_of`, or the platform, of the device that runs it.
+      mesh: over which the weights are split, or None.
+    """
+    with contextlib.nullcontext() if mesh is None else jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        in_cpp = chip == "cpu" and cpu_kernels.usable(dtype)
+        found = [1 if in_cpp else xla.row_multiple(chip, dtype)]
+        for w in weights:
+            found.append(product_of(w, dtype, chip).row_multiple(chip, str(getattr(w, "dtype", dtype))))
+    known = [multiple for multiple in found if multiple is not None]
+    return math.lcm(*known) if len(known) == len(found) else None
+
+
+def implementation(chip: str) -> str:
+    """Name what `linear` runs in bfloat16 on a chip (of `pallas_kernels.chip_of`), for plain and for quantized weights."""
+    if chip != "cpu":
+        kernel = {"tpu": "Pallas TPU kernel", "gpu": "Pallas GPU kernel"}
+        mxfp4 = best_product(chip, "bfloat16", BLOCK, BLOCK).name
+        return f"XLA dot; {kernel.get(mxfp4, f'XLA ({mxfp4})')} for mxfp4"
+    bf16, mxfp4 = cpu_kernels.isas("matmul"), cpu_kernels.isas("mxfp4_matmul")
+    if not bf16:
+        return "XLA dot, at least two rows"
+    mx8 = cpu_kernels.isas("mx8_matmul")
+    return (
+        f"C++ for bfloat16 ({bf16[0]}), float16 and float32, for mxfp4 ({mxfp4[0]}, activations in 8 bits) and for the other MX "
+        f"formats ({mx8[0]})"
+    )
+
+
+def _differentiated_as(form: Callable, function: Callable) -> Callable:
+    """Return a function whose derivative is that of another form of it, which XLA knows."""
+
+    @jax.custom_jvp
+    def run(*arguments):
+        return function(*arguments)
+
+    @run.defjvp
+    def _(primals, tangents):
+        return run(*primals), jax.jvp(form, primals, tangents)[1]
+
+    return run
+
+
+def _attend_in_cpp(q, k, v, first, last):
+    out = cpu_kernels.attention(q, k, v, first, last)
+    return out.reshape(*out.shape[:2], -1).astype(q.dtype)
