@@ -194,7 +194,8 @@ def _check_values(path: pathlib.Path, raw: dict, family: str) -> None:
     else:
         for kind, rope in ropes.items():
             _check_rope_keys(path, rope, f"rope_parameters: {kind}")
-    kinds, layers = raw.get("layer_types"), raw.get("num_hidden_layers")
+    kinds = raw.get("layer_types")
+    layers = raw.get("num_hidden_layers", len(kinds or ()))  # text_config may leave it to the default
     if kinds is not None and (len(kinds) != layers or any(kind not in LAYER_TYPES for kind in kinds)):
         raise InputError(
             f"{path}: layer_types is {brief(kinds)}, but must name one of {', '.join(LAYER_TYPES)} for each of {layers} layers"
