@@ -205,7 +205,7 @@ static void check_attention(Pool& pool, const attention::Shape& s, unsigned seed
 
 int main() {
   Pool pool(3), failing(3, 2);
-  const auto all = [&pool](unsigned seed) {
+  const auto all = [&pool, &failing](unsigned seed) {
     for (int64_t m : {1, 2, 3, 4, 7, 8, 9, 19}) {
       for (int64_t n : {1, 3, 13, 29}) {
         for (int64_t k : {1, 31, 33, 96, 545, 1120}) check(pool, m, n, k, seed++);
