@@ -172,7 +172,8 @@ def angles(positions: jax.Array, frequencies: jax.Array) -> tuple[jax.Array, jax
             "should be int32 [B, W] and float32 [D / 2]"
         )
     result = jax.ShapeDtypeStruct((*positions.shape, *frequencies.shape), jnp.float32)
-    return tuple(jax.ffi.ffi_call(_target("angles"), (result, result), vmap_method="sequential")(positions, frequencies))
+    cos, sin = jax.ffi.ffi_call(_target("angles"), (result, result), vmap_method="sequential")(positions, frequencies)
+    return cos, sin
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:

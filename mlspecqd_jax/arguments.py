@@ -10,7 +10,7 @@ import numbers
 import operator
 import reprlib
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Annotated, Any, NamedTuple, TypedDict, get_type_hints
+from typing import Annotated, Any, NamedTuple, TypeAlias, TypedDict, get_type_hints
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +45,8 @@ class Argument(NamedTuple):
     letter: str | None = None  # what stands for one number on the command line; None where it is spelt there in another way
 
 
-Numbers, Wholes = float | Sequence[float], int | Sequence[int]
+Numbers: TypeAlias = float | Sequence[float]
+Wholes: TypeAlias = int | Sequence[int]
 
 NEW_TOKENS = Argument("new tokens, at most; default 128, or what the positions leave", _whole("a positive whole number", 1), "N")
 CHAT = Argument("wrap each prompt, as a user's message, by the model's chat template")
@@ -133,6 +134,11 @@ def number(name: str, value: Any) -> int | float:
     if not kind.lawful(value):
         raise refusal
     return value
+
+
+def whole(name: str, value: Any) -> int:
+    """Return `number`, where the table allows whole ones alone."""
+    return int(number(name, value))
 
 
 def sequence(name: str, value: Any, most: int | None = None) -> list | None:

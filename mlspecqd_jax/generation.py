@@ -3,7 +3,7 @@
 import dataclasses
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Unpack
 
 import jax
@@ -102,7 +102,7 @@ def compare(stack: Stack, prompts, **arguments: Unpack[Arguments]) -> Generation
     return dataclasses.replace(ours, report=ours.report | {"speedup": per_token[0] / per_token[1]})
 
 
-def _run(stack: Stack, prompts, most_rounds: int, arguments: dict[str, Any]):
+def _run(stack: Stack, prompts, most_rounds: int, arguments: Mapping[str, Any]):
     """Check, compile, then yield the new text of each row after every slice of at most so many rounds; return the Generation.
 
     The first yield comes before anything is generated.
@@ -134,7 +134,7 @@ def _run(stack: Stack, prompts, most_rounds: int, arguments: dict[str, Any]):
     timing = report.Timing(time.perf_counter() - began, compile_seconds)
     stopped = [d is not None and d.stopped for d in decoders]  # what `finish` gave may have completed a stop string
     new = [tokens[r, begin[r] : length[r]].tolist() for r in rows]
-    new = [ids[: d.tokens] if over else ids for ids, d, over in zip(new, decoders, stopped, strict=True)]
+    new = [ids[: d.tokens] if d and over else ids for ids, d, over in zip(new, decoders, stopped, strict=True)]
     logprobs = None
     if state.logprobs is not None:
         logprobs = [np.asarray(state.logprobs)[r, begin[r] : begin[r] + len(new[r])].tolist() for r in rows]

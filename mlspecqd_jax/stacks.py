@@ -10,7 +10,6 @@ from mlspecqd_jax.speculation.drafters.prompt_lookup import PromptLookup
 from mlspecqd_jax.speculation.level import Level
 from mlspecqd_jax.speculation.stack import Stack
 from mlspecqd_jax.text.card import first_difference
-from mlspecqd_jax.weights.quantization import EMBEDDING
 from pallas_kernels.xla import ONE_WIDTH
 
 
@@ -42,19 +41,21 @@ def stack(target: Model, *drafters: Any, exact: bool = True, share_cache: bool =
             models.append(drafter)
         elif i + 1 < len(pairs):
             raise InputError(f"{name_of(drafter)} has no weights that {name_of(pairs[i + 1][0])} could draft for; put it last")
-    below = None if not pairs or isinstance(pairs[-1][0], Model) else pairs[-1][0]
+    innermost = None if not pairs or isinstance(pairs[-1][0], Model) else pairs[-1][0]
     lengths = [draft_len for _, draft_len in pairs] + [0] * (len(models) > len(pairs))
-    for i in reversed(range(len(models))):
-        model = models[i]
-        below = Level(
+
+    def level(i: int) -> Level:
+        model, last = models[i], i + 1 == len(models)
+        return Level(
             model.network,
             model.params,
-            below,
+            innermost if last else level(i + 1),
             lengths[i],
             window_multiple=1 if i else rows,
             share_cache=share_cache and i > 0 and is_twin(model, models[i - 1]),
         )
-    return Stack(below, tuple(model.card for model in models), exact)
+
+    return Stack(level(0), tuple(model.card for model in models), exact)
 
 
 def prompt_lookup(max_ngram: int = 3, min_ngram: int = 1) -> PromptLookup:
@@ -79,7 +80,7 @@ def exact_rows(target: Model, draft_len: int) -> int:
 
 def is_twin(model: Model, other: Model) -> bool:
     """Return whether two models are one up to quantization: the same network around the very same embedding."""
-    return model.network == other.network and model.params[EMBEDDING] is other.params[EMBEDDING]
+    return model.network == other.network and model.embedding is other.embedding
 
 
 def name_of(drafter: Any) -> str:
@@ -114,7 +115,7 @@ def _pair(given: Any, nested: bool) -> tuple[Any, int]:
 
 
 def _check_fits(draft: Model, target: Model) -> None:
-    ours, theirs = draft.params[EMBEDDING], target.params[EMBEDDING]
+    ours, theirs = draft.embedding, target.embedding
     if ours.dtype != theirs.dtype:
         raise InputError(
             f"{draft.card.name} is in {ours.dtype.name} and {target.card.name} in {theirs.dtype.name}; load both in one dtype"

@@ -5,7 +5,7 @@ by role: "codes" and "scales" are those of the weight as it is stored, and a pro
 Notation: M rows of activations, N outputs, K contracted.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
@@ -23,7 +23,7 @@ class Product(NamedTuple):
     """(chip, dtype, n, k, along_n, along_k) to why it cannot be had, as the end of a sentence, or None if it can."""
     arrange: Callable[..., dict[str, jax.Array]]
     """(**stored, along_n=1, along_k=1) to its own arrays; so many equal parts of N and of K will lie on different devices."""
-    axes: dict[str, tuple[str | None, ...]]
+    axes: Mapping[str, tuple[str | None, ...]]
     """Which dimensions of the weight, "n" or "k", those of its arrays are."""
     run: Callable[..., jax.Array]
     """(x [M, K], arrays, *, n, chip, element, interpret) to f32 [M, N].

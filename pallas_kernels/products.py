@@ -20,9 +20,9 @@ def chip_of(device: jax.Device) -> str:
     return device.device_kind if device.platform == "tpu" else device.platform
 
 
-def named(name: str, products: tuple[Product, ...] = PRODUCTS) -> Product | None:
-    """Return the product of this name, or None."""
-    return next((product for product in products if product.name == name), None)
+def named(name: str) -> Product:
+    """Return the product of this name, which there must be."""
+    return next(product for product in PRODUCTS if product.name == name)
 
 
 def why_not(
@@ -50,7 +50,7 @@ def why_not(
     """
     kind = "a plain" if format == PLAIN else f"an {format.upper()}"
     asked = f"the product '{name}' for {dtype} [M, {k}] and {kind} weight [{n}, {k}] on {chip}"
-    product = named(name, products)
+    product = next((product for product in products if product.name == name), None)
     if product is None:
         return f"there is no product '{name}'; give one of {', '.join(product.name for product in products)}"
     if format not in product.formats:

@@ -96,7 +96,7 @@ class Attention(nnx.Module):
         q = self.q_proj(x).reshape(batch, window, self.a.heads, self.a.head_dim)
         k = self.k_proj(x).reshape(batch, window, self.a.kv_heads, self.a.head_dim)
         v = self.v_proj(x).reshape(batch, window, self.a.kv_heads, self.a.value_dim)
-        if self.q_norm is not None:
+        if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = rotate(q, *rotation), rotate(k, *rotation), jnp.swapaxes(v, 1, 2)  # [B, heads, W, D]
         k, v = finite(k), finite(v)

@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import itertools
 import re
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -99,7 +100,7 @@ class Network:
         Raises:
           InputError: no such number is known for these parameters where they lie.
         """
-        embedding = params[EMBEDDING]
+        embedding = cast(jax.Array, params[EMBEDDING])
         chip = chip_of(next(iter(embedding.devices())))
         weights = [params.get(name, embedding) for name in (HEAD, *(name for name, t in self.tensors().items() if t.linear))]
         found = ops.row_multiple(weights, embedding.dtype.name, chip, self.mesh)

@@ -135,8 +135,9 @@ def implementation(chip: str) -> str:
     """Name what `linear` runs in bfloat16 on a chip (of `pallas_kernels.chip_of`), for plain and for quantized weights."""
     if chip != "cpu":
         kernel = {"tpu": "Pallas TPU kernel", "gpu": "Pallas GPU kernel"}
-        mxfp4 = best_product(chip, "bfloat16", BLOCK, BLOCK).name
-        return f"XLA dot; {kernel.get(mxfp4, f'XLA ({mxfp4})')} for mxfp4"
+        mxfp4 = best_product(chip, "bfloat16", BLOCK, BLOCK)
+        assert mxfp4 is not None, "the last of them can always be had"
+        return f"XLA dot; {kernel.get(mxfp4.name, f'XLA ({mxfp4.name})')} for mxfp4"
     bf16, mxfp4 = cpu_kernels.isas("matmul"), cpu_kernels.isas("mxfp4_matmul")
     if not bf16:
         return "XLA dot, at least two rows"

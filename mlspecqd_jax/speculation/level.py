@@ -114,7 +114,7 @@ class Level:
         counts = Counts.zeros(batch, self.draft_len)
         return DrafterState(cache, self._no_features(batch, slots), jnp.zeros((batch,), jnp.int32), below, counts)
 
-    def feed(self, state: DrafterState, tokens: jax.Array, start: jax.Array, lent: Lent | None = None) -> DrafterState:
+    def feed(self, state: DrafterState, tokens: jax.Array, start: jax.Array, lent: Lent) -> DrafterState:
         """Feed a piece of the prompts to every cache of this level and those below (see `Drafter`)."""
         if self.share_cache:  # what its verifier was fed is in the cache already
             mine = lent
@@ -216,7 +216,7 @@ def run_round(
         ended &= ~broken
         appended = jnp.minimum(appended, lawful)
     probs, logprobs = progress.probs, progress.logprobs
-    if probs is not None:
+    if probs is not None and verdict.probs is not None:
         probs = write_at(probs, length - progress.begin, verdict.probs)
     if logprobs is not None:
         logprobs = write_at(logprobs, length, log_probability(logits, verdict.tokens))

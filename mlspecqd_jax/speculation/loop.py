@@ -13,12 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from mlspecqd_jax import jax_settings
-from mlspecqd_jax.arguments import LARGEST_INT, brief, instance, integers, is_array, number
+from mlspecqd_jax.arguments import LARGEST_INT, brief, instance, integers, is_array, number, whole
 from mlspecqd_jax.errors import InputError
 from mlspecqd_jax.speculation.buffers import padded
 from mlspecqd_jax.speculation.control import Fixed
 from mlspecqd_jax.speculation.level import SLACK, Level, run_round
-from mlspecqd_jax.speculation.protocols import Control, check_limits
+from mlspecqd_jax.speculation.protocols import Control, Lent, check_limits
 from mlspecqd_jax.speculation.settings import Sampling
 from mlspecqd_jax.speculation.stack import Stack, outermost
 from mlspecqd_jax.speculation.state import DrafterState, State, counts_of, is_unfinished
@@ -28,7 +28,7 @@ PREFILL_WIDTH = 256
 
 def buffer_length(longest: int, multiple: int = 256) -> int:
     """Return S for sequences of up to `longest` tokens: the next multiple of 256 that leaves room for one window of any stack."""
-    longest, multiple = number("longest", longest), number("multiple", multiple)
+    longest, multiple = whole("longest", longest), whole("multiple", multiple)
     return math.ceil((longest + SLACK) / multiple) * multiple
 
 
@@ -52,7 +52,7 @@ def init(
       control: of draft lengths; None lets every level draft its draft_len.
       prefill_width: static; prompts are fed in pieces of (at most) this many tokens.
     """
-    prefill_width = number("prefill_width", prefill_width)
+    prefill_width = whole("prefill_width", prefill_width)
     return feed(stack, begin(stack, tokens, length, sampling, control=control), prefill_width=prefill_width)
 
 
@@ -112,7 +112,7 @@ def feed(
     def feed_piece(i, fed):
         start = jnp.full((batch,), i * width, jnp.int32)
         piece = jax.lax.dynamic_slice(state.tokens, (0, i * width), (batch, width))
-        return level.feed(fed, padded(piece, start, state.begin - 1), start)
+        return level.feed(fed, padded(piece, start, state.begin - 1), start, Lent(None, None, start))
 
     fed = DrafterState(state.cache, state.features, state.scored_from, state.below, state.counts)
     return state._replace(**jax.lax.fori_loop(first, end, feed_piece, fed)._asdict())
@@ -120,7 +120,7 @@ def feed(
 
 def piece_width(prefill_width: int, size: int) -> int:
     """Return the width of the pieces in which prompts are fed to a buffer of `size`: at most prefill_width, and they fill it."""
-    return math.gcd(number("prefill_width", prefill_width), size)
+    return math.gcd(whole("prefill_width", prefill_width), size)
 
 
 def check(stack: Stack | Level, sampling: Sampling) -> Level:

@@ -29,7 +29,9 @@ class Scorer(Protocol):
     last fed in earlier ones. Entries of the cache beyond them, other rows, and rows of `PADDING` change nothing.
     """
 
-    vocab_size: int
+    @property
+    def vocab_size(self) -> int:
+        """V."""
 
     def row_multiple(self, params: Any) -> int:
         """Return the number of rows at whose multiples a window's rows are computed alike, bit for bit; 1 where always.
@@ -41,7 +43,7 @@ class Scorer(Protocol):
     def init_cache(self, params: Any, batch: int, slots: int) -> Any:
         """Return an empty cache of `slots` positions."""
 
-    def __call__(self, params: Any, tokens: jax.Array, start: jax.Array, cache: Any, *, features: bool = False) -> Scored:
+    def __call__(self, params: Any, tokens: jax.Array, start: jax.Array, cache: Any, *, features: bool = False) -> "Scored | tuple":
         """Feed tokens [B, W] at positions start[r] + 0..W-1; hand up features if they are asked for."""
 
 
@@ -102,9 +104,17 @@ class Drafter(Protocol):
     Law 3: it is fed what its verifier is fed of a prompt; what is appended later it finds in what it is asked.
     """
 
-    name: str  # in reports
-    must_follow: bool  # here or in what drafts for it: then it is asked in every round, to be fed what was appended above
-    uses_features: bool  # whether its verifier is to lend it the features of its passes
+    @property
+    def name(self) -> str:
+        """What reports call it."""
+
+    @property
+    def must_follow(self) -> bool:
+        """Whether it, or what drafts for it, is asked in every round, to be fed what was appended above."""
+
+    @property
+    def uses_features(self) -> bool:
+        """Whether its verifier is to lend it the features of its passes."""
 
     def init(self, batch: int, slots: int) -> Any:
         """Return the drafter's state before anything is fed, for rows of at most `slots` tokens."""

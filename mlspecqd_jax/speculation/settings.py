@@ -5,13 +5,14 @@ Notation: B batch, V vocabulary, E stop tokens. Everything a user may vary per r
 
 import dataclasses
 from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from mlspecqd_jax import jax_settings
-from mlspecqd_jax.arguments import ROWS, brief, choice, each_row, flag, number, sequence
+from mlspecqd_jax.arguments import ROWS, brief, choice, each_row, flag, number, sequence, whole
 from mlspecqd_jax.errors import InputError
 
 RULES = ("coupled", "rejection")
@@ -74,9 +75,9 @@ class Sampling:
         Raises:
           InputError: a value out of range, or a sequence whose length is not the batch size.
         """
-        batch, vocab_size = number("batch", batch), number("vocab_size", vocab_size)
+        batch, vocab_size = whole("batch", batch), whole("vocab_size", vocab_size)
 
-        def row(name, value, dtype=np.float32):
+        def row(name: str, value, dtype: Any = np.float32):
             given = each_row(name, value, batch)
             if np.issubdtype(dtype, np.integer):  # more than there are tokens, not what is left of the bits
                 given = [min(x, np.iinfo(dtype).max) for x in given]

@@ -1,7 +1,6 @@
 """`Stack`: levels that generate, and what a caller keeps with each."""
 
 import dataclasses
-from collections.abc import Hashable
 from typing import Any
 
 import jax
@@ -18,7 +17,7 @@ class Stack:
 
     level: Level
     # Whatever belongs to the model of each level, outermost first, such as its name and tokenizer; never read by a program.
-    cards: tuple[Hashable, ...] = dataclasses.field(metadata={"static": True})
+    cards: tuple[Any, ...] = dataclasses.field(metadata={"static": True})
     # Whether every stack of this target gives the same tokens: then all windows of the target compute a row alike.
     exact: bool = dataclasses.field(metadata={"static": True})
 

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import jax
 
 from mlspecqd_jax.speculation.counts import Counts
-from mlspecqd_jax.speculation.protocols import Control
 
 
 class DrafterState(NamedTuple):
@@ -36,7 +35,7 @@ class State(NamedTuple):
     counts: Counts
     probs: jax.Array | None  # f32 [B, G, V], what the tokens from `begin` on were drawn from: under the rejection rule, for a draft
     logprobs: jax.Array | None  # f32 [B, S], of the tokens chosen, when asked for
-    control: Control | None = None  # of all levels below, where there is nobody above
+    control: Any = None  # a `Control` of all levels below, where there is nobody above
     plan: Any = None  # the control's state
 
 

@@ -16,7 +16,9 @@ from pallas_kernels.tpu import DECODE, DECODE_WITHOUT_SUBNORMALS
 from pallas_kernels.xla import DECODED
 
 
-def for_device(leaf: QuantizedArray, *, dtype: jax.numpy.dtype, mesh: Mesh | None, product: str | None = None) -> QuantizedArray:
+def for_device(
+    leaf: QuantizedArray, *, dtype: jax.typing.DTypeLike, mesh: Mesh | None, product: str | None = None
+) -> QuantizedArray:
     """Arrange a stored weight for the device or the mesh that it is on; it stays as it is where nothing there wants it otherwise.
 
     Args:
@@ -37,7 +39,9 @@ def for_device(leaf: QuantizedArray, *, dtype: jax.numpy.dtype, mesh: Mesh | Non
     return arrange(leaf, product, chip_of(device), dtype=dtype, mesh=mesh)
 
 
-def arrange(leaf: QuantizedArray, product: str, chip: str, *, dtype: jax.numpy.dtype, mesh: Mesh | None = None) -> QuantizedArray:
+def arrange(
+    leaf: QuantizedArray, product: str, chip: str, *, dtype: jax.typing.DTypeLike, mesh: Mesh | None = None
+) -> QuantizedArray:
     """Arrange a stored weight for one product on one chip.
 
     Args:

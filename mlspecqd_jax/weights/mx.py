@@ -10,6 +10,7 @@ platforms that flush subnormal numbers give the same codes.
 import functools
 
 import jax
+import jax.core
 import jax.numpy as jnp
 
 from mlspecqd_jax.errors import InputError
@@ -47,7 +48,7 @@ def quantize(w: jax.Array, format: str = "mxfp4", scale_rule: str = "floor") -> 
     codes, scales, finite = _encode(w, FORMATS[format], scale_rule)
     if not isinstance(finite, jax.core.Tracer) and not finite:
         raise InputError(f"a weight of shape {shape} holds NaN or infinity and cannot be quantized; use an intact checkpoint")
-    return QuantizedArray({"codes": codes, "scales": scales}, tuple(shape), format)
+    return QuantizedArray({"codes": codes, "scales": scales}, (shape[0], shape[1]), format)
 
 
 @functools.partial(jax.jit, static_argnames="dtype")

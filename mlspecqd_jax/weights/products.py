@@ -29,7 +29,9 @@ def product_of(w: jax.Array | QuantizedArray, dtype: str, chip: str) -> Product:
     leaf = _leaf(w)
     if not leaf.is_stored:
         return named(leaf.product)
-    return best_product(chip, str(getattr(w, "dtype", dtype)), *leaf.shape, format=leaf.format, products=OF_STORED)
+    found = best_product(chip, str(getattr(w, "dtype", dtype)), *leaf.shape, format=leaf.format, products=OF_STORED)
+    assert found is not None, "the last of these can always be had"
+    return found
 
 
 def multiply(x: jax.Array, w: jax.Array | QuantizedArray, interpret=False) -> jax.Array:

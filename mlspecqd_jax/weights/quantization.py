@@ -16,7 +16,7 @@ from mlspecqd_jax.weights.formats import check_format
 from mlspecqd_jax.weights.layouts import for_device
 from mlspecqd_jax.weights.mx import check_scale_rule, quantize
 from mlspecqd_jax.weights.placement import weight_sharding
-from mlspecqd_jax.weights.quantized_array import QuantizedArray
+from mlspecqd_jax.weights.quantized_array import Leaf, QuantizedArray
 from mlspecqd_jax.weights.tensors import EMBEDDING, HEAD, Tensor
 
 TIED_HEAD = "mxfp8_e4m3"  # of a twin in MXFP4, on CPU
@@ -50,7 +50,7 @@ def quantize_params(
     scale_rule: str = "floor",
     mesh: Mesh | None = None,
     dtype: jax.typing.DTypeLike | None = None,
-) -> dict[str, jax.Array | QuantizedArray]:
+) -> dict[str, Leaf]:
     """Return the parameters of a model's twin: linear layers and lm_head quantized, everything else the same array objects.
 
     Weights are cast one at a time. A tied model's embedding stays, and the twin gets a quantized `lm_head.weight` made from it.
@@ -70,7 +70,7 @@ def quantize_params(
     """
     tensors = with_head(tensors)
     wanted = _formats([name for name, tensor in tensors.items() if tensor.linear], format, policy or {}, scale_rule)
-    quantized = dict(params)
+    quantized: dict[str, Leaf] = dict(params)
     for name, to in wanted.items():
         w = params[name] if name in params else params[EMBEDDING]
         if to is None or getattr(w, "format", None) == to:

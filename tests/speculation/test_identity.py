@@ -131,7 +131,7 @@ def refeeding(drafter_shares, change):
     return mutated
 
 
-def without_prefill(level, state, tokens, start, lent=None, real=Level.feed):
+def without_prefill(level, state, tokens, start, lent, real=Level.feed):
     return state if level.drafter is None else real(level, state, tokens, start, lent)
 
 

@@ -14,6 +14,7 @@ from mlspecqd_jax.network import network
 from mlspecqd_jax.network.network import Network
 from mlspecqd_jax.speculation.drafters.prompt_lookup import PromptLookup
 from mlspecqd_jax.weights.mx import quantize
+from mlspecqd_jax.weights.tensors import EMBEDDING
 
 slow, exhaustive = pytest.mark.slow, pytest.mark.exhaustive
 PROMPTS = ["def fibonacci(n):\n", "import os\n", "class Stack:\n    def push(self, item):\n"]
@@ -64,7 +65,7 @@ def test_twins_share_what_is_not_quantized(demo):
     fine, coarse = demo.quantized("mxfp8_e4m3"), demo.quantized()
     stack = mlsd.stack(demo, (fine, 6), (coarse, 3))
     assert [level.share_cache for level in stack.levels] == [False, True, True]
-    embeddings = {id(level.params[stacks.EMBEDDING]) for level in stack.levels}
+    embeddings = {id(level.params[EMBEDDING]) for level in stack.levels}
     assert len(embeddings) == 1
 
 
@@ -252,11 +253,11 @@ def test_a_draft_of_too_few_positions_is_refused(demo, other):
 def test_padded_vocabularies_of_one_tokenizer_draft_for_each_other(quick):
     """A draft of fewer and of more logits than the target; the latter's favourites are tokens that the target has not got."""
     plain = mlsd.generate(mlsd.stack(quick), PROMPTS, max_new_tokens=NEW, temperature=0.7)
-    config, embedding = quick.network.config, quick.params[stacks.EMBEDDING]
+    config, embedding = quick.network.config, quick.params[EMBEDDING]
     for size in (config.vocab_size - 64, config.vocab_size + 64):
         network = Network(dataclasses.replace(config, vocab_size=size))
         padded = jnp.concatenate([embedding, 100 * embedding[:64]])[:size]
-        draft = dataclasses.replace(quick, network=network, params=quick.params | {stacks.EMBEDDING: padded})
+        draft = dataclasses.replace(quick, network=network, params=quick.params | {EMBEDDING: padded})
         out = mlsd.generate(mlsd.stack(quick, (draft, 3)), PROMPTS, max_new_tokens=NEW, temperature=0.7)
         assert out.report["levels"][0]["token_acceptance"] > 0.9
         assert out.tokens == plain.tokens
@@ -321,7 +322,7 @@ def test_exact_stacks_on_gpu_are_compiled_for_one_algorithm_a_product(quick):
 
     def options(platform, exact):
         stack = mlsd.stack(quick, exact=exact)
-        level = dataclasses.replace(stack.level, params={stacks.EMBEDDING: Elsewhere(platform)})
+        level = dataclasses.replace(stack.level, params={EMBEDDING: Elsewhere(platform)})
         return mlsd.compiler_options(dataclasses.replace(stack, level=level))
 
     assert options("gpu", True) == {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}

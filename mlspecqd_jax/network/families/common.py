@@ -30,12 +30,18 @@ def attention(c, rope: dict[str, Any] | None = None, **more) -> Attention:
       **more: fields of `Attention`.
     """
     dim = head_dim(c)
-    rotation = rope_of(c.rope_parameters if rope is None else rope, dim)
-    known = {"heads": c.num_attention_heads, "kv_heads": c.num_key_value_heads or c.num_attention_heads}
-    return Attention(**(known | {"head_dim": dim, "value_dim": dim, "scale": dim**-0.5, "rope": rotation} | more))
+    known: dict[str, Any] = {
+        "heads": c.num_attention_heads,
+        "kv_heads": c.num_key_value_heads or c.num_attention_heads,
+        "head_dim": dim,
+        "value_dim": dim,
+        "scale": dim**-0.5,
+        "rope": rope_of(c.rope_parameters if rope is None else rope, dim),
+    }
+    return Attention(**(known | more))
 
 
 def decoder(c, layers: list[Layer], **more) -> Config:
     """Return a model of these layers, with plain norms, unless `more`, fields of `Config`, says otherwise."""
-    known = {"norm": Norm(float(c.rms_norm_eps)), "tied": c.tie_word_embeddings}
+    known: dict[str, Any] = {"norm": Norm(float(c.rms_norm_eps)), "tied": c.tie_word_embeddings}
     return Config(c.vocab_size, c.hidden_size, c.max_position_embeddings, tuple(layers), **(known | more))

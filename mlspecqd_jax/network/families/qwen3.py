@@ -1,5 +1,7 @@
 """Qwen3 (arXiv 2505.09388): a norm of each query's and key's head."""
 
+from typing import Any
+
 from mlspecqd_jax.network.config import Config, GatedMLP, Layer, Norm
 from mlspecqd_jax.network.families.common import PRE, attention, decoder, windows
 
@@ -7,5 +9,5 @@ from mlspecqd_jax.network.families.common import PRE, attention, decoder, window
 def qwen3(c) -> Config:
     """Return the network of transformers' Qwen3Config."""
     feed = GatedMLP(c.intermediate_size, c.hidden_act)
-    own = {"bias": c.attention_bias, "output_bias": c.attention_bias, "qk_norm": Norm(float(c.rms_norm_eps))}
+    own: dict[str, Any] = {"bias": c.attention_bias, "output_bias": c.attention_bias, "qk_norm": Norm(float(c.rms_norm_eps))}
     return decoder(c, [Layer(attention(c, window=window, **own), feed, PRE) for window in windows(c)])
