@@ -10,7 +10,7 @@ import pytest
 import tiny
 
 import mlspecqd_jax as mlsd
-from mlspecqd_jax.loading import config_file
+from mlspecqd_jax.loading import config_file, models
 
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5], [2, 7], [31, 41, 59]]
 families = pytest.mark.parametrize("family", ["gemma2", "gemma3"])
@@ -46,7 +46,7 @@ def test_a_twin_casts_the_linear_layers_and_the_head(folder, family):
     assert cast == {name for name in model.params if name.endswith("_proj.weight")} | {"lm_head.weight"}
 
 
-def multimodal(folder: pathlib.Path, names: dict[str, str], tie=True) -> pathlib.Path:
+def multimodal(folder: pathlib.Path, names: dict[str, str]) -> pathlib.Path:
     """Write Gemma 3 as the language model of a model that sees images; `names` are prefixes in the file."""
     text, tensors = tiny.FAMILIES["gemma3"], tiny.weights(tiny.FAMILIES["gemma3"], "gemma3")
     keys = {key: value for key, value in text.items() if key not in ("architectures", "vocab_size")}
@@ -77,11 +77,25 @@ def test_the_language_model_of_a_multimodal_one(folder, tmp_path, names):
     assert model.network == text.network
     assert jax.tree.all(jax.tree.map(np.array_equal, model.params, text.params))
     assert model.card.eos_token_ids == (1, 5)
-    assert mlsd.describe(tmp_path / "model")["family"] == "gemma3"
+    assert models.describe(tmp_path / "model")["family"] == "gemma3"
     with pytest.warns(UserWarning, match="left out"):
         converted = mlsd.convert(tmp_path / "model", tmp_path / "converted", dtype="float32")
     with warnings.catch_warnings(action="error"):
         assert mlsd.load(converted, dtype="float32").network == text.network
+
+
+def test_a_head_of_its_own_survives_conversion(tmp_path):
+    """Gemma's config.json need not say that head and embedding are one, so a converted one must say that they are not."""
+    config, tensors = tiny.FAMILIES["gemma3"], tiny.weights(tiny.FAMILIES["gemma3"])
+    tensors["lm_head.weight"] = -tensors["model.embed_tokens.weight"]
+    tiny.write_checkpoint(tmp_path / "model", config, tensors)
+    with pytest.warns(UserWarning, match="holds another one, which is used"):
+        model = mlsd.load(tmp_path / "model", dtype="float32")
+    with pytest.warns(UserWarning, match="holds another one, which is used"):
+        again = mlsd.load(mlsd.convert(tmp_path / "model", tmp_path / "converted", dtype="float32"), dtype="float32")
+    assert not model.network.config.tied
+    assert again.network == model.network
+    np.testing.assert_array_equal(again.params["lm_head.weight"], tensors["lm_head.weight"])
 
 
 def test_what_a_text_config_leaves_out_is_the_default(tmp_path):
