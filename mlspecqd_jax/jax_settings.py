@@ -7,18 +7,16 @@ import jax
 
 
 def held(function: Callable) -> Callable:
-    """Run a function with 32-bit numbers, jax's usual promotions of types and ranks, and the one stream of random bits.
+    """Run a function with 32-bit numbers and the one stream of random bits.
 
-    A caller may have set `jax_enable_x64`, `jax_numpy_dtype_promotion` ("strict"), `jax_numpy_rank_promotion` ("raise") or
-    `jax_threefry_partitionable`, here or in a trace of its own around this.
+    A caller may have set `jax_enable_x64` or `jax_threefry_partitionable`, here or in a trace of its own around this. How jax
+    promotes types and ranks is left to the caller: no code of ours counts on it, and a scorer or a drafter of theirs may.
     """
 
     @functools.wraps(function)
     def run(*args, **kwargs):
         with (
             jax.enable_x64(False),
-            jax.numpy_dtype_promotion("standard"),
-            jax.numpy_rank_promotion("allow"),
             jax.threefry_partitionable(True),
         ):
             return function(*args, **kwargs)

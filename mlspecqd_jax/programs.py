@@ -9,7 +9,7 @@ from mlspecqd_jax.speculation import loop
 from mlspecqd_jax.speculation.stack import Stack, outermost
 
 # Else XLA:GPU times several algorithms for each product whenever it compiles, and two programs may get two for the same product:
-# 7 of 32 rows of a real model differed on an H200. cuBLAS takes one algorithm for a shape.
+# 7 of 64 rows of a real model differed on an H200. cuBLAS takes one algorithm for a shape.
 ONE_ALGORITHM = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
 
 

@@ -72,7 +72,7 @@ def mx_decode(codes: jax.Array, scales: jax.Array, exponent_bits: int, mantissa_
     n, blocks = scales.shape
     bias = 2 ** (exponent_bits - 1) - 1
     if exponent_bits + mantissa_bits == 3:
-        codes = codes[:, :, None] >> jnp.array([0, 4], jnp.uint8) & 15  # [N, K/2, 2]
+        codes = codes[:, :, None] >> jnp.array([[[0, 4]]], jnp.uint8) & 15  # [N, K/2, 2]
     codes = codes.reshape(n, blocks, BLOCK).astype(jnp.int32)
     scales = scales[:, :, None].astype(jnp.int32)
     magnitude = codes & (1 << exponent_bits + mantissa_bits) - 1

@@ -10,6 +10,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"
 # Else the GPU's compiler cannot be had where there is no GPU, once jax has looked for one.
 os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
+# No code of ours counts on jax promoting types or ranks; before jax is imported, so that it holds in processes of their own too.
+os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
+os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 if "MLSPECQD_TESTS_CACHE" not in os.environ:  # the workers of a run share one, so that what one compiles the others find
     _cache = tempfile.TemporaryDirectory(prefix="mlspecqd-tests-")
     os.environ["MLSPECQD_TESTS_CACHE"] = _cache.name

@@ -52,7 +52,7 @@ def attend(
     batch, heads, window, dim = q.shape
     kv, slots = k.shape[1:3]
     groups = heads // kv
-    slot = jnp.arange(slots)
+    slot = jnp.arange(slots)[None, None, :]
     visible = (first[..., None] <= slot) & (slot <= last[..., None])  # [B, W, S]
     scores = _product(q.reshape(batch, kv, groups * window, dim), k, 3).reshape(batch, kv, groups, window, slots)
     sinks = None if sinks is None else jnp.broadcast_to(sinks.reshape(kv, groups, 1), scores.shape[:-1])
@@ -96,7 +96,7 @@ def attend_by_query(q, k, v, first, last, sinks=None, *, scale: float, cap: floa
             return jax.lax.dynamic_update_slice(scores, _dot(query, block(k, row, i), 2), (0, 0, i * BLOCK))
 
         scores = jax.lax.fori_loop(*blocks, score, jnp.zeros((kv, heads // kv, k.shape[2]), jnp.float32))
-        slot = jnp.arange(k.shape[2])
+        slot = jnp.arange(k.shape[2])[None, None, :]
         weights = _weights(scores, (begin <= slot) & (slot <= end), sinks, scale, cap)
 
         def add(i, out):

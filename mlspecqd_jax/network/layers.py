@@ -43,7 +43,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array, out_dtype: jnp.dtype | None = None) -> jax.Array:
         y = linear(x, self.weight.get_value(), out_dtype=out_dtype)
-        return y if self.bias is None else y + self.bias.get_value().astype(y.dtype)
+        return y if self.bias is None else y + jnp.expand_dims(self.bias.get_value().astype(y.dtype), range(y.ndim - 1))
 
 
 class Embedding(nnx.Module):

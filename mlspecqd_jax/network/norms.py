@@ -23,5 +23,5 @@ def rms_norm(x: jax.Array, weight: jax.Array, norm: Norm) -> jax.Array:
     """
     y = x.astype(jnp.float32)
     mean = ordered_sum(y * y)[..., None] / x.shape[-1]
-    scale = weight.astype(jnp.float32)
+    scale = jnp.expand_dims(weight.astype(jnp.float32), range(x.ndim - 1))
     return (y * jax.lax.rsqrt(mean + norm.eps) * (norm.offset + scale if norm.offset else scale)).astype(x.dtype)

@@ -45,7 +45,7 @@ def _llama3_frequency(frequency: float, factor: float, low: float, high: float, 
 
 def angles(positions: jax.Array, frequencies: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Return cos and sin, f32 [B, W, D / 2], of positions int32 [B, W] times frequencies f32 [D / 2]."""
-    turned = positions.astype(jnp.float32)[..., None] * frequencies
+    turned = positions.astype(jnp.float32)[..., None] * frequencies[None, None, :]
     return jnp.cos(turned), jnp.sin(turned)
 
 

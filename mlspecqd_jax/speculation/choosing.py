@@ -81,7 +81,7 @@ def _penalize(logits, tokens, position, s: Sampling):
         new = counts(tokens, (slots >= begin) & (slots < position))
         repeated = jnp.where(logits < 0, logits * repetition, logits / repetition)
         logits = jnp.where(seen, repeated, logits)
-        return logits - frequency * new - presence * (new > 0)
+        return logits - frequency * new.astype(jnp.float32) - presence * (new > 0).astype(jnp.float32)
 
     window = jax.vmap(one, (0, None, 0, None, None, None, None))
     return jax.vmap(window)(
@@ -160,8 +160,8 @@ def _keep_top_p(x, top_p):
     tied = order == boundary[..., None]
     each = jnp.max(jnp.where(tied, p, 0), axis=-1)
     dropped = jnp.floor((spare - mass_below(boundary)) / jnp.maximum(each, jnp.finfo(jnp.float32).tiny))
-    dropped = jnp.clip(dropped, 0, jnp.sum(tied, axis=-1) - 1)
-    rank = jnp.cumsum(tied, axis=-1)  # 1-based among the ties
+    dropped = jnp.clip(dropped, 0, jnp.sum(tied, axis=-1).astype(jnp.float32) - 1)
+    rank = jnp.cumsum(tied, axis=-1).astype(jnp.float32)  # 1-based among the ties
     keep = (order > boundary[..., None]) | (tied & (rank > dropped[..., None]))
     return jnp.where(keep | (spare < 0)[..., None], x, -jnp.inf)
 

@@ -43,9 +43,9 @@ def count(counts: Counts, draft: Draft, verdict: Verdict, appended: jax.Array, u
     accepted = g < jnp.minimum(kept, verdict.accepted)[:, None]
     judged = g < jnp.minimum(kept, verdict.accepted + 1)[:, None]
     return Counts(
-        rounds=counts.rounds + unfinished,
+        rounds=counts.rounds + unfinished.astype(jnp.int32),
         drafted=counts.drafted + kept,
-        accepted=counts.accepted + accepted,
-        judged=counts.judged + judged,
+        accepted=counts.accepted + accepted.astype(jnp.int32),
+        judged=counts.judged + judged.astype(jnp.int32),
         passes=counts.passes + 1,
     )

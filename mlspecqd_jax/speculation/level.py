@@ -206,7 +206,7 @@ def run_round(
         return read_at(x, length - 1 - start, rows) if refeed else x[:, :rows]
 
     logits = _fitted(of_round(logits), sampling.vocab_size)
-    adjusted = adjust(logits, tokens, length[:, None] + jnp.arange(rows), sampling)
+    adjusted = adjust(logits, tokens, length[:, None] + jnp.arange(rows)[None, :], sampling)
     verdict = verify(_lawful(adjusted) if depth else adjusted, draft, length, sampling, depth)
     appended, ended = _cut(verdict, length, limit, unfinished, sampling.stop_token_ids)
     broken = progress.broken
@@ -267,7 +267,7 @@ def _lawful(logits: jax.Array) -> jax.Array:
     """
     usable = jnp.all(logits < jnp.inf, axis=-1) & jnp.any(logits > -jnp.inf, axis=-1)
     certain = jnp.where(jnp.arange(logits.shape[-1]) == 0, 0.0, -jnp.inf)
-    return jnp.where(usable[..., None], logits, certain)
+    return jnp.where(usable[..., None], logits, certain[None, None, :])
 
 
 def _lawful_rows(logits: jax.Array, verdict: Verdict, sampling: Sampling) -> jax.Array:
@@ -292,7 +292,7 @@ def _lawful_rows(logits: jax.Array, verdict: Verdict, sampling: Sampling) -> jax
 def _cut(verdict: Verdict, length, limit, unfinished, stop_token_ids):
     """Return how many of the verdict's tokens each row keeps, and whether the last kept one is a stop token."""
     g = jnp.arange(verdict.tokens.shape[1])[None, :]
-    stops = jnp.any(verdict.tokens[..., None] == stop_token_ids, axis=-1)
+    stops = jnp.any(verdict.tokens[..., None] == stop_token_ids[None, None, :], axis=-1)
     to_stop = jnp.min(jnp.where(stops, g + 1, verdict.tokens.shape[1] + 1), axis=1)
     kept = jnp.minimum(jnp.minimum(verdict.accepted + 1, limit - length), to_stop)
     kept = jnp.where(unfinished, kept, 0)

@@ -80,7 +80,7 @@ def _encode(w, f: Format, scale_rule: str):
     codes = _element(magnitude, scale, f.element) | (bits < 0).astype(jnp.int32) << f.bits - 1
     codes = codes.reshape(n, -1)
     if f.codes_per_byte == 2:  # as a sum: XLA:CPU takes ten times as long to join two strided slices
-        codes = jnp.sum(codes.reshape(n, -1, 2) << jnp.array([0, 4]), axis=2)
+        codes = jnp.sum(codes.reshape(n, -1, 2) << jnp.array([[[0, 4]]]), axis=2)
     return codes.astype(jnp.uint8), scale[:, :, 0].astype(jnp.uint8), jnp.all(amax < 0x7F800000)
 
 
@@ -94,7 +94,7 @@ def _scale(amax, f: Element, scale_rule: str):
     }[scale_rule]
     raised = (amax & 0x7FFFFF) >= raised_from
     # At most 254 - 2 + 1, so only the lower end of E8M0 is ever met; subnormal amax and zero are below it.
-    return jnp.maximum((amax >> 23) - f.emax + raised, 0)
+    return jnp.maximum((amax >> 23) - f.emax + raised.astype(jnp.int32), 0)
 
 
 def _element(magnitude, scale, f: Element):

@@ -53,7 +53,7 @@ class PromptLookup:
         if sampling.synthetic_acceptance is not None:  # coins decide what is accepted, so there must be something to accept
             found = jnp.ones_like(found)
         period = jnp.maximum(length - source, 1)
-        index = source[:, None] + jnp.arange(ask.draft_len) % period[:, None]
+        index = source[:, None] + jnp.arange(ask.draft_len)[None, :] % period[:, None]
         proposed = jnp.take_along_axis(tokens, index, axis=1, mode="clip")
         return Draft.certain(proposed, jnp.where(found, ask.wanted, 0), sampling), state, ask.lent
 
