@@ -205,8 +205,8 @@ SHAPES = {
     "gemma3": shape(8192, 640, 1280, 2, 4, 1, 64, 2048, "gemma3_text", **GEMMA, query_pre_attn_scalar=100),
 }
 QUICK, LONG = (
-    {("576", "bfloat16"), ("gemma2", "bfloat16"), ("gemma3", "bfloat16")},
-    {("576", "float32"), ("gemma2", "float32"), ("gemma3", "float32")},
+    {("576", "bfloat16"), ("gemma2", "bfloat16")},
+    {("576", "float32"), ("gemma3", "bfloat16"), ("gemma2", "float32")},
 )
 # Batch and window, and the buckets of their buffers.
 PROGRAMS = ((1, 1, 256), (1, 6, 256), (2, 1, 512), (4, 16, 256), (8, 8, 256))
