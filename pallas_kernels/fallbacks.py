@@ -65,7 +65,7 @@ def reduced_matmul(x: jax.Array, codes: jax.Array, scales: jax.Array) -> jax.Arr
     # XLA:GPU reads this type two to a byte; decoded by shifts, several rows would be kept as a weight in memory.
     weight = jax.lax.bitcast_convert_type(codes, jnp.float4_e2m1fn).astype(jnp.float32).reshape(n, groups, BLOCK)
     weight = (weight * _scales(scales)[:, :, None]).reshape(n, -1)
-    return jnp.sum(x.astype(jnp.float32)[:, None] * weight, axis=-1)
+    return jnp.sum(x.astype(jnp.float32)[:, None] * weight[None], axis=-1)
 
 
 def _einsum(subscripts, x, w):

@@ -57,7 +57,8 @@ def arrange(codes: jax.Array, scales: jax.Array, along_n: int = 1, along_k: int 
     halves = functools.reduce(jnp.bitwise_or, placed)  # [N, C, word, pair, half]
     words = jnp.transpose(halves[..., 0] | halves[..., 1] << 16, (1, 0, 3, 2)).reshape(-1, n, 16)
     scales = scales.reshape(n, -1, 4)
-    scales = jnp.sum(scales.astype(jnp.uint32) << 8 * jnp.arange(4, dtype=jnp.uint32), axis=2, dtype=jnp.uint32).T
+    shifts = 8 * jnp.arange(4, dtype=jnp.uint32)[None, None, :]
+    scales = jnp.sum(scales.astype(jnp.uint32) << shifts, axis=2, dtype=jnp.uint32).T
     words, scales = (jax.lax.bitcast_convert_type(array, jnp.int32) for array in (words, scales))
     return {"words": words, "scales": scales, "power": power}
 
@@ -97,7 +98,7 @@ def mxfp4_matmul(
         sums = high + low  # of two exact parts of x
     else:
         sums = _sums(x, words, scales, chip, interpret)
-    return sums[:, :n] * power
+    return sums[:, :n] * power[None, :]
 
 
 def _sums(x, words, scales, chip, interpret):
@@ -189,7 +190,9 @@ def _pairs(words, exponent, step):
     word, (low, sign) = words.reshape(n, 8, 2)[:, :, step // 4], SHIFTS[step % 4]
     halves = jnp.stack([word, word >> 16], axis=-1).reshape(n, 16)
     magnitude, negative = halves >> 6 - low & 7, halves >> 15 - sign & 1
-    value = jnp.where(magnitude < 2, magnitude / 2, (2 + magnitude % 2) * jnp.exp2(magnitude // 2 - 2))
+    value = jnp.where(
+        magnitude < 2, magnitude / 2, (2 + magnitude % 2).astype(jnp.float32) * jnp.exp2((magnitude // 2 - 2).astype(jnp.float32))
+    )
     scale = jax.lax.bitcast_convert_type(jnp.maximum(exponent - BIAS, 0) << 23, jnp.float32)
     return (jnp.where(negative == 1, -value, value) * scale).astype(jnp.bfloat16)
 

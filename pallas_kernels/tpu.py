@@ -105,7 +105,7 @@ def _scale_on_outputs(x, codes, scales, subnormals, interpret):
     rows, k = x.shape
     tiles, half, n = codes.shape
     x = jnp.swapaxes(x.reshape(rows, tiles, 1, 2 * half), 0, 1)  # [T, M, 1, tile]
-    of_group = jnp.arange(2 * half) // 32 % GROUPS == jnp.arange(GROUPS)[:, None, None]  # [4, 1, tile]
+    of_group = jnp.arange(2 * half)[None, None, :] // 32 % GROUPS == jnp.arange(GROUPS)[:, None, None]  # [4, 1, tile]
     spread = jnp.where(of_group, jnp.swapaxes(x, 1, 2), 0).reshape(tiles, GROUPS * rows, 2 * half)
     block = tpu_block_n(n, tiles)
     return pl.pallas_call(

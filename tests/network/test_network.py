@@ -325,8 +325,8 @@ def test_attention_by_queries_has_the_derivatives_of_its_formula():
 
     def plain(q, k, v, sinks):
         scores = 2.0 * jnp.tanh(jnp.einsum("bhwd,bgsd->bhws", q, k) * 0.7 / 2.0)
-        weights = jnp.exp(jnp.where(jnp.arange(5) <= last[..., None], scores, -jnp.inf))
-        total = weights.sum(-1) + jnp.exp(sinks)[:, None]
+        weights = jnp.exp(jnp.where(jnp.arange(5)[None, None, :] <= last[..., None], scores, -jnp.inf))
+        total = weights.sum(-1) + jnp.exp(sinks)[None, :, None]
         return jnp.sum(jnp.sin(jnp.einsum("bhws,bgsd->bwhd", weights / total[..., None], v)))
 
     def ours(q, k, v, sinks):
