@@ -83,6 +83,8 @@ def attend_by_query(q, k, v, first, last, sinks=None, *, scale: float, cap: floa
     sinks = None if sinks is None else sinks.reshape(kv, -1)
 
     def block(array, row, i):
+        # Else XLA:CPU, which slices no 16-bit floats, makes an f32 copy of the whole cache before the loop (`moves.rows`).
+        array, i = jax.lax.optimization_barrier((array, i))
         sizes = (1, kv, BLOCK, array.shape[3])
         return jax.lax.dynamic_slice(array, (row, 0, i * BLOCK, 0), sizes)[0]
 
