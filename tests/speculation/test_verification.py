@@ -3,7 +3,8 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from toys import count_sequences, g_test, quick_jit
+from frequencies import count_sequences, g_test
+from toys import quick_jit
 
 from mlspecqd_jax.speculation.choosing import DRAW, RESIDUAL, draw, noise
 from mlspecqd_jax.speculation.protocols import Draft
