@@ -69,7 +69,8 @@ def mean_loss(model: Network, params: dict[str, jax.Array], tokens: jax.Array, c
 def train_step(model: Network, schedule: Schedule, state: dict, tokens: jax.Array) -> tuple[dict, jax.Array]:
     """Return (state after one update, loss before it)."""
     loss, gradient = jax.value_and_grad(mean_loss, argnums=1)(model, state["params"], tokens, schedule.compute)
-    updates, optimizer = make_optimizer(schedule).update(gradient, state["optimizer"], state["params"])
+    with jax.numpy_dtype_promotion("standard"):  # optax counts steps as integers and multiplies them by its rates
+        updates, optimizer = make_optimizer(schedule).update(gradient, state["optimizer"], state["params"])
     return {"params": optax.apply_updates(state["params"], updates), "optimizer": optimizer}, loss
 
 

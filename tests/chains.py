@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 import numpy as np
-from toys import SharedToy, Toy, chain, logprob_rows, ragged, rows, run
+from toys import SharedToy, Toy, chain, level_counts, logprob_rows, ragged, rows, run
 
 from mlspecqd_jax.speculation.settings import Sampling
 
@@ -79,3 +79,12 @@ def assert_equal_to_plain(stack, limits, sampling, prompts=PROMPTS, exact_rows=s
     assert np.all(state.counts.rounds <= new)  # never under one token a round
     assert state.counts.passes == state.counts.rounds.max()
     return state
+
+
+def near(seed):
+    """Return a table that often agrees with the target's."""
+    return 0.8 * table + 0.2 * toy.table(seed)
+
+
+def counts_of_rows(state, index):
+    return [[np.asarray(x)[index].tolist() for x in counts[:4]] for counts in level_counts(state)]

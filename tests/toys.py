@@ -1,4 +1,4 @@
-"""Toy models, drafters and plain-Python oracles whose truth is known: what the algorithm is proved on.
+"""Toy models and drafters whose truth is known, and the stacks and buffers of them: what the algorithm is proved on.
 
 Notation: B batch, S buffer length, W window, G draft_len, V vocabulary.
 """
@@ -9,13 +9,12 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy import stats
 
 from mlspecqd_jax.arguments import LARGEST_INT
 from mlspecqd_jax.speculation.buffers import write_at
-from mlspecqd_jax.speculation.choosing import DRAW, RESIDUAL, draw, gumbel, noise, probabilities
+from mlspecqd_jax.speculation.choosing import DRAW, draw, noise, probabilities
 from mlspecqd_jax.speculation.drafters.prompt_lookup import PromptLookup
-from mlspecqd_jax.speculation.level import SLACK, Level
+from mlspecqd_jax.speculation.level import Level
 from mlspecqd_jax.speculation.loop import generate_tokens
 from mlspecqd_jax.speculation.protocols import PADDING, Ask, Draft, Lent
 from mlspecqd_jax.speculation.settings import Sampling
@@ -39,6 +38,13 @@ def _quick_options():
 quick_jit = functools.partial(jax.jit, compiler_options=_quick_options())
 
 run = quick_jit(generate_tokens, static_argnames="prefill_width")
+
+
+@quick_jit
+def jit_choose(logits, t, level, purpose, sampling):
+    """Choose from logits [B or 1, W, V] at the indices t [W]; level and purpose are traced, for a single compilation."""
+    t = jnp.broadcast_to(t, (len(sampling.seed), len(t)))
+    return draw(jnp.broadcast_to(logits, (*t.shape, logits.shape[-1])), noise(sampling.seed, t, level, purpose), sampling)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,14 +75,14 @@ class Toy:
 
     def __call__(self, params, tokens, start, cache, *, features=False):
         cache = write_at(cache, start, tokens)
-        return self.score(params, cache, start[:, None] + jnp.arange(tokens.shape[1])), cache, None
+        return self.score(params, cache, start[:, None] + jnp.arange(tokens.shape[1])[None, :]), cache, None
 
     def score(self, params, cache, position):
         """Return the logits [B, W, V] that the cached tokens [B, S] up to each position [B, W] give."""
-        slots = jnp.arange(cache.shape[1])
+        slots = jnp.arange(cache.shape[1])[None, None, :]
         seen = (slots <= position[..., None]) & (slots > position[..., None] - self.order)  # [B, W, S]
-        weight = jnp.asarray([pow(7, i, MODULUS) for i in range(len(slots))], jnp.int32)
-        known = jnp.sum(jnp.where(seen, ((cache + 1) * weight % MODULUS)[:, None], 0), axis=-1)
+        weight = jnp.asarray([pow(7, i, MODULUS) for i in range(cache.shape[1])], jnp.int32)
+        known = jnp.sum(jnp.where(seen, ((cache + 1) * weight[None, :] % MODULUS)[:, None], 0), axis=-1)
         unwritten = jnp.any(seen & (cache == EMPTY)[:, None], axis=-1)
         alarm = 1e6 * jax.nn.one_hot(self.alarm, self.vocab_size)
         return jnp.where(unwritten[..., None], alarm, params[known % MODULUS])
@@ -108,7 +114,7 @@ class Markov:
         cache = write_at(cache, start, tokens)
         context = 0
         for i in range(self.order):
-            at = start[:, None] + jnp.arange(tokens.shape[1]) - i
+            at = start[:, None] + jnp.arange(tokens.shape[1])[None, :] - i
             last = jnp.take_along_axis(cache, jnp.clip(at, 0, cache.shape[1] - 1), axis=1)
             context += jnp.where(at < 0, 0, last + 1) * (self.vocab_size + 1) ** i
         return params[context], cache, None
@@ -145,7 +151,7 @@ class SharedToy:
         cache = write_at(cache, start, marked)
         foreign = cache >= self.vocab_size * (mark + 1)
         read = jnp.where(foreign | (cache == EMPTY), EMPTY, cache % self.vocab_size)
-        return self.toy.score(table, read, start[:, None] + jnp.arange(tokens.shape[1])), cache, None
+        return self.toy.score(table, read, start[:, None] + jnp.arange(tokens.shape[1])[None, :]), cache, None
 
 
 @jax.tree_util.register_dataclass
@@ -168,7 +174,7 @@ class Script:
         return state
 
     def propose(self, state, ask, sampling):
-        at = ask.sequences.length[:, None] + jnp.arange(ask.draft_len)
+        at = ask.sequences.length[:, None] + jnp.arange(ask.draft_len)[None, :]
         tokens = jnp.take_along_axis(self.tokens, at, axis=1, mode="clip")
         probs = jax.nn.one_hot(tokens, self.vocab_size) if sampling.rule == "rejection" else None
         length = jnp.minimum(ask.wanted, self.length) if self.heeds_limit else self.length
@@ -253,41 +259,6 @@ def rows(tokens, length):
     return [row[:n].tolist() for row, n in zip(np.asarray(tokens), np.asarray(length), strict=True)]
 
 
-def filtered_oracle(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
-    """Filter f32 logits [V] by sorting; return (logits f32 with -inf, whether rounding may decide what is kept)."""
-    x = np.asarray(logits, np.float32) / np.float32(temperature or 1)
-    doubtful = False
-    if top_k:
-        x = np.where(x < np.sort(x)[-min(top_k, len(x))], -np.inf, x)
-    if top_p < 1:
-        order = np.argsort(x, kind="stable")
-        mass = np.cumsum(softmax(x)[order])
-        spare = 1 - float(np.float32(top_p))
-        dropped = order[:-1][mass[:-1] <= spare]
-        doubtful |= bool(np.any(np.abs(mass[:-1] - spare) < 1e-6))
-        x[dropped] = -np.inf
-    if min_p:
-        p = softmax(x)
-        threshold = float(np.float32(min_p)) * p.max()
-        doubtful |= bool(np.any((np.abs(p - threshold) < 1e-6 * threshold) & (p < p.max())))
-        x = np.where(p < threshold, -np.inf, x)
-    return x.astype(np.float32), doubtful
-
-
-def adjust_oracle(logits, tokens, prompt_length, repetition, presence, frequency, bias=()):
-    """Adjust logits [V] after a list of tokens by walking over them."""
-    x = np.asarray(logits, np.float64)
-    for v, value in dict(bias).items():
-        x[v] += value
-    for v in set(tokens):
-        x[v] = x[v] * repetition if x[v] < 0 else x[v] / repetition
-    for v in set(tokens[prompt_length:]):
-        x[v] -= presence
-    for v in tokens[prompt_length:]:
-        x[v] -= frequency
-    return x
-
-
 PER_BATCH = ("stop_token_ids", "synthetic_acceptance", "vocab_size", "rule", "logprobs")
 
 
@@ -307,83 +278,3 @@ def logprob_rows(state):
 def level_counts(state):
     """Return the counts of all levels as numpy arrays, outermost first."""
     return jax.tree.map(np.asarray, list(counts_of(state)))
-
-
-def softmax(x):
-    """Return softmax of [V] in float64."""
-    x = np.asarray(x, np.float64)
-    e = np.exp(x - x.max())
-    return e / e.sum()
-
-
-@functools.partial(quick_jit, static_argnums=(1, 2, 3))
-def _gumbel_of_rows(seeds, size, vocab_size, purpose):
-    t = jnp.broadcast_to(jnp.arange(size), (len(seeds), size))
-    return gumbel(noise(seeds, t, 0, purpose), vocab_size)
-
-
-def perturbation_of(sampling: Sampling, size):
-    """Return the package's noise for plain decoding, [B, size, V], by index of the token that it draws."""
-    purpose = DRAW if sampling.rule == "coupled" else RESIDUAL
-    return np.asarray(_gumbel_of_rows(sampling.seed, size, sampling.vocab_size, purpose))
-
-
-def choice_oracle(logits, row, prompt_length, settings, r, perturbation):
-    """Choose what follows a list of tokens from logits [V]: row r of a numpy `Sampling`, with its noise [size, V]."""
-    s = settings
-    bias = () if s.logit_bias is None else enumerate(s.logit_bias[r])
-    penalties = s.repetition_penalty[r], s.presence_penalty[r], s.frequency_penalty[r]
-    logits = adjust_oracle(logits, row, prompt_length, *penalties, bias).astype(np.float32)
-    if s.temperature[r] == 0:
-        return int(np.argmax(logits))
-    kept, _ = filtered_oracle(logits, s.temperature[r], int(s.top_k[r]), float(s.top_p[r]), float(s.min_p[r]))
-    return int(np.argmax(kept + perturbation[len(row)]))
-
-
-def decode_oracle(toy, table, prompts, limits, sampling: Sampling, size):
-    """Decode plainly in a Python loop with the package's noise; return (rows, log-probabilities of the new tokens)."""
-    perturbation = perturbation_of(sampling, size)
-    s = jax.tree.map(np.asarray, sampling)
-    out, logprobs = [], []
-    for r, prompt in enumerate(prompts):
-        row, scores = list(prompt), []
-        while len(row) < min(limits[r], size - SLACK) and not (len(row) > len(prompt) and row[-1] in s.stop_token_ids):
-            given = toy.truth(table, row)
-            token = choice_oracle(given, row, len(prompt), s, r, perturbation[r])
-            scores.append(float(np.log(softmax(given)[token])))
-            row.append(token)
-        out.append(row)
-        logprobs.append(scores)
-    return out, logprobs
-
-
-def lookup_oracle(tokens, n, max_ngram=3, min_ngram=1):
-    """Propose n tokens after a list of tokens, or none, by trying every n-gram, longest first, and every place, latest first."""
-    for size in range(max_ngram, min_ngram - 1, -1):
-        for end in range(len(tokens) - 1, size - 1, -1):
-            if tokens[end - size : end] == tokens[len(tokens) - size :]:
-                period = tokens[end:]
-                return [period[i % len(period)] for i in range(n)]
-    return []
-
-
-def g_test(observed, expected):
-    """Return the p-value of counts [n] against probabilities [n] (likelihood ratio, rare cells pooled)."""
-    observed, expected = np.asarray(observed, float).ravel(), np.asarray(expected, float).ravel()
-    expected = expected / expected.sum() * observed.sum()
-    if np.any(observed[expected < 1e-9] > 0):
-        return 0.0
-    rare = expected < 5
-    if rare.any():
-        observed = np.append(observed[~rare], observed[rare].sum())
-        expected = np.append(expected[~rare], expected[rare].sum())
-    seen = observed > 0
-    g = 2 * np.sum(observed[seen] * np.log(observed[seen] / expected[seen]))
-    return float(stats.chi2.sf(g, np.sum(expected > 0) - 1))
-
-
-def count_sequences(sequences, vocab_size):
-    """Count rows [N, n] of tokens as an array [V**n]."""
-    sequences = np.asarray(sequences)
-    index = np.ravel_multi_index(tuple(sequences.T), (vocab_size,) * sequences.shape[1])
-    return np.bincount(index, minlength=vocab_size ** sequences.shape[1])

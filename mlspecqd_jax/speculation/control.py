@@ -21,7 +21,7 @@ class Fixed:
 
     @staticmethod
     @jax_settings.held
-    def create(batch: int, draft_limit=LARGEST_INT) -> "Fixed":
+    def create(batch: int, *, draft_limit=LARGEST_INT) -> "Fixed":
         """Check a limit, one number for all rows or one a row, and broadcast it to the batch; another is no other trace."""
         given = [min(limit, LARGEST_INT) for limit in each_row("draft_limit", draft_limit, batch)]
         return Fixed(jnp.asarray(given, jnp.int32))

@@ -121,7 +121,7 @@ def test_attention_by_queries_reads_the_caches_where_they_are(name):
     size = tokens.shape[1]
     assert size > BLOCK
     state = jax.eval_shape(lambda *arguments: loop.init(*arguments, prefill_width=16), stack, tokens, length, sampling)
-    programs = generation._programs(stack)
+    programs = generation.programs(stack)
     if name == "feed":
         lowered = programs.feed.lower(stack, state, prefill_width=16, first=np.int32(0), pieces=np.int32(1))
     else:

@@ -111,7 +111,7 @@ def test_a_narrow_window_widens_no_buffer():
 @pytest.mark.skipif(VERSION >= xla.CONVERTS_BEFORE, reason="XLA:CPU has a scatter of 16-bit floats from here on")
 def test_a_plain_scatter_widens_the_buffer():
     def scatter(buffer, start, values):
-        position = start[:, None, None] + jnp.arange(values.shape[2])
-        return buffer.at[jnp.arange(BATCH)[:, None, None], jnp.arange(HEADS)[:, None], position].set(values)
+        position = start[:, None, None] + jnp.arange(values.shape[2])[None, None, :]
+        return buffer.at[jnp.arange(BATCH)[:, None, None], jnp.arange(HEADS)[None, :, None], position].set(values)
 
     assert cache_copies(written(scatter, 5), (BATCH, HEADS, SLOTS, DEPTH))

@@ -1,35 +1,20 @@
-"""config.json: what it means, and one sentence for whatever it cannot."""
+"""config.json: what it means."""
 
 import dataclasses
 import json
-import math
 
 import jax
 import pytest
 import tiny
+from configs import LLAMA, MINIMAL, parse
 from refusals import refused
 
-from mlspecqd_jax import arguments
 from mlspecqd_jax.loading import config_file
 from mlspecqd_jax.network.config import Norm
 from mlspecqd_jax.network.families import FAMILIES
 from mlspecqd_jax.network.network import Network
 from mlspecqd_jax.network.rope import rope_of
 from mlspecqd_jax.weights import tensors
-
-
-def parse(tmp_path, config: dict):
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    return config_file.read_config(tmp_path)
-
-
-MINIMAL = {
-    "vocab_size": 97,
-    "hidden_size": 192,
-    "intermediate_size": 51,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 32,
-}
 
 
 def mixer(config, layer=0):
@@ -163,81 +148,6 @@ def test_configs_of_real_models_are_read_or_refused(shared):
             assert parameters(config_file.read_config(folder)) == READ[folder.name], folder.name
 
 
-LLAMA = {"model_type": "llama"} | MINIMAL
-
-
-@pytest.mark.parametrize(
-    ("config", "words"),
-    [
-        ({"model_type": "mixtral", "num_local_experts": 8} | MINIMAL, ("mixtral", "a mixture of experts")),
-        ({"model_type": "qwen3_moe", "num_experts": 128, "moe_intermediate_size": 768} | MINIMAL, ("a mixture of experts",)),
-        ({"model_type": "deepseek_v3", "kv_lora_rank": 512, "n_routed_experts": 256} | MINIMAL, ("multi-head latent attention",)),
-        (
-            {"model_type": "gpt_oss", "num_local_experts": 32, "rope_scaling": {"rope_type": "yarn"}} | MINIMAL,
-            ("gpt_oss", "experts"),
-        ),
-        ({"model_type": "gemma4", "text_config": {"vocab_size": 9}, "vision_config": {}}, ("gemma4", "a multimodal model")),
-        ({"model_type": "gemma3", "vision_config": {}}, ("'text_config'", "add it")),
-        ({"model_type": "gemma3", "text_config": [1]}, ("text_config is [1]", "an object of model_type gemma3_text")),
-        ({"model_type": "gemma3", "text_config": {"model_type": "llama"} | MINIMAL}, ("text_config", "model_type gemma3_text")),
-        ({"model_type": "gemma3", "text_config": {"head_dim": "x"}}, ("head_dim is 'x'", "a whole number")),
-        ({"model_type": "gemma3", "architectures": ["Gemma3ForSequenceClassification"], "text_config": {}}, ("no language-model",)),
-        ({"model_type": "gemma2", "hidden_activation": "tanh"} | MINIMAL, ("hidden_activation 'tanh'", "silu")),
-        ({"model_type": "gemma2", "attn_logit_softcapping": 0} | MINIMAL, ("attn_logit_softcapping is 0", "a number from")),
-        ({"model_type": "gemma3_text", "use_bidirectional_attention": True} | MINIMAL, ("only causal attention",)),
-        (
-            {"model_type": "gemma3_text", "rope_parameters": {"rope_type": "default"}} | MINIMAL,
-            ("rope_parameters", "full_attention"),
-        ),
-        (
-            {"model_type": "gemma3_text", "rope_parameters": {"full_attention": {"rope_type": "yarn"}}} | MINIMAL,
-            ("yarn", "supported: default, linear, llama3"),
-        ),
-        ({"model_type": "gemma3_text", "rope_scaling": {"rope_type": "linear"}} | MINIMAL, ("linear", "'factor'")),
-        ({"model_type": "bert", "type_vocab_size": 2} | MINIMAL, ("bert", "an encoder")),
-        ({"model_type": "t5", "is_encoder_decoder": True, "d_model": 512}, ("t5", "an encoder-decoder")),
-        ({"model_type": "gpt2", "n_embd": 768}, ("gpt2", "another architecture", "supported: llama, mistral, qwen2, qwen3")),
-        (LLAMA | {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, ("yarn", "supported: default, linear, llama3")),
-        (LLAMA | {"rope_scaling": {"type": "dynamic", "factor": 4.0}}, ("dynamic", "supported: default, linear, llama3")),
-        (LLAMA | {"rope_scaling": {"rope_type": "linear"}}, ("linear", "factor")),
-        (LLAMA | {"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0}}, ("llama3", "high_freq_factor")),
-        (LLAMA | {"partial_rotary_factor": 0.5}, ("partial_rotary_factor 0.5", "only 1")),
-        (LLAMA | {"quantization_config": {"quant_method": "gptq", "bits": 4}}, ("quantized", "gptq", "BF16")),
-        (LLAMA | {"architectures": ["LlamaForSequenceClassification"]}, ("LlamaForSequenceClassification", "CausalLM")),
-        (LLAMA | {"hidden_act": "tanh"}, ("hidden_act 'tanh'", "silu")),
-        (LLAMA | {"num_key_value_heads": 5}, ("num_key_value_heads 5", "32")),
-        (LLAMA | {"hidden_size": "wide"}, ("hidden_size", "wide")),
-        (LLAMA | {"head_dim": 7}, ("head_dim", "7", "even")),
-        (MINIMAL, ("model_type", "add it")),
-        *[
-            ({key: value for key, value in LLAMA.items() if key != absent}, (f"'{absent}'", "add it", "config.json"))
-            for absent in MINIMAL
-        ],
-        (
-            {"model_type": "qwen3", "num_key_value_heads": 4, "layer_types": ["full_attention"] * 3}
-            | MINIMAL
-            | {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e6}}},
-            ("rope_parameters", "layer"),
-        ),
-    ],
-)
-def test_a_config_that_cannot_be_read(tmp_path, config, words):
-    with refused(*words):
-        parse(tmp_path, config)
-
-
-def test_no_config(tmp_path):
-    with refused("config.json", "missing", "safetensors"):
-        config_file.read_config(tmp_path)
-
-
-@pytest.mark.parametrize(("text", "words"), [("{", ("not valid JSON",)), ("[1]", ("a list", "JSON object"))])
-def test_a_broken_config(tmp_path, text, words):
-    (tmp_path / "config.json").write_text(text)
-    with refused("config.json", "download it again", *words):
-        config_file.read_config(tmp_path)
-
-
 @pytest.mark.parametrize(
     ("files", "expected"),
     [
@@ -262,62 +172,6 @@ def test_ids_of_another_type_are_refused(tmp_path, ids):
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
     with refused("generation_config.json", f"eos_token_id is {ids}" if isinstance(ids, list | dict) else repr(ids), "token id"):
         config_file.eos_token_ids(tmp_path, 97)
-
-
-def outside(rule):
-    """Return values that a rule must not allow, and how it is told."""
-    yield from [value for value in (True, "8", 8, 8.5, [8], {"a": 8}, math.nan) if not rule.allows(value)]
-    if math.isfinite(rule.least):
-        yield from (rule.least - 1, rule.most + 1, -math.inf, math.inf, 10**400, -(10**400))
-    if not rule.null:
-        yield None
-
-
-@pytest.mark.parametrize("key", config_file.KEYS)
-def test_every_key_has_a_type_and_a_range(tmp_path, key):
-    rule = config_file.KEYS[key]
-    assert len(list(outside(rule))) >= 4
-    for value in outside(rule):
-        if value is not None or key not in config_file.REQUIRED:  # else it is absent
-            with refused("config.json", f"{key} is {arguments.brief(value)}", f"must be {rule}", "correct that key"):
-                parse(tmp_path, LLAMA | {key: value})
-
-
-@pytest.mark.parametrize("key", config_file.ROPE_KEYS)
-@pytest.mark.parametrize("spelling", ["rope_scaling", "rope_parameters"])
-def test_every_key_of_rope_has_a_type_and_a_range(tmp_path, spelling, key):
-    rope = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-    for value in outside(config_file.ROPE_KEYS[key]):
-        with refused("config.json", f"{spelling}: {key} is", "must be", "correct that key"):
-            parse(tmp_path, LLAMA | {spelling: rope | {key: value}})
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"num_hidden_layers": 10**6}, ("num_hidden_layers is 1000000", "from 1 to 1,024")),
-        ({"rope_theta": 0}, ("rope_theta is 0", "a number from 1 to")),
-        ({"rope_theta": "1e6"}, ("rope_theta is '1e6'", "a number")),
-        ({"sliding_window": 0}, ("sliding_window is 0", "or null")),
-        ({"head_dim": 0}, ("head_dim is 0",)),
-        ({"hidden_size": 32, "num_attention_heads": 32}, ("head_dim is 1", "even")),
-        ({"layer_types": ["full_attention"]}, ("layer_types", "each of 3 layers")),
-        ({"layer_types": ["full_attention", "other", "full_attention"]}, ("layer_types", "sliding_attention")),
-        ({"layer_types": [["full_attention"]] * 3}, ("layer_types", "sliding_attention")),
-        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0, "extra": 1}}, ("'extra'", "factor")),
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0, "low_freq_factor": 4, "high_freq_factor": 4}}, ("greater than",)),
-        ({"rope_scaling": [1]}, ("rope_scaling is [1]", "an object or null")),
-        ({"quantization_config": "gptq"}, ("quantized already",)),
-        ({"model_type": ["llama"]}, ("model_type ['llama']", "supported")),
-        ({"architectures": "LlamaForTokenClassification"}, ("LlamaForTokenClassification", "CausalLM")),
-        ({"architectures": ["Qwen2Model"]}, ("Qwen2Model", "CausalLM")),
-        ({"architectures": [3]}, ("architectures is [3]", "list of names")),
-        ({"architectures": {"a": 1}}, ("architectures is", "list of names")),
-    ],
-)
-def test_values_that_no_model_has(tmp_path, change, words):
-    with refused("config.json", *words):
-        parse(tmp_path, LLAMA | change)
 
 
 def test_an_architecture_may_be_a_text_and_keys_of_no_matter_are_not_read(tmp_path):

@@ -258,7 +258,7 @@ def test_reported_folders_give_what_transformers_gives(shared):
     for folder in folders:
         expected = json.loads((folder / "expect.json").read_text())
         model, tokens = load(folder), [expected["prompt"] + expected["tokens"]]
-        logits, _ = forward(model.network, model.params, jnp.asarray(tokens), jnp.zeros(1, jnp.int32), None)
+        logits, *_ = forward(model.network, model.params, jnp.asarray(tokens), jnp.zeros(1, jnp.int32), None)
         chosen = np.argmax(logits[0], axis=-1)[len(expected["prompt"]) - 1 : -1]
         assert chosen.tolist() == expected["tokens"], folder.name
         assert models.describe(folder)["vocabulary"] == 96

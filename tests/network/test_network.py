@@ -1,64 +1,22 @@
-"""The network against transformers' torch models: recorded logits and layers of every family, and live ones where torch is.
-
-Errors are relative to the largest reference value: two f32 programs that add in another order differ by about 1e-6 of it, while a
-wrong mask, angle or axis moves it by more than a hundredth (`test_a_wrong_layer_is_told_apart`).
-"""
+"""The network against transformers' torch models: recorded logits of every family, and live ones where torch is."""
 
 import dataclasses
 import functools
-import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from flax import nnx
+from recorded import TOLERANCE, error, families, quick_jit, reference
 
-from mlspecqd_jax.loading import config_file
-from mlspecqd_jax.network.attention import KVCache
-from mlspecqd_jax.network.config import Layer, Norm, Rope
-from mlspecqd_jax.network.layers import ACTIVATIONS, Block, RMSNorm
+from mlspecqd_jax.network.config import Norm
+from mlspecqd_jax.network.layers import RMSNorm
 from mlspecqd_jax.network.network import Network
-from mlspecqd_jax.network.ops import attend, rotary, write
-from mlspecqd_jax.network.rope import rope_of
 from mlspecqd_jax.weights.tensors import EMBEDDING, HEAD, Source
 
-TOLERANCE = 1e-4
 B, T = tiny.TOKENS
 S = T + 8  # cache positions, more than the tokens need
-
-families = pytest.mark.parametrize("family", list(tiny.FAMILIES))
-
-
-def error(ours, reference) -> float:
-    ours, reference = np.asarray(ours, np.float32), np.asarray(reference, np.float32)
-    assert ours.shape == reference.shape
-    return float(np.max(np.abs(ours - reference)) / np.max(np.abs(reference)))
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    """A function from a family's name to (network, float32 parameters), whose names and shapes are those of its checkpoint."""
-
-    @functools.cache
-    def read(family):
-        config = tiny.FAMILIES[family]
-        network = Network(config_file.read_config(tiny.write_family(tmp_path_factory.mktemp(family), family)))
-        assert {name: tensor.shape for name, tensor in network.tensors().items()} == tiny.shapes(config)
-        return network, {name: jnp.asarray(value) for name, value in tiny.weights(config, family).items()}
-
-    return read
-
-
-@functools.cache
-def reference(family) -> dict[str, np.ndarray]:
-    with np.load(pathlib.Path(__file__).parents[1] / "reference" / f"{family}.npz") as recorded:
-        return dict(recorded)
-
-
-# Dozens of small programs are compiled here, each to run a few times: XLA's optimizations cost more than they save.
-quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 @functools.partial(quick_jit, static_argnums=0)
@@ -162,81 +120,6 @@ def test_later_tokens_change_nothing(models):
     assert error(ours[:, 9:], theirs[:, 9:]) > 1e-2
 
 
-def part(make, prefix: str, params: dict):
-    """Build the module that `make(rngs)` makes around the parameters under a prefix; return (graph definition, state)."""
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
-    paths = [path for path, _ in nnx.to_flat_state(state)]
-    leaves = [(path, nnx.Param(params[".".join([prefix, *map(str, path)])])) for path in paths]
-    return graphdef, nnx.from_flat_state(leaves)
-
-
-def block(layer: Layer, norm: Norm, i: int, params: dict):
-    k = params["model.norm.weight"].size
-    return part(lambda rngs: Block(layer, norm, k, init=nnx.initializers.zeros, rngs=rngs), f"model.layers.{i}", params)
-
-
-@functools.partial(quick_jit, static_argnums=(0, 1))
-def apply_block(rope, graphdef, leaves, x):
-    positions = jnp.arange(x.shape[1])[None, :]
-    return nnx.merge(graphdef, leaves)(x, positions, rotary(positions, rope), None)[0]
-
-
-def embedded(network, params):
-    """What the first layer sees of the first row."""
-    return network.config.embed_scale * np.asarray(params[EMBEDDING])[tiny.tokens()[:1]]
-
-
-def test_families_differ_where_they_should(models):
-    mixers = {family: models(family)[0].config.layers[1].mixer for family in tiny.FAMILIES}
-    assert [family for family, mixer in mixers.items() if mixer.cap] == ["gemma2"]
-    assert [family for family, mixer in mixers.items() if mixer.scale != mixer.head_dim**-0.5] == ["gemma2"]
-    assert [family for family, mixer in mixers.items() if mixer.qk_norm] == ["qwen3", "qwen3_bias", "gemma3"]
-    assert [layer.mixer.window for layer in models("gemma2")[0].config.layers] == [5, None, 5, None]
-    assert [layer.mixer.window for layer in models("gemma3")[0].config.layers] == [6, 6, None, 6]
-
-
-@families
-def test_each_layer_alone(models, family):
-    network, params = models(family)
-    recorded = reference(family)
-    x, norm = embedded(network, params), network.config.norm
-    for i, layer in enumerate(network.config.layers):
-        expected = recorded[f"layer_{i}"][None]
-        assert error(apply_block(layer.mixer.rope, *block(layer, norm, i, params), x), expected) <= TOLERANCE
-        x = expected
-
-
-@pytest.mark.parametrize(
-    ("family", "layer", "change"),
-    [
-        ("llama2", 1, {"rope": rope_of({"rope_type": "default", "rope_theta": 20000.0}, 10)}),
-        ("llama2", 1, {"norm": Norm(2.0)}),
-        ("llama3", 1, {"rope": rope_of({"rope_type": "default", "rope_theta": 10000.0}, 12)}),
-        ("llama_linear", 1, {"rope": rope_of({"rope_type": "linear", "rope_theta": 5000.0, "factor": 2.0}, 8)}),
-        ("llama_bias", 1, {"act": "silu"}),
-        ("mistral", 1, {"window": None}),
-        ("mistral", 1, {"window": 8}),
-        ("qwen2_window", 0, {"window": 5}),
-        ("gemma2", 1, {"cap": None}),
-        ("gemma2", 1, {"scale": 14**-0.5}),
-        ("gemma2", 0, {"window": None}),
-        ("gemma2", 1, {"norm": Norm(1e-5)}),
-        ("gemma3", 1, {"cap": 4.0}),
-        ("gemma3", 1, {"window": None}),
-        ("gemma3", 2, {"rope": rope_of({"rope_type": "default", "rope_theta": 20000.0}, 10)}),
-        ("gemma3", 1, {"rope": rope_of({"rope_type": "default", "rope_theta": 20000.0}, 10)}),
-    ],
-)
-def test_a_wrong_layer_is_told_apart(models, family, layer, change):
-    network, params = models(family)
-    norm, right = change.pop("norm", network.config.norm), network.config.layers[layer]
-    feed = dataclasses.replace(right.feed, act=change.pop("act", right.feed.act))
-    wrong = Layer(dataclasses.replace(right.mixer, **change), feed, right.norms)
-    recorded = reference(family) | {"layer_-1": embedded(network, params)[0]}
-    x, expected = recorded[f"layer_{layer - 1}"][None], recorded[f"layer_{layer}"][None]
-    assert error(apply_block(wrong.mixer.rope, *block(wrong, norm, layer, params), x), expected) > 1e-2
-
-
 @pytest.mark.parametrize("change", [{"embed_scale": 1.0}, {"logit_cap": None}])
 def test_a_wrong_scalar_is_told_apart(models, change):
     network, params = models("gemma2")
@@ -271,71 +154,6 @@ def test_narrow_weights_stay_close(models, dtype):
     assert error(logits, reference("mistral")["logits"]) <= {"bfloat16": 0.1, "float16": 0.02}[dtype]
     cache = network.init_cache(narrow, B, S)
     assert {leaf.dtype.name for leaf in jax.tree.leaves(cache)} == {dtype}
-
-
-def test_extreme_scores_stay_finite():
-    """Scores of a bfloat16 model may reach thousands; softmax in f32 with the maximum taken out must not overflow."""
-    q = np.full((1, 2, 3, 4), 200.0, jnp.bfloat16)
-    k = np.array([200.0, 200.0, -200.0], jnp.bfloat16)[None, None, :, None].repeat(4, axis=3)
-    v = np.arange(12).astype(jnp.bfloat16).reshape(1, 1, 3, 4)
-    first, last = np.zeros((1, 3), np.int32), np.arange(3, dtype=np.int32)[None]
-    out = quick_jit(attend)(q, k, v, first, last).astype(jnp.float32)
-    expected = np.array([[0, 1, 2, 3], [2, 3, 4, 5], [2, 3, 4, 5]])
-    np.testing.assert_allclose(out, np.concatenate([expected, expected], axis=1)[None])
-
-
-@pytest.mark.parametrize(
-    ("scale", "cap", "sinks", "size"),
-    [
-        (None, None, False, 10),
-        (0.7, None, False, 10),
-        (None, 0.8, False, 10),
-        (None, None, True, 10),
-        (None, None, False, 7),
-        (0.7, 0.8, True, 7),
-    ],
-)
-@pytest.mark.parametrize("platform", ["cpu", "default"])
-def test_attention_is_its_formula(monkeypatch, platform, scale, cap, sinks, size):
-    """The CPU contracts in a layout of its own; what accelerators run must be the same function."""
-    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *arguments, **forms: forms[platform](*arguments))
-    random, slots = np.random.RandomState(2), 300 if cap else 9  # of more than one block
-    q, k, v = (random.standard_normal(n).astype(np.float32) for n in ((2, 6, 4, 10), (2, 3, slots, 10), (2, 3, slots, size)))
-    sinks = random.standard_normal(6).astype(np.float32) if sinks else None
-    last = np.array([[1, 2, 3, 4], [5, 6, 7, 8]], np.int32) + slots - 9
-    first = np.maximum(last - 5, 0)
-    first[1] = last[1] - 20  # a window that begins before the buffer, or in a block before the last
-    expected = np.zeros((2, 4, 6, size))
-    for row, window, head in np.ndindex(2, 4, 6):
-        seen = slice(max(first[row, window], 0), last[row, window] + 1)
-        scores = k[row, head // 2, seen] @ q[row, head, window] * (scale or 1 / np.sqrt(10))
-        weights = np.exp(cap * np.tanh(scores / cap) if cap else scores)
-        total = weights.sum() + (0 if sinks is None else np.exp(sinks[head]))
-        expected[row, window, head] = weights / total @ v[row, head // 2, seen]
-    run = functools.partial(attend, scale=scale, cap=cap)
-    arguments = (q, k, v, first, last, sinks)
-    ours = quick_jit(lambda *arguments: run(*arguments))(*arguments)
-    assert error(ours, expected.reshape(2, 4, -1)) <= 1e-5
-
-
-def test_attention_by_queries_has_the_derivatives_of_its_formula():
-    random = np.random.RandomState(2)
-    q, k, v = (random.standard_normal(n).astype(np.float32) for n in ((1, 2, 3, 4), (1, 1, 5, 4), (1, 1, 5, 4)))
-    last = np.array([[2, 3, 4]], np.int32)
-
-    def plain(q, k, v, sinks):
-        scores = 2.0 * jnp.tanh(jnp.einsum("bhwd,bgsd->bhws", q, k) * 0.7 / 2.0)
-        weights = jnp.exp(jnp.where(jnp.arange(5)[None, None, :] <= last[..., None], scores, -jnp.inf))
-        total = weights.sum(-1) + jnp.exp(sinks)[None, :, None]
-        return jnp.sum(jnp.sin(jnp.einsum("bhws,bgsd->bwhd", weights / total[..., None], v)))
-
-    def ours(q, k, v, sinks):
-        out = attend(q, k, v, np.zeros_like(last), last, sinks, scale=0.7, cap=2.0)
-        return jnp.sum(jnp.sin(out.reshape(1, 3, 2, 4)))
-
-    arguments = (q, k, v, np.array([0.3, -0.2], np.float32))
-    for found, expected in zip(*(quick_jit(jax.grad(f, argnums=(0, 1, 2, 3)))(*arguments) for f in (ours, plain)), strict=True):
-        assert error(found, expected) <= 1e-4
 
 
 def test_values_of_another_size_and_sinks():
@@ -403,16 +221,6 @@ def test_init_gives_every_parameter(models):
     assert error(made["model.layers.0.mlp.up_proj.weight"], made["model.layers.0.mlp.gate_proj.weight"]) > 0.1
 
 
-def test_llama3_frequencies(models):
-    """High ones are kept, low ones divided by the factor, and between them lies what neither would be."""
-    scaled = models("llama3")[0].config.layers[0].mixer.rope
-    plain = rope_of({"rope_type": "default", "rope_theta": 10000.0}, 12)
-    ratio = np.array(scaled.frequencies) / np.array(plain.frequencies)
-    assert ratio[0] == 1
-    assert 1 / 8 < ratio[1] < 1
-    np.testing.assert_allclose(ratio[2:], 1 / 8, rtol=1e-12)
-
-
 @families
 @pytest.mark.torch
 def test_live_logits_and_layers(models, family, tmp_path):
@@ -429,74 +237,3 @@ def test_live_logits_and_layers(models, family, tmp_path):
     for key, value in reference(family).items():
         now = recorded[key] if key == "logits" else recorded[key][0]
         assert error(now, value) <= TOLERANCE
-
-
-@families
-@pytest.mark.torch
-def test_live_parts_of_a_layer(models, family, tmp_path):
-    torch = pytest.importorskip("torch")
-    import record_reference_logits
-
-    network, params = models(family)
-    config = network.config
-    norm, layer_1 = config.norm, config.layers[1]
-    theirs = record_reference_logits.torch_model(tiny.write_family(tmp_path, family))
-    x = 2 * np.random.RandomState(5).standard_normal((3, 11, config.hidden_size)).astype(np.float32)
-    positions = jnp.tile(jnp.arange(11), (3, 1))
-    layer, xt = theirs.model.layers[1], torch.tensor(x)
-    with torch.no_grad():
-        ours = nnx.merge(*block(layer_1, norm, 1, params))
-        assert error(ours.mlp(x), layer.mlp(xt).numpy()) <= TOLERANCE
-        assert error(ours.input_layernorm(x), layer.input_layernorm(xt).numpy()) <= TOLERANCE
-        kind = (theirs.config.layer_types[1],) if family == "gemma3" else ()  # which has a rope for each kind of layer
-        rotation = theirs.model.rotary_emb(xt, torch.arange(11)[None], *kind)
-        cos, sin = rotary(positions, layer_1.mixer.rope)
-        half = layer_1.mixer.head_dim // 2
-        assert error(cos[:1], rotation[0].numpy()[..., :half]) <= 1e-5
-        assert error(sin[:1], rotation[1].numpy()[..., :half]) <= 1e-5
-        visible = np.tril(np.ones((11, 11), bool))
-        window = layer_1.mixer.window
-        if window is not None:
-            visible &= ~np.tril(np.ones((11, 11), bool), -window)
-        mask = torch.tensor(np.where(visible, 0, -np.inf)[None, None], dtype=torch.float32)
-        expected = layer.self_attn(xt, position_embeddings=rotation, attention_mask=mask)[0].numpy()
-        assert error(ours.self_attn(x, positions, (cos, sin), None)[0], expected) <= TOLERANCE
-
-
-@pytest.mark.torch
-def test_live_activations():
-    torch = pytest.importorskip("torch")
-    from transformers.activations import ACT2FN
-
-    x = np.linspace(-6, 6, 101, dtype=np.float32)
-    for name, activation in ACTIVATIONS.items():
-        assert error(activation(x), ACT2FN[name](torch.tensor(x)).numpy()) <= 1e-6
-
-
-def test_rms_norm_is_its_formula():
-    norm = RMSNorm(5, Norm(0.5))
-    x = np.array([[3.0, -4, 0, 1, 2]], np.float32)
-    np.testing.assert_allclose(norm(x), x / np.sqrt(30 / 5 + 0.5), rtol=1e-6)
-    assert norm(x.astype(jnp.bfloat16)).dtype == jnp.bfloat16
-
-
-def test_an_offset_keeps_the_low_bits_of_its_weight():
-    """1 + 2^-9 is 1 in bfloat16."""
-    norm = RMSNorm(5, Norm(0.5, 1.0))
-    norm.weight.set_value(jnp.full(5, 2.0**-9, jnp.bfloat16))
-    x = np.array([[3.0, -4, 0, 1, 2]], np.float32)
-    np.testing.assert_allclose(norm(x), (1 + 2.0**-9) * x / np.sqrt(30 / 5 + 0.5), rtol=1e-6)
-
-
-def test_a_rope_s_magnitude_stretches_what_it_rotates():
-    positions = jnp.array([[0, 3]])
-    for found, plain in zip(rotary(positions, Rope((1.0, 0.1), 1.5)), rotary(positions, Rope((1.0, 0.1))), strict=True):
-        np.testing.assert_allclose(found, 1.5 * plain, rtol=1e-6)
-
-
-def test_write_puts_each_row_at_its_own_positions():
-    cache = KVCache(jnp.zeros((2, 1, 6, 1)), jnp.zeros((2, 1, 6, 1)))
-    values = jnp.arange(1.0, 5).reshape(2, 1, 2, 1)
-    k, v = write(cache, values, 10 * values, jnp.array([1, 4]))
-    np.testing.assert_array_equal(k[:, 0, :, 0], [[0, 1, 2, 0, 0, 0], [0, 0, 0, 0, 3, 4]])
-    np.testing.assert_array_equal(v, 10 * k)

@@ -98,7 +98,7 @@ def test_attention_over_windows_batches_and_buffers(dtype):
         pytest.skip("without C++ windows are padded and buffers are alike")
     heads, kv, depth, slots = 9, 3, 64, 256
     q, k, v = (random(i, (8, n, m, depth), dtype) for i, (n, m) in enumerate(((heads, 8), (kv, slots), (kv, slots))))
-    last = 40 + 20 * jnp.arange(8)[:, None] + jnp.arange(8)
+    last = 40 + 20 * jnp.arange(8)[:, None] + jnp.arange(8)[None, :]
     run = jax.jit(attend)
     whole = np.asarray(run(q, k, v, jnp.zeros_like(last), last))
     for window in (1, 6):
@@ -229,7 +229,7 @@ def test_whole_models(name, dtype):
     """Logits of every position, in every program, are those of the widest."""
     network = Network(SHAPES[name])
     params = {
-        leaf: (jax.random.normal(jax.random.key(i), t.shape) / t.shape[-1] ** 0.5 + (len(t.shape) == 1)).astype(dtype)
+        leaf: (jax.random.normal(jax.random.key(i), t.shape) / t.shape[-1] ** 0.5 + float(len(t.shape) == 1)).astype(dtype)
         for i, (leaf, t) in enumerate(network.tensors().items())
     }
     tokens = np.random.RandomState(0).randint(0, network.vocab_size, (8, 36)).astype(np.int32)

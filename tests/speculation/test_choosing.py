@@ -1,16 +1,16 @@
-"""Sampling (C4, C6) against sorting, loops, transformers, and the distribution it promises."""
+"""Filters and penalties (C4, C6) against sorting, loops and transformers."""
 
 import dataclasses
 import math
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from toys import adjust_oracle, count_sequences, filtered_oracle, g_test, quick_jit, softmax
+from oracles import adjust_oracle, filtered_oracle, softmax
+from toys import jit_choose, quick_jit
 
 from mlspecqd_jax.speculation import choosing as module
-from mlspecqd_jax.speculation.choosing import COIN, DRAW, RESIDUAL, adjust, draw, filtered, noise, probabilities, uniform
+from mlspecqd_jax.speculation.choosing import DRAW, adjust, draw, filtered, noise, probabilities
 from mlspecqd_jax.speculation.settings import Sampling
 
 # One row each: temperature, top_k, top_p, min_p.
@@ -37,13 +37,6 @@ BATCH, WINDOW = len(SETTINGS), 8  # most tests share these shapes, so that littl
 jit_filtered = quick_jit(filtered)
 jit_probabilities = quick_jit(probabilities)
 jit_adjust = quick_jit(adjust)
-
-
-@quick_jit
-def jit_choose(logits, t, level, purpose, sampling):
-    """Choose from logits [B or 1, W, V] at the indices t [W]; level and purpose are traced, for a single compilation."""
-    t = jnp.broadcast_to(t, (len(sampling.seed), len(t)))
-    return draw(jnp.broadcast_to(logits, (*t.shape, logits.shape[-1])), noise(sampling.seed, t, level, purpose), sampling)
 
 
 def filter_rows(logits, **settings):
@@ -176,75 +169,6 @@ def test_adjust_without_wishes_changes_nothing():
     assert np.array_equal(biased, logits + np.eye(7, dtype=np.float32)[3])
 
 
-def test_one_bias_mapping_is_for_all_rows():
-    shared = Sampling.create(2, 5, logit_bias={1: 2.0, 3: -math.inf}).logit_bias
-    assert np.array_equal(shared, [[0, 2, 0, -math.inf, 0]] * 2)
-    apart = Sampling.create(2, 5, logit_bias=[{1: 2.0}, {}]).logit_bias
-    assert np.array_equal(apart, [[0, 2, 0, 0, 0], [0] * 5])
-
-
-DRAWS = 50_000  # rows, of two positions each
-LOGITS = np.asarray([0.3, -1.0, 1.2, 0.9, -0.2, 1.2], np.float32)
-CASES = [(1.0, 0, 1.0, 0.0), (0.7, 0, 1.0, 0.0), (1.4, 3, 1.0, 0.0), (1.0, 0, 0.7, 0.0), (2.0, 0, 1.0, 0.6), (0.9, 5, 0.8, 0.3)]
-
-
-def draw_pairs(purpose, level=0, seed=0, case=CASES[0]):
-    """Draw for two positions once a row, with seeds counted from `seed`: int32 [DRAWS, 2]."""
-    temperature, top_k, top_p, min_p = case
-    sampling = Sampling.create(DRAWS, 6, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
-    return np.asarray(jit_choose(LOGITS[None, None], np.arange(2), level, purpose, sampling))
-
-
-@pytest.mark.parametrize("purpose", [DRAW, RESIDUAL])
-def test_choices_follow_the_filtered_softmax(purpose):
-    for case in CASES:
-        drawn = draw_pairs(purpose, case=case)
-        p = softmax(filtered_oracle(LOGITS, *case)[0])
-        assert g_test(count_sequences(drawn, 6), np.outer(p, p)) > 1e-3 / (2 * len(CASES))
-        # The test must see a temperature that is off.
-        off = p**1.3 / np.sum(p**1.3)
-        assert g_test(count_sequences(drawn, 6), np.outer(off, off)) < 1e-6
-
-
-def test_draws_are_independent_between_purposes_levels_and_seeds():
-    first = draw_pairs(DRAW)[:, 0]
-    others = [draw_pairs(RESIDUAL)[:, 0], draw_pairs(DRAW, level=1)[:, 0], draw_pairs(DRAW, seed=1)[:, 0]]
-    p = softmax(LOGITS)
-    for other in others:
-        assert g_test(count_sequences(np.stack([first, other], axis=1), 6), np.outer(p, p)) > 1e-3 / len(others)
-    assert g_test(count_sequences(np.stack([first, first], axis=1), 6), np.outer(p, p)) < 1e-6
-
-
-def test_coins_are_uniform_and_independent_of_draws():
-    @quick_jit
-    def flip(seeds):
-        return uniform(noise(seeds, jnp.zeros((DRAWS, 1), jnp.int32), 0, COIN))[:, 0]
-
-    coins = np.asarray(flip(jnp.arange(DRAWS, dtype=jnp.uint32)))
-    assert coins.min() >= 0
-    assert coins.max() < 1
-    p = softmax(LOGITS)
-    tenth = np.full(10, 0.1)
-    joint = np.bincount(draw_pairs(DRAW)[:, 0] * 10 + (coins * 10).astype(int), minlength=60)
-    assert g_test(joint, np.outer(p, tenth)) > 1e-3
-    bent = np.bincount((coins**1.03 * 10).astype(int), minlength=10)
-    assert g_test(bent, tenth) < 1e-6
-
-
-def test_noise_is_a_function_of_seed_position_level_and_purpose():
-    seeds = jnp.asarray([0, 1, 7, 2**31, 2**32 - 1], jnp.uint32)
-    t = jnp.broadcast_to(jnp.asarray([0, 1, 2, 300, 10**6]), (5, 5))
-
-    @quick_jit
-    def keys(seeds, t):
-        return jnp.stack([jax.random.key_data(noise(seeds, t, level, purpose)) for level in range(3) for purpose in range(3)])
-
-    data = np.asarray(keys(seeds, t))  # [9, 5, 5, 2]
-    assert len(np.unique(data.reshape(-1, 2), axis=0)) == 225
-    moved = np.asarray(keys(seeds[::-1], t[:, ::-1]))
-    assert np.array_equal(moved[:, ::-1, ::-1], data)  # the place in the batch and the window is no input
-
-
 def test_a_row_draws_what_it_draws_alone():
     temperature, top_p = np.linspace(0, 2, BATCH), np.linspace(0.3, 1, BATCH)
     logits, t = logits_of_kind("plain", 97, BATCH, WINDOW), np.arange(5, 5 + WINDOW)
@@ -252,76 +176,6 @@ def test_a_row_draws_what_it_draws_alone():
     for r in range(BATCH):
         alone = Sampling.create(1, 97, temperature=temperature[r], top_p=top_p[r], seed=40 + r)
         assert np.array_equal(jit_choose(logits[r : r + 1], t, 0, DRAW, alone)[0], together[r])
-
-
-def test_create_broadcasts_and_numbers_seeds():
-    sampling = Sampling.create(3, 50, temperature=0.5, top_k=[1, 2, 3], seed=7, stop_token_ids=[4, 5])
-    assert sampling.temperature.tolist() == [0.5] * 3
-    assert sampling.top_k.tolist() == [1, 2, 3]
-    assert sampling.seed.tolist() == [7, 8, 9]
-    assert sampling.stop_token_ids.tolist() == [4, 5] + [-1] * 6
-    assert sampling.logit_bias is None
-    assert Sampling.create(2, 50, seed=[5, 5]).seed.tolist() == [5, 5]
-    assert Sampling.create(2, 50, seed=2**32 - 2).seed.tolist() == [2**32 - 2, 2**32 - 1]
-    assert [len(Sampling.create(1, 50, stop_token_ids=range(n)).stop_token_ids) for n in (0, 1, 8, 9)] == [8, 8, 8, 16]
-    assert Sampling.create(1, 50, stop_token_ids=np.arange(8)).stop_token_ids.tolist() == list(range(8))
-    assert Sampling.create(1, 50, logit_bias={np.int64(3): np.float32(2)}).logit_bias[0, 3] == 2
-    assert Sampling.create(1, 50, top_k=2**40).top_k[0] >= 50  # more than there are tokens, not what is left of the bits
-
-
-BAD = [
-    ("temperature", -0.1, "0 (greedy) or more"),
-    ("temperature", math.nan, "0 (greedy) or more"),
-    ("temperature", math.inf, "0 (greedy) or more"),
-    ("temperature", 1e39, "0 (greedy) or more"),  # inf in float32
-    ("temperature", "hot", "0 (greedy) or more"),
-    ("temperature", None, "0 (greedy) or more"),
-    ("temperature", True, "0 (greedy) or more"),
-    ("temperature", 1j, "0 (greedy) or more"),
-    ("temperature", {1.0}, "0 (greedy) or more"),
-    ("top_k", "3", "0 (off) or a positive whole number"),
-    ("logit_bias", dict.fromkeys(range(9), -math.inf), "bans every token of row 0; leave at least one"),
-    ("temperature", [1.0, 1.0], "one for each of 3 rows"),
-    ("temperature", [[1.0, 1.0, 1.0]], "one for each of 3 rows"),
-    ("temperature", [1.0, -1.0, 1.0], "0 (greedy) or more"),
-    ("top_k", -1, "0 (off) or a positive whole number"),
-    ("top_k", 2.5, "0 (off) or a positive whole number"),
-    ("top_k", math.nan, "0 (off) or a positive whole number"),
-    ("top_p", 0.0, "more than 0 and at most 1"),
-    ("top_p", 1.1, "more than 0 and at most 1"),
-    ("min_p", -0.1, "between 0 (off) and 1"),
-    ("min_p", 1.5, "between 0 (off) and 1"),
-    ("repetition_penalty", 0.0, "positive"),
-    ("repetition_penalty", -1.0, "positive"),
-    ("presence_penalty", math.inf, "finite"),
-    ("frequency_penalty", math.nan, "finite"),
-    ("seed", -1, "from 0 to 2**32 - 1"),
-    ("seed", 2**32 - 2, "from 0 to 2**32 - 1"),  # the third row's would not fit
-    ("seed", 1.5, "a whole number from 0"),
-    ("seed", None, "a whole number from 0"),
-    ("seed", [1, 2], "one for each of 3 rows"),
-    ("seed", [1, 2, 3.5], "whole number"),
-    ("rule", "hope", "coupled, rejection"),
-    ("logit_bias", {9: 1.0}, "ids from 0 to 8"),
-    ("logit_bias", {"a": 1.0}, "ids from 0 to 8"),
-    ("logit_bias", {1: math.inf}, "a finite number, or -inf"),
-    ("logit_bias", {1: math.nan}, "a finite number, or -inf"),
-    ("logit_bias", {1: "x"}, "a finite number, or -inf"),
-    ("logit_bias", [{1: 1.0}], "a list of one for each of 3 rows"),
-    ("logit_bias", [{1: 1.0}, None, {}], "a list of one for each of 3 rows"),
-    ("logit_bias", 3.0, "a list of one for each of 3 rows"),
-    ("stop_token_ids", [-1], "token id"),
-    ("stop_token_ids", [1.5], "token id"),
-    ("stop_token_ids", ["a"], "token id"),
-    ("stop_token_ids", 5, "token id"),
-]
-
-
-@pytest.mark.parametrize(("name", "value", "need"), BAD)
-def test_create_refuses_with_a_sentence(name, value, need):
-    with pytest.raises(ValueError, match=name) as error:
-        Sampling.create(3, 9, **{name: value})
-    assert need in str(error.value)
 
 
 @pytest.mark.torch

@@ -11,7 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from toys import Markov, chain, count_sequences, filtered_oracle, g_test, level_counts, quick_jit, ragged, softmax
+from frequencies import count_sequences, g_test
+from oracles import filtered_oracle, softmax
+from toys import Markov, chain, level_counts, quick_jit, ragged
 
 from mlspecqd_jax.speculation import level as levels
 from mlspecqd_jax.speculation.level import SLACK

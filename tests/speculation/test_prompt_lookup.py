@@ -7,7 +7,8 @@ import pytest
 from chains import MIXED, PROMPTS, B, V, assert_equal_to_plain, generate, limits_of, sampling_of, stack_of, table, toy
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toys import Markov, ask_of, level, lookup_oracle, quick_jit, ragged
+from oracles import lookup_oracle
+from toys import Markov, ask_of, level, quick_jit, ragged
 
 from mlspecqd_jax.speculation.drafters.prompt_lookup import PromptLookup
 from mlspecqd_jax.speculation.protocols import Sequences

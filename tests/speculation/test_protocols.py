@@ -184,7 +184,7 @@ def test_a_window_is_padded_with_minus_one():
 
     stack = Level(Recording(), jnp.int32(1), Constant(), 2, window_multiple=4)
     tokens, length = jnp.full((2, 256), 6).at[:, :3].set(jnp.array([[1, 6, 6], [1, 2, 3]])), jnp.array([1, 3])
-    control = mlsd.Fixed.create(2, [0, 2])
+    control = mlsd.Fixed.create(2, draft_limit=[0, 2])
     mlsd.generate_tokens(
         stack, tokens, length, length + jnp.array([1, 4]), mlsd.Sampling.create(2, V), control=control, prefill_width=4
     )

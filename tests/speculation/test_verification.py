@@ -3,7 +3,8 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from toys import count_sequences, g_test, quick_jit
+from frequencies import count_sequences, g_test
+from toys import quick_jit
 
 from mlspecqd_jax.speculation.choosing import DRAW, RESIDUAL, draw, noise
 from mlspecqd_jax.speculation.protocols import Draft
@@ -181,7 +182,7 @@ def mixed_case(rule, temperature, seed=11):
     logits = jnp.asarray(rng.normal(size=(ROWS, G + 1, V)), jnp.float32)
     sampling = Sampling.create(ROWS, V, temperature=temperature, rule=rule, seed=seed)
     position = jnp.asarray(rng.integers(1, 50, size=ROWS), jnp.int32)
-    t = position[:, None] + jnp.arange(G + 1)
+    t = position[:, None] + jnp.arange(G + 1)[None, :]
     plain = np.asarray(jit_choose(logits, t, sampling))
     return logits, mostly(plain, rng), rng.integers(G + 1, size=ROWS).astype(np.int32), position, sampling, plain
 

@@ -2,31 +2,14 @@
 
 import dataclasses
 import json
-import signal
 
 import numpy as np
 import pytest
-from tiny import FAMILIES, weights, write_checkpoint, write_family
+from short_prompts import IDS, NEW, PROMPTS
+from tiny import FAMILIES, weights, write_checkpoint
 
 import mlspecqd_jax as mlsd
-from mlspecqd_jax import generation, requests
-
-PROMPTS = ["def fibonacci(n):\n", "import os\n", "class Stack:\n    def push(self, item):\n"]
-NEW = 24
-
-
-@pytest.fixture(scope="module")
-def stack(demo):
-    return mlsd.stack(demo)
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory):
-    """A model without a tokenizer that compiles fast."""
-    return mlsd.load(write_family(tmp_path_factory.mktemp("qwen3"), "qwen3"), dtype="float32")
-
-
-IDS = [[1, 2, 3], [4, 5], [6]]
+from mlspecqd_jax import generation
 
 
 def greedy_by_hand(demo, ids, n):
@@ -88,35 +71,6 @@ def test_inexact_differs_in_the_window_alone(demo, stack):
     assert (a.report["exact"], b.report["exact"]) == (False, True)
 
 
-def test_a_limit_for_each_row(stack):
-    out = mlsd.generate(stack, PROMPTS, max_new_tokens=[3, 1, 7], stop_token_ids=[])
-    assert [len(t) for t in out.tokens] == [3, 1, 7]
-    assert out.finish_reason == ["length"] * 3
-
-
-def test_stop_token_ids_end_the_row_and_are_kept(stack):
-    free = mlsd.generate(stack, PROMPTS, max_new_tokens=NEW, stop_token_ids=[])
-    stop = free.tokens[0][5]
-    out = mlsd.generate(stack, PROMPTS, max_new_tokens=NEW, stop_token_ids=[stop])
-    for row, everything in zip(out.tokens, free.tokens, strict=True):
-        end = everything.index(stop) + 1 if stop in everything else NEW
-        assert row == everything[:end]
-
-
-@pytest.mark.parametrize("offset", [0, 1, 5, 17, 18])
-def test_a_stop_string_ends_the_text_before_it(stack, offset):
-    free = mlsd.generate(stack, PROMPTS[2], max_new_tokens=NEW, stop_token_ids=[])
-    text = free.text[0]
-    stop = text[offset : offset + 6]
-    out = mlsd.generate(stack, PROMPTS[2], max_new_tokens=NEW, stop_token_ids=[], stop=stop)
-    assert out.text[0] == text[: text.index(stop)]
-    assert out.finish_reason == ["stop"]
-    assert out.tokens[0] == free.tokens[0][: len(out.tokens[0])]
-    streamed = mlsd.stream(stack, PROMPTS[2], max_new_tokens=NEW, stop_token_ids=[], stop=[stop, "never there"])
-    assert "".join(streamed) == out.text[0]
-    assert streamed.generation.tokens == out.tokens
-
-
 @pytest.mark.parametrize("arguments", [{}, {"temperature": 1.0, "seed": 3}, {"max_new_tokens": 1}])
 def test_stream_is_generate_in_pieces(stack, arguments):
     whole = mlsd.generate(stack, PROMPTS[1], **{"max_new_tokens": NEW} | arguments)
@@ -171,16 +125,6 @@ def test_compare_reports_a_speedup_and_the_same_text(stack):
     assert out.tokens == mlsd.generate(stack, PROMPTS[0], max_new_tokens=8).tokens
 
 
-def test_positions_limit_the_text(demo, stack):
-    positions = demo.card.max_positions
-    ids = [[5] * (positions - 3)]
-    assert len(mlsd.generate(stack, ids, stop_token_ids=[]).tokens[0]) == 3  # the default is clipped
-    with pytest.raises(ValueError, match=rf"{positions - 3} prompt tokens and 4 new tokens exceed the {positions} positions"):
-        mlsd.generate(stack, ids, max_new_tokens=4)
-    with pytest.raises(ValueError, match=r"needs one for a new token; shorten the prompt"):
-        mlsd.generate(stack, [[5] * positions])
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -207,6 +151,7 @@ def test_arguments_are_those_of_the_batch_and_of_sampling():
         "max_new_tokens",
         "chat",
         "stop",
+        *mlsd.Fixed.create.__wrapped__.__kwdefaults__,
         *mlsd.Sampling.create.__wrapped__.__kwdefaults__,
     }
 
@@ -256,120 +201,6 @@ def test_broken_weights_are_told_from_a_narrow_dtype(small):
     params = small.params | {"model.norm.weight": small.params["model.norm.weight"] * np.nan}
     with pytest.raises(ValueError, match=r"row 0: after 0 new tokens .* gives logits .* its weights are broken.*float32"):
         mlsd.generate(mlsd.stack(dataclasses.replace(small, params=params)), IDS, max_new_tokens=[NEW, 5, 1], logprobs=True)
-
-
-def test_a_chat_ends_at_the_templates_end_of_turn_too(demo, monkeypatch):
-    monkeypatch.setattr(demo.tokenizer, "chat_template", "{% for m in messages %}{{ m.content }}{% endfor %}")
-    eos = demo.card.eos_token_ids
-    stack = mlsd.stack(dataclasses.replace(demo, card=dataclasses.replace(demo.card, chat_end_token_ids=(7, *eos))))
-
-    def stops(**arguments):
-        return [i for i in requests.request(stack, "x", arguments)[1].stop_token_ids.tolist() if i >= 0]
-
-    assert stops() == list(eos)
-    assert stops(chat=True) == [*eos, 7]
-    assert stops(chat=True, stop_token_ids=[9]) == [9]
-    assert stops(chat=True, stop_token_ids=()) == []
-
-
-@dataclasses.dataclass(frozen=True)
-class Letters:
-    """A tokenizer of single letters and one special token."""
-
-    special: int
-
-    def decode(self, ids, skip_special_tokens, **_):
-        return "".join(chr(0x4E00 + i) if i != self.special else "" if skip_special_tokens else "<|end|>" for i in ids)
-
-    def convert_ids_to_tokens(self, id_):
-        return "<|end|>" if id_ == self.special else chr(0x4E00 + id_)
-
-
-def test_a_stop_string_may_be_a_special_token(small):
-    stack = mlsd.stack(small)
-    free = mlsd.generate(stack, IDS[:1], max_new_tokens=NEW, stop_token_ids=[]).tokens[0]
-    end = next(i for i in range(3, NEW) if free[i] not in free[:i])
-    card = dataclasses.replace(small.card, tokenizer=Letters(free[end]))
-    told = mlsd.stack(dataclasses.replace(small, card=card))
-    letters = "".join(chr(0x4E00 + i) for i in free[:end])
-    arguments = {"max_new_tokens": NEW, "stop_token_ids": []}
-    for stop, text in (("<|end|>", letters), (letters[-1] + "<|end|>", letters[:-1])):
-        out = mlsd.generate(told, IDS[:1], stop=[stop, "never"], **arguments)
-        assert (out.text, out.tokens, out.finish_reason) == ([text], [free[: end + 1]], ["stop"])
-        assert "".join(mlsd.stream(told, IDS[:1], stop=stop, **arguments)) == text
-
-
-def test_slices_of_any_size_give_one_text_and_one_trace(small, monkeypatch):
-    stack, calls, sliced = mlsd.stack(small), [], generation._slice
-
-    def counted(*arguments):
-        calls.append(arguments[-1])
-        return sliced(*arguments)
-
-    monkeypatch.setattr(generation, "_slice", counted)
-    arguments = {"max_new_tokens": [NEW, 5, 1], "temperature": 0.7, "stop_token_ids": [], "logprobs": True}
-    found, traces = [], []
-    for seconds in (0.0, 1e9):
-        monkeypatch.setattr(generation, "SLICE_SECONDS", seconds)
-        calls.clear()
-        found.append(mlsd.generate(stack, IDS, **arguments))
-        traces.append(generation.programs(stack).advance._cache_size())
-        assert calls == ([1] * NEW if seconds == 0 else [1, 2, 4, 8, 16])
-    assert traces[0] == traces[1]
-    assert (found[0].tokens, found[0].logprobs) == (found[1].tokens, found[1].logprobs)
-
-
-def test_a_slice_takes_about_its_time():
-    assert generation._next(1, 0.001, 10**9) == 2  # growing by no more than twice
-    assert generation._next(64, 0.05, 10**9) == 128
-    assert generation._next(64, 0.2, 10**9) == 64
-    assert generation._next(64, 0.8, 10**9) == 16
-    assert generation._next(1, 30, 10**9) == 1
-    assert generation._next(64, 0.001, 16) == 16
-
-
-def test_a_long_prompt_is_fed_in_slices(small, monkeypatch):
-    monkeypatch.setattr(requests, "PREFILL_WIDTHS", (16,))
-    monkeypatch.setattr(generation, "SLICE_SECONDS", 1e9)
-    stack, fed = mlsd.stack(small), []
-    compiled = generation.programs(stack)
-
-    def counted(*arguments, **pieces):
-        fed.append((int(pieces["first"]), int(pieces["pieces"])))
-        return compiled.feed(*arguments, **pieces)
-
-    monkeypatch.setattr(generation, "programs", lambda stack: compiled._replace(feed=counted))
-    prompts = [np.arange(5, 75).tolist(), [9]]
-    out = mlsd.generate(stack, prompts, max_new_tokens=4, stop_token_ids=[])
-    assert fed == [(0, 0), (0, 1), (1, 2), (3, 4)]
-    monkeypatch.setattr(generation, "SLICE_SECONDS", 0.0)
-    assert mlsd.generate(stack, prompts, max_new_tokens=4, stop_token_ids=[]).tokens == out.tokens
-    assert fed[4:] == [(0, 0), *((i, 1) for i in range(5))]
-    monkeypatch.setattr(requests, "PREFILL_WIDTHS", (128,))
-    assert mlsd.generate(stack, prompts, max_new_tokens=4, stop_token_ids=[]).tokens == out.tokens
-    assert len(fed) == 4 + 6 + 2  # in one piece
-
-
-def test_an_interrupt_is_heeded_after_a_slice(small, monkeypatch):
-    stack, calls, sliced = mlsd.stack(small), [], generation._slice
-
-    def interrupted(*arguments):
-        calls.append(1)
-        if len(calls) == 3:
-            signal.raise_signal(signal.SIGINT)
-        return sliced(*arguments)
-
-    monkeypatch.setattr(generation, "_slice", interrupted)
-    monkeypatch.setattr(generation, "SLICE_SECONDS", 0.0)
-    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        for run in (mlsd.generate, mlsd.compare):
-            calls.clear()
-            with pytest.raises(KeyboardInterrupt):
-                run(stack, IDS, max_new_tokens=[NEW, 5, 1], stop_token_ids=[], logprobs=True)
-            assert len(calls) == 3
-    finally:
-        signal.signal(signal.SIGINT, handler)
 
 
 @pytest.mark.slow

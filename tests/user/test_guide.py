@@ -1,10 +1,8 @@
 """The guide's table of arguments is the one that checks them."""
 
-import inspect
 import pathlib
 
 from mlspecqd_jax.arguments import ARGUMENTS
-from mlspecqd_jax.speculation.settings import Sampling
 
 GUIDE = pathlib.Path(__file__).resolve().parents[2] / "docs" / "guide.md"
 
@@ -14,8 +12,3 @@ def test_the_guide_tells_every_argument_as_it_is_checked():
     first = lines.index("| argument | a number must be | |") + 2
     rows = [f"| `{name}` | {a.number.needed if a.number else ''} | {a.words} |" for name, a in ARGUMENTS.items()]
     assert lines[first : first + len(rows) + 1] == [*rows, ""]
-
-
-def test_sampling_takes_what_a_generation_does():
-    settings = set(inspect.signature(Sampling.create).parameters) - {"batch", "vocab_size"}
-    assert settings == ARGUMENTS.keys() - {"max_new_tokens", "chat", "draft_limit", "stop"}

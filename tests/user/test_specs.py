@@ -1,0 +1,53 @@
+"""Drafters as the command line spells them."""
+
+import pytest
+
+from mlspecqd_jax import specs, stacks
+from mlspecqd_jax.speculation.drafters.prompt_lookup import PromptLookup
+
+
+def test_specs_spell_drafters(demo):
+    loaded = []
+
+    def load(name):
+        loaded.append(name)
+        return demo
+
+    def pairs(*given):
+        return specs.drafters(specs.parse(given), demo, load)
+
+    assert pairs("none") == []
+    [(twin, length)] = pairs("mxfp4")
+    assert (twin.card.name, length) == ("demo@mxfp4", 5)
+    found = pairs("mxfp8_e4m3:8", "mxfp4", "ngram")
+    assert [(stacks.name_of(drafter), length) for drafter, length in found] == [
+        ("demo@mxfp8_e4m3", 8),
+        ("demo@mxfp4", 3),
+        ("ngram", 4),
+    ]
+    assert loaded == []
+    found = pairs("demo@mxfp4:7", "mxfp4:2", "demo:3", "ngram:9")
+    assert [length for _, length in found] == [7, 2, 3, 9]
+    assert found[0][0] is found[1][0]  # in that format already: its own twin
+    assert found[2][0] is demo
+    assert found[3][0] == PromptLookup()
+    assert loaded == ["demo", "demo"]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["mxfp5"], r"--draft mxfp5 is no draft: give a format \(mxfp4, mxfp6_e2m3"),
+        (["demo@int4"], "--draft demo@int4 is no draft"),
+        (["mxfp4:"], "--draft mxfp4: is no draft"),
+        ([""], "is no draft"),
+        (["mxfp4:0"], "draft_len is 0, but must be a whole number of at least 1"),
+        (["ngram", "mxfp4"], "--draft mxfp4 cannot draft for ngram, which has no weights; put ngram last"),
+        (["ngram:3", "demo"], "--draft demo cannot draft for ngram"),
+        (["none", "mxfp4"], "--draft none is plain decoding and stands alone"),
+    ],
+)
+def test_other_specs_are_refused_before_anything_is_loaded(given, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        specs.parse(given)
+    assert "\n" not in str(caught.value)
