@@ -37,7 +37,7 @@ class Counting:
 
     def __call__(self, params, tokens, start, cache, *, features=False):
         logits = 9 * jax.nn.one_hot((tokens + params) % V, V, dtype=self.dtype)
-        found = jnp.stack([tokens, start[:, None] + jnp.arange(tokens.shape[1])], axis=-1)  # [B, W, 2]
+        found = jnp.stack([tokens, start[:, None] + jnp.arange(tokens.shape[1])[None, :]], axis=-1)  # [B, W, 2]
         scored = mlsd.Scored(jnp.pad(logits, ((0, 0), (0, self.extra), (0, 0))), cache, found if features else None)
         return self.change(scored) if self.change else scored
 
@@ -146,7 +146,7 @@ class Head:
         tokens, length = ask.sequences
         state = write_at(state, ask.lent.start, ask.lent.features)
         last = jnp.take_along_axis(tokens, length[:, None] - 1, axis=1)
-        proposed = (last + 1 + jnp.arange(ask.draft_len)) % V
+        proposed = (last + 1 + jnp.arange(ask.draft_len)[None, :]) % V
         return mlsd.Draft.certain(proposed, ask.wanted, sampling), state, ask.lent
 
 
