@@ -17,7 +17,8 @@ if "MLSPECQD_TESTS_CACHE" not in os.environ:  # the workers of a run share one, 
     _cache = tempfile.TemporaryDirectory(prefix="mlspecqd-tests-")
     os.environ["MLSPECQD_TESTS_CACHE"] = _cache.name
 os.environ["XDG_CACHE_HOME"] = os.environ["MLSPECQD_TESTS_CACHE"]
-os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
+os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ["MLSPECQD_TESTS_CACHE"] + "/xla"
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 
 
 @pytest.fixture(scope="session")
