@@ -119,19 +119,5 @@ def _dot(a, b, axis):
 def _product(a: jax.Array, b: jax.Array, axis: int) -> jax.Array:
     """Contract the last axis of a [B, H, R, X] with `axis` of b [B, H, ...] to f32 [B, H, R, ...]."""
     precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-
-    def dot(a, b, batch_axes):
-        last = batch_axes[-1] + 2
-        axes = (((last,), (axis - 3 + last,)), (batch_axes, batch_axes))
-        return jax.lax.dot_general(a, b, axes, precision=precision, preferred_element_type=jnp.float32)
-
-    def one_batch_axis(a, b):
-        flat = dot(a.reshape(-1, *a.shape[2:]), b.reshape(-1, *b.shape[2:]), (0,))
-        return flat.reshape(*a.shape[:2], *flat.shape[1:])
-
-    def two_batch_axes(a, b):
-        return dot(a, b, (0, 1))
-
-    # XLA:CPU has no 16-bit product with two batch axes and transposes the cache for an f32 one; on a mesh, merging the batch and
-    # a split head axis would move the cache between devices.
-    return jax.lax.platform_dependent(a, b, cpu=one_batch_axis, default=two_batch_axes)
+    axes = (((3,), (axis,)), ((0, 1), (0, 1)))
+    return jax.lax.dot_general(a, b, axes, precision=precision, preferred_element_type=jnp.float32)
