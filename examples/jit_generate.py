@@ -31,7 +31,7 @@ def likeliest(stack, tokens, length, limit, sampling):
     tokens, end, state = mlsd.generate_tokens(stack, tokens, length, limit, sampling)
     slots = jnp.arange(tokens.shape[1])[None, :]
     new = (slots >= length[:, None]) & (slots < end[:, None])
-    mean = jnp.sum(jnp.where(new, state.logprobs, 0), axis=1) / jnp.sum(new, axis=1)
+    mean = jnp.mean(state.logprobs, axis=1, where=new)
     best = jnp.argmax(mean)
     return tokens[best], end[best], mean[best]
 

@@ -200,7 +200,7 @@ SHAPES = {
     "gemma3": shape(8192, 640, 1280, 2, 4, 1, 64, 2048, "gemma3_text", **GEMMA, query_pre_attn_scalar=100),
 }
 QUICK = {("576", "bfloat16")}
-LONG = {("576", "float32"), ("gemma2", "bfloat16"), ("gemma3", "bfloat16")}
+LONG = {("576", "float32"), ("gemma2", "bfloat16")}
 # Batch and window, and the buckets of their buffers.
 PROGRAMS = ((1, 1, 256), (1, 6, 256), (2, 1, 512), (4, 16, 256), (8, 8, 256))
 

@@ -147,7 +147,7 @@ def redrawn_from_all(logits, draft, position, sampling, level=0):
 def from_below_handed_up(logits, draft, position, sampling, level=0):
     """Hand up the probabilities of the level below, for the tokens accepted from it, instead of one's own."""
     verdict = verify(logits, draft, position, sampling, level)
-    kept = jnp.arange(draft.tokens.shape[1]) < verdict.accepted[:, None]
+    kept = jnp.arange(draft.tokens.shape[1])[None, :] < verdict.accepted[:, None]
     theirs = jnp.where(kept[..., None], draft.probs, verdict.probs[:, :-1])
     return verdict._replace(probs=jnp.concatenate([theirs, verdict.probs[:, -1:]], axis=1))
 
@@ -156,7 +156,7 @@ def bonus_from_the_draft(logits, draft, position, sampling, level=0):
     """Draw the bonus token of a full draft from the drafter's model, at its own prefix, instead of the target's."""
     if level == 0:
         context = 1 + draft.tokens[:, -1] + (V + 1) * (1 + draft.tokens[:, -2])
-        full = jnp.arange(logits.shape[1]) == jnp.where(draft.length == draft.tokens.shape[1], draft.length, -1)[:, None]
+        full = jnp.arange(logits.shape[1])[None, :] == jnp.where(draft.length == draft.tokens.shape[1], draft.length, -1)[:, None]
         logits = jnp.where(full[..., None], TABLES[1][context][:, None], logits)
     return verify(logits, draft, position, sampling, level)
 

@@ -78,7 +78,9 @@ def test_a_token_is_of_what_proposed_it_first(script):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("drafts", [["mxfp4:5", "ngram:3"], ["mxfp4:4", "demo-small@mxfp4:3"]])
+@pytest.mark.parametrize(
+    "drafts", [["mxfp4:5", "ngram:3"], pytest.param(["mxfp4:4", "demo-small@mxfp4:3"], marks=pytest.mark.exhaustive)]
+)
 def test_a_short_run_draws_the_passes_that_the_report_counts(script, tmp_path, drafts):
     pytest.importorskip("matplotlib")
     options = ["--new-tokens", "12", "--runs", "1", "--plot", str(tmp_path / "plot")]
