@@ -10,7 +10,7 @@ from mlspecqd_jax.speculation.drafters.prompt_lookup import PromptLookup
 from mlspecqd_jax.speculation.level import Level
 from mlspecqd_jax.speculation.stack import Stack
 from mlspecqd_jax.text.card import first_difference
-from pallas_kernels.xla import ONE_WIDTH
+from pallas_kernels.product import ONE_WIDTH
 
 
 @jax_settings.held
@@ -71,7 +71,7 @@ def exact_rows(target: Model, draft_len: int) -> int:
         width at which a row is known to be.
     """
     rows = target.network.row_multiple(target.params)
-    if rows == ONE_WIDTH and draft_len >= rows:
+    if rows >= ONE_WIDTH and draft_len >= rows:
         raise InputError(
             f"draft_len {draft_len} is more than the {rows - 1} that exact=True allows on GPU and TPU; pass exact=False"
         )

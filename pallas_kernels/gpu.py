@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.blocks import gpu_blocks
-from pallas_kernels.product import Product
+from pallas_kernels.product import ONE_WIDTH, Product
 
 CHUNK = 128  # elements of a row in 16 words, one 16-byte load for each of four threads
 OUTPUTS = 64  # what N is a multiple of: every block size of `gpu_blocks` divides it
@@ -210,7 +210,7 @@ def _run(x, arrays, *, n, chip, element, interpret):
 
 def row_multiple(chip: str, dtype: str) -> int:
     """The most rows that are padded to one number of them."""
-    return 16
+    return ONE_WIDTH
 
 
 DECODE = Product(

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import jax
 
+ONE_WIDTH = 16  # rows, at which a row is computed alike because all windows have it; of a multiple of it nothing is known
 PLAIN = "plain"  # what stands for a format where a weight is not quantized
 MX = ("mxfp4", "mxfp6_e2m3", "mxfp6_e3m2", "mxfp8_e4m3", "mxfp8_e5m2")
 

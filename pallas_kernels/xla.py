@@ -13,12 +13,11 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 
-from pallas_kernels.product import MX, PLAIN, STORED_AXES, Product, anywhere, as_stored
+from pallas_kernels.product import MX, ONE_WIDTH, PLAIN, STORED_AXES, Product, anywhere, as_stored
 from pallas_kernels.reference import bf16_matmul, check_shapes, mx_decode, whole_blocks
 
 CONVERTS_BEFORE = (0, 11)  # the jax whose XLA:CPU has gathers and scatters of 16-bit floats
 NARROW = 16  # positions
-ONE_WIDTH = 16  # rows, at which a row is computed alike because all windows have it; of a multiple of it nothing is known
 
 
 def matmul(x: jax.Array, w: jax.Array) -> jax.Array:
