@@ -14,6 +14,7 @@ import functools
 import itertools
 import json
 import os
+import shlex
 import statistics
 import subprocess
 import sys
@@ -21,15 +22,17 @@ import tempfile
 import time
 from pathlib import Path
 
+import machine
+
 ROOT = Path(__file__).resolve().parent.parent
 ROWS = (1, 8, 16, 64)
 LAYERS = {  # N x K of the weights of a layer: queries, keys, up, down
     "1B": ((2048, 2048), (512, 2048), (8192, 2048), (2048, 8192)),
     "8B": ((4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336)),
+    "8B, one product for what reads the same x": ((6144, 4096), (28672, 4096)),
     "70B": ((8192, 8192), (1024, 8192), (28672, 8192), (8192, 28672)),
     "tiny": ((128, 64), (64, 128)),
 }
-# vocabulary, hidden, intermediate, layers, heads, key/value heads, head size, positions
 # Vocabulary, hidden size, the MLP's middle, layers, heads, key/value heads, size of a head, positions.
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
 SIZES += ("head_dim", "max_position_embeddings")
@@ -42,7 +45,9 @@ IN_TURN = 16  # products of a loop's body, so that what the host does for one ro
 CACHES = 2**27  # bytes: copies of a weight are more than what caches hold, if `IN_TURN` of them can be
 ACCEPTANCE = (0.8, 0.9, 0.95)  # of the twin's tokens; 0.6 of the look-up's that draft for it
 WHILE = "--xla_gpu_enable_command_buffer=+WHILE,+CONDITIONAL"
+APART = "--xla_gpu_dot_merger_threshold_mb=0"  # else XLA joins the small weights that multiply the same x, in every pass
 PARTS = {"kernels": "", "programs": "", "exactness": "", "programs, loops in command buffers": WHILE}
+PARTS |= {"programs, no products joined": APART, "exactness, no products joined": APART}
 PROMPTS = (  # of at most 16 tokens, so that one width of prefill serves all
     "The capital of France is",
     "def fibonacci(n):",
@@ -198,7 +203,7 @@ def programs(options) -> dict:
         "the twin alone": (twin,),
     }
     # The first ones matter most, should the budget not be enough for all.
-    order = [("plain", True), ("twin", True), ("plain", False), ("nested", True), ("the twin alone", False)]
+    order = [("plain", True), ("twin", True), ("nested", True), ("plain", False), ("the twin alone", False)]
     order += [("twin", False), ("nested", False)]
     found, left_out, began = [], [], time.perf_counter()
     for name, exact in order:
@@ -255,6 +260,7 @@ def exactness(options) -> dict:
     stacks = {"plain": mlsd.stack(model)}
     for drafts in options.drafts:
         stacks[drafts] = mlsd.stack(model, *specs.drafters(specs.parse(drafts.split()), model, mlsd.load))
+    stacks["plain, exact=False"] = mlsd.stack(model, exact=False)  # what exactness costs
     prompts, found, left_out, plain, began = list(PROMPTS)[: options.prompts], [], [], {}, time.perf_counter()
     with concurrent.futures.ThreadPoolExecutor() as pool:  # compile all at once: no time that matters is measured here
         programs = itertools.product(stacks.values(), options.batches)
@@ -341,11 +347,13 @@ def main() -> None:
         measure = {"kernels": kernels, "programs": programs, "exactness": exactness}[options.part]
         print(json.dumps(device() | measure(options)))
         return
-    result = {"command": "python benchmarks/accelerator.py"}
+    versions = machine.describe()["versions"]
+    result = {"command": shlex.join(["python", "benchmarks/accelerator.py", *sys.argv[1:]]), "device": None, "versions": versions}
     for name in options.parts:
-        if PARTS[name] == WHILE and any(part.get("platform", "gpu") != "gpu" for part in measured(result)):
+        if PARTS[name] and any(part.get("platform", "gpu") != "gpu" for part in measured(result)):
             continue
         result[name] = in_a_process(name.partition(",")[0], PARTS[name])
+        result["device"] = result[name].get("device", result["device"])
         print(json.dumps({name: result[name]}, indent=1), flush=True)
         if options.out:  # after every part, so that a lease that ends early loses one part at most
             options.out.parent.mkdir(parents=True, exist_ok=True)

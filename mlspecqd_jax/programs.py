@@ -9,8 +9,9 @@ from mlspecqd_jax.speculation import loop
 from mlspecqd_jax.speculation.stack import Stack, outermost
 
 # Else XLA:GPU times several algorithms for each product whenever it compiles, and two programs may get two for the same product:
-# 7 of 64 rows of a real model differed on an H200. cuBLAS takes one algorithm for a shape.
-ONE_ALGORITHM = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
+# 7 of 64 rows of a real model differed on an H200, and none of 192 with cuBLAS alone, which takes one algorithm for a shape. XLA
+# also joins the weights that multiply the same x, in every pass: at 8B plain decoding took 1.10 times as long there.
+ONE_ALGORITHM = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False, "xla_gpu_dot_merger_threshold_mb": 0}
 
 
 class Programs(NamedTuple):
