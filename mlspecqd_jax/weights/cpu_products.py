@@ -23,23 +23,20 @@ def _every_row_by_itself(chip, dtype):
     return 1
 
 
-def _run_mxfp4(x, arrays, *, n, chip, element, interpret):
+def _run_mxfp4(x, arrays, *, n, chip, format, interpret):
     return cpu_kernels.mxfp4_matmul(whole_blocks(x), arrays["codes"], arrays["scales"])
 
 
-def _run_mx8(x, arrays, *, n, chip, element, interpret):
-    return cpu_kernels.mx8_matmul(whole_blocks(x), **arrays, **_bits(element))
+def _run_mx8(x, arrays, *, n, chip, format, interpret):
+    bits = {"exponent_bits": format.element.exponent_bits, "mantissa_bits": format.element.mantissa_bits}
+    return cpu_kernels.mx8_matmul(whole_blocks(x), **arrays, **bits)
 
 
-def _run_decoded(x, arrays, *, n, chip, element, interpret):
-    return decoded_matmul(whole_blocks(x), **arrays, **_bits(element), product=cpu_kernels.dense_matmul)
+def _run_decoded(x, arrays, *, n, chip, format, interpret):
+    return decoded_matmul(whole_blocks(x), arrays, format, product=cpu_kernels.dense_matmul)
 
 
-def _bits(element):
-    return {"exponent_bits": element.exponent_bits, "mantissa_bits": element.mantissa_bits}
-
-
-def _run_dense(x, arrays, *, n, chip, element, interpret):
+def _run_dense(x, arrays, *, n, chip, format, interpret):
     return cpu_kernels.dense_matmul(x.astype(arrays["weight"].dtype), arrays["weight"])
 
 
@@ -48,6 +45,6 @@ _MXFP4 = Product("cpp mxfp4", MX[:1], _why_not, as_stored, STORED_AXES, _run_mxf
 CPU_PRODUCTS = (
     _MXFP4,
     _MXFP4._replace(name="cpp mx8", formats=MX[1:], run=_run_mx8),
-    _MXFP4._replace(name="cpp decoded", formats=MX, why_not=_why_not_of_any_dtype, run=_run_decoded),
+    _MXFP4._replace(name="cpp decoded", formats=None, why_not=_why_not_of_any_dtype, run=_run_decoded),
     Product("cpp dense", (PLAIN,), _why_not_of_any_dtype, as_stored, DOT.axes, _run_dense, _every_row_by_itself),
 )
