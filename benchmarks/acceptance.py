@@ -10,6 +10,7 @@ depend on how busy the machine is.
 
 import argparse
 import dataclasses
+import functools
 import sys
 from pathlib import Path
 
@@ -19,27 +20,29 @@ from machine import describe, publish
 
 import mlspecqd_jax as mlsd
 from mlspecqd_jax.speculation.theory import rounds_for, tokens_per_round
+from mlspecqd_jax.weights.formats import FORMATS
 
 CHOICES = {"greedy": {}, "coupled": {"temperature": 0.8}, "rejection": {"temperature": 0.8, "rule": "rejection"}}
-FORMATS = ("mxfp8_e4m3", "mxfp8_e5m2", "mxfp6_e2m3", "mxfp6_e3m2", "mxfp4")
 HEAD_KEPT = {"lm_head.weight": None}
 
 
-def variants(model) -> dict[str, tuple[list, dict]]:
-    """Return what is measured: name -> (drafters, options of stack)."""
-    twin, fine, lookup = model.quantized(), model.quantized("mxfp8_e4m3"), mlsd.prompt_lookup()
-    found = {f"{name}:6": ([(model.quantized(name), 6)], {}) for name in FORMATS}
-    found |= {f"mxfp4:6, {rule}": ([(model.quantized(scale_rule=rule), 6)], {}) for rule in ("ceil", "rceil", "even")}
+def variants(model, only: list[str] | None) -> dict[str, tuple[list, dict]]:
+    """Return what is measured, or what of it is asked for: name -> (drafters, options of stack)."""
+    twin, lookup = functools.cache(model.quantized), mlsd.prompt_lookup()
+    found = {f"{name}:6": lambda name=name: [(twin(name), 6)] for name in FORMATS}
+    found |= {f"{name}:6, mse": lambda name=name: [(twin(name, scale_rule="mse"), 6)] for name, f in FORMATS.items() if f.bits == 4}
+    found |= {f"mxfp4:6, {rule}": lambda rule=rule: [(model.quantized(scale_rule=rule), 6)] for rule in ("ceil", "rceil", "even")}
     found |= {
-        "mxfp4:6, lm_head kept": ([(model.quantized(policy=HEAD_KEPT), 6)], {}),
-        "mxfp4:6, lm_head too": ([(model.quantized(policy={}), 6)], {}),
-        "ngram:6": ([(lookup, 6)], {}),
-        "mxfp4:6 ngram:3": ([(twin, 6), (lookup, 3)], {}),
-        "mxfp8_e4m3:6 mxfp4:3": ([(fine, 6), (twin, 3)], {}),
+        "mxfp4:6, lm_head kept": lambda: [(model.quantized(policy=HEAD_KEPT), 6)],
+        "mxfp4:6, lm_head too": lambda: [(model.quantized(policy={}), 6)],
+        "ngram:6": lambda: [(lookup, 6)],
+        "mxfp4:6 ngram:3": lambda: [(twin("mxfp4"), 6), (lookup, 3)],
+        "mxfp8_e4m3:6 mxfp4:3": lambda: [(twin("mxfp8_e4m3"), 6), (twin("mxfp4"), 3)],
     }
+    every = {name: (drafters, {}) for name, drafters in found.items()}
     for name in ("mxfp4:6", "mxfp4:6 ngram:3", "mxfp8_e4m3:6 mxfp4:3"):
-        found[f"{name}, own cache"] = (found[name][0], {"share_cache": False})
-    return found
+        every[f"{name}, own cache"] = (found[name], {"share_cache": False})
+    return {name: (drafters(), how) for name, (drafters, how) in every.items() if not only or name in only}
 
 
 def named(model):
@@ -111,7 +114,7 @@ def main() -> None:
     for dtype in options.dtypes:
         model = named(mlsd.load(options.model, dtype=dtype))
         prompts = prompt_files.read(options.prompts, options.number, options.words, model.tokenizer)
-        chosen = {name: v for name, v in variants(model).items() if not options.only or name in options.only}
+        chosen = variants(model, options.only)
         for choice in options.choices:
             arguments = {"max_new_tokens": options.new_tokens} | CHOICES[choice]
             plain = mlsd.generate(mlsd.stack(model), prompts, **arguments) if choice != "rejection" else None

@@ -107,6 +107,7 @@ ARGUMENTS: Mapping[str, Argument] = {name: _told(hint) for name, hint in get_typ
 
 # By name of the argument; of a sequence, what each entry may be.
 NUMBERS = {name: argument.number for name, argument in ARGUMENTS.items() if argument.number} | {
+    "bits": Number("a number of more than 0 and at most 32", lambda x: 0 < x <= 32),
     "batch": _whole(f"a whole number from 1 to {ROWS}", 1, ROWS),
     "vocab_size": _whole(f"a whole number from 1 to {ROWS}", 1, ROWS),
     "longest": _whole("a whole number from 0 to 2**30", 0, 2**30),

@@ -1,4 +1,4 @@
-"""The shell command `mlspecqd`: generate, convert, info.
+"""The shell command `mlspecqd`: generate, convert, info, sensitivity.
 
 Text goes to stdout, everything else to stderr. Exit codes: 0 done; 1 internal error; 2 bad input, with one line that says what to
 change; 130 interrupted.
@@ -22,8 +22,8 @@ from mlspecqd_jax.errors import InputError
 INTERRUPTED = 130
 DRAFT_HELP = (
     "BASE[:LEN], what drafts for the model, repeated for what drafts for the draft; BASE is a format such as mxfp4 (the same "
-    "weights in it), MODEL[@FORMAT], ngram, or none (plain decoding); the default is what was found to pay for models of this size "
-    "on this device: ngram for small ones, mxfp4 for large ones on CPU"
+    "weights in it; auto4.5: a format for each weight, 4.5 bits on average), MODEL[@FORMAT], ngram, or none (plain decoding); the "
+    "default is what was found to pay for models of this size on this device: ngram for small ones, mxfp4 for large ones on CPU"
 )
 
 PROMPT_FILE_HELP = (
@@ -74,7 +74,9 @@ def _show_warning(message, *details, **more):
 
 def _parser() -> Parser:
     parser = Parser(prog="mlspecqd", description="Generate text with a Hugging Face model in JAX.", allow_abbrev=False)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="generate | convert | info", parser_class=Parser)
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="generate | convert | info | sensitivity", parser_class=Parser
+    )
 
     g = commands.add_parser("generate", help="continue prompts", allow_abbrev=False)
     g.set_defaults(run=_generate)
@@ -102,6 +104,13 @@ def _parser() -> Parser:
     i = commands.add_parser("info", help="say what a model is and what would run it", allow_abbrev=False)
     i.set_defaults(run=_info)
     i.add_argument("model", nargs="?", default="demo", metavar="MODEL", help="folder, owner/name id, demo (default) or demo-small")
+
+    s = commands.add_parser("sensitivity", help="say what each weight costs in each format", allow_abbrev=False)
+    s.set_defaults(run=_sensitivity)
+    s.add_argument("model", nargs="?", default="demo", metavar="MODEL", help="folder, owner/name id, demo (default) or demo-small")
+    s.add_argument("--dtype", default="bfloat16", metavar="D", help="bfloat16 (default), float32 or float16")
+    s.add_argument("--json", action="store_true", help="print one JSON object: by weight and format, nats a token")
+    s.add_argument("--plot", metavar="FILE", help="draw layers by kinds of weight too, as .png, .svg or .pdf")
     return parser
 
 
@@ -246,6 +255,19 @@ def _info(a: argparse.Namespace) -> None:
         }
     ).items():
         console.put(f"{name + ':':22}{value}\n")
+
+
+def _sensitivity(a: argparse.Namespace) -> None:
+    from mlspecqd_jax import sensitivity_table
+    from mlspecqd_jax.loading import models
+
+    if a.plot:
+        sensitivity_table.check_plot(a.plot)
+    found = models.load(a.model, dtype=a.dtype).sensitivity()
+    console.put(json.dumps(found) + "\n" if a.json else sensitivity_table.table(found))
+    if a.plot:
+        sensitivity_table.plot(found, a.plot)
+        console.say(f"wrote {a.plot}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Drafters as written on the command line: SPEC = BASE[:LEN], outermost first.
 
-BASE is a FORMAT (the twin of the level above), MODEL[@FORMAT], `ngram`, or `none` (plain decoding, alone); LEN is the draft_len.
+BASE is a FORMAT (the twin of the level above), MODEL[@FORMAT], `ngram`, or `none` (plain decoding, alone); LEN is the draft_len. In
+place of a FORMAT, `auto` and a number, such as auto4.5, is a format for each weight, so many bits on average.
 """
 
 import functools
@@ -16,6 +17,7 @@ from mlspecqd_jax.stacks import check_draft_len, default_draft_len
 from mlspecqd_jax.weights.formats import FORMATS
 
 NGRAM, NONE = "ngram", "none"
+AUTO = re.compile(r"auto(\d+(?:\.\d+)?)")  # and the bits of a weight
 
 
 class Spec(NamedTuple):
@@ -50,24 +52,33 @@ def _parse(spec: str, above: str | None) -> Spec:
         raise InputError(f"--draft {spec} cannot draft for ngram, which has no weights; put ngram last")
     if base == NGRAM:
         return LOOKUP._replace(draft_len=draft_len)
-    if base in FORMATS:
+    if _is_format(base):
         return Spec(None, base, draft_len)
     model, _, format_ = base.rpartition("@")
-    if model and format_ in FORMATS and is_known(model):
+    if model and _is_format(format_) and is_known(model):
         return Spec(model, format_, draft_len)
     if is_known(base):
         return Spec(base, None, draft_len)
     raise InputError(
-        f"--draft {spec} is no draft: give a format ({', '.join(FORMATS)}) for the twin of the level above, ngram, none, or a "
-        "model (an existing folder, an owner/name id, demo or demo-small) with @ and a format or without; a colon and a length may "
-        "end it"
+        f"--draft {spec} is no draft: give a format ({', '.join(FORMATS)}, or auto and bits, as auto4.5) for the twin of the level "
+        "above, ngram, none, or a model (an existing folder, an owner/name id, demo or demo-small) with @ and a format or without; "
+        "a colon and a length may end it"
     )
+
+
+def _is_format(name: str) -> bool:
+    return name in FORMATS or AUTO.fullmatch(name) is not None
+
+
+def _twin(model: Model, format: str) -> Model:
+    found = AUTO.fullmatch(format)
+    return model.quantized(format) if found is None else model.quantized(bits=float(found[1]))
 
 
 def drafters(specs: Sequence[Spec], target: Model, load: Callable[[str], Model]) -> list[tuple[Any, int]]:
     """Turn specs into the (drafter, draft_len) pairs that `stack` takes; `load` is asked for the models that they name."""
     pairs, above = [], target  # the model of the level above, not quantized
-    twins = functools.cache(Model.quantized)  # so that two levels in one format share their weights
+    twins = functools.cache(_twin)  # so that two levels in one format share their weights
     for i, spec in enumerate(specs):
         if spec == LOOKUP._replace(draft_len=spec.draft_len):
             drafter = PromptLookup()

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from mlspecqd_jax import arguments, jax_settings
 from mlspecqd_jax.errors import InputError
 from mlspecqd_jax.json_files import read_json, read_json_if_there
-from mlspecqd_jax.loading import checkpoint, config_file, huggingface
+from mlspecqd_jax.loading import checkpoint, config_file, huggingface, precision_search
 from mlspecqd_jax.loading.find import find, is_path
 from mlspecqd_jax.network.network import Network
 from mlspecqd_jax.text import chat, tokenizer_files
@@ -57,7 +57,9 @@ class Model:
         return sum(leaf.nbytes for leaf in self.params.values())
 
     @jax_settings.held
-    def quantized(self, format: str = "mxfp4", policy: Policy | None = None, scale_rule: str = "floor") -> "Model":
+    def quantized(
+        self, format: str = "mxfp4", policy: Policy | None = None, scale_rule: str = "floor", *, bits: float | None = None
+    ) -> "Model":
         """Return the twin: this model with its linear layers and lm_head in `format`, sharing every other array.
 
         A model that was quantized in this very way is its own twin. Leaves that the converted checkpoint holds are not made again.
@@ -70,10 +72,17 @@ class Model:
           scale_rule: floor, mse (of a few scales the one of least squared error), or, of MX formats, ceil, rceil or even
             (`cast.quantize`).
 
+          bits: in place of all these: a format for each weight, so that they take so many bits a weight on average, and the
+            twin's probabilities move least from the model's. What each weight costs in each format is measured, once, on text that
+            the model writes (`precision_search`).
+
         Raises:
-          InputError: an unknown format, rule or glob, or a model that is quantized in another way.
+          InputError: an unknown format, rule or glob, too few bits, bits beside the others, or a model that is quantized in another
+            way.
         """
         arguments.recipe(format, policy, scale_rule)
+        if bits is not None:
+            return self._of_bits(format, policy, scale_rule, bits)
         recipe = self._recipe(format, policy, scale_rule)
         if recipe == self.recipe:
             return self
@@ -91,6 +100,33 @@ class Model:
             params = quantize_params(arrays, tensors, format, dict(recipe.policy), scale_rule, mesh, dtype)
         card = dataclasses.replace(self.card, name=f"{self.card.name}@{format}")
         return dataclasses.replace(self, params=params, card=card, recipe=recipe)
+
+    def sensitivity(self) -> precision_search.Costs:
+        """Return, by weight and format, how far casting the one to the other moves the model's probabilities, in nats a token.
+
+        Raises:
+          InputError: the model is quantized.
+        """
+        if self.recipe is not None:
+            raise InputError(f"{self.card.name} is quantized already; ask the original model")
+        return precision_search.sensitivity(self.network, cast(dict[str, jax.Array], self.params), self._first)
+
+    @property
+    def _first(self) -> int:
+        """The token with which its texts begin."""
+        begins = getattr(self.tokenizer, "bos_token_id", None)
+        return begins if begins is not None else (*self.card.eos_token_ids, 0)[0]
+
+    def _of_bits(self, format, policy, scale_rule, bits):
+        if (format, policy, scale_rule) != ("mxfp4", None, "floor"):
+            raise InputError("bits finds the formats by itself; leave format, policy and scale_rule out")
+        bits = arguments.number("bits", bits)
+        if self.recipe is not None:
+            raise InputError(f"{self.card.name} is quantized already; quantize the original model instead")
+        params = cast(dict[str, jax.Array], self.params)
+        found = precision_search.policy_for(self.network, params, self._first, bits)
+        twin = self.quantized(format, found, precision_search.SCALE_RULE)
+        return dataclasses.replace(twin, card=dataclasses.replace(twin.card, name=f"{self.card.name}@auto{bits:g}"))
 
     def _recipe(self, format: str, policy: Policy | None = None, scale_rule: str = "floor") -> Recipe:
         if policy is None:

@@ -53,6 +53,8 @@ def multiply(x: jax.Array, w: jax.Array | QuantizedArray, interpret=False) -> ja
     for scale in ("tensor_scale", "row_scale"):
         if scale in leaf.arrays:
             y = y * leaf.arrays[scale][None]
+    if "change" in leaf.arrays:
+        y = y + leaf.arrays["amount"][:, None] * multiply(x, leaf.arrays["change"])
     return y
 
 

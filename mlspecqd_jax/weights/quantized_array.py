@@ -12,10 +12,12 @@ from jax.sharding import PartitionSpec
 
 from mlspecqd_jax.errors import InputError
 from mlspecqd_jax.weights.formats import format_of
+from pallas_kernels import PLAIN
 
 STORED, WHOLE = "stored", PartitionSpec(None, None)
-# What a product does not see: K is put into this order before it, and its results are multiplied by these numbers.
-AROUND = ("order", "row_scale", "tensor_scale")
+# What a product does not see: K is put into this order before it, its results are multiplied by these numbers, and to them is added
+# an amount of those of another weight (`probe`).
+AROUND = ("order", "row_scale", "tensor_scale", "change", "amount")
 
 
 @functools.partial(
@@ -75,6 +77,14 @@ class QuantizedArray:
     def scales_e8m0(self) -> jax.Array:
         """The scales of a stored weight in an MX format as float8_e8m0fnu [N, K32 / 32]."""
         return jax.lax.bitcast_convert_type(self.arrays["scales"], jnp.float8_e8m0fnu)
+
+
+def probe(w: jax.Array, change: jax.Array, amount: jax.Array) -> QuantizedArray:
+    """Return a leaf whose product is x @ w.T + amount * (x @ change.T), with an amount f32 [M] for each row of x [M, K].
+
+    The derivative by an amount of 0 is what a little of the change would do to a function of that row's result.
+    """
+    return QuantizedArray({"weight": w, "change": change, "amount": amount}, (w.shape[0], w.shape[1]), PLAIN)
 
 
 Leaf = jax.Array | QuantizedArray  # what a model's parameters are

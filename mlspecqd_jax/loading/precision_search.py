@@ -1,0 +1,108 @@
+"""Precision by layer, found by the machine: what each weight costs in each format, and from that a format for each.
+
+What was measured of a model is kept in the user's cache, by the weights' own bits, so that another budget takes no time.
+"""
+
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+
+from mlspecqd_jax.errors import InputError
+from mlspecqd_jax.network.network import Network
+from mlspecqd_jax.network.own_text import own_text
+from mlspecqd_jax.network.sensitivity import costs, weights_of
+from mlspecqd_jax.weights.cast import SEARCH, quantize
+from mlspecqd_jax.weights.precision import assign
+
+TEXTS, POSITIONS = 4, 64  # of the text that is measured on
+SCALE_RULE = SEARCH
+KEPT = "kept"  # what stands for the model's own weight in place of a format
+VERSION = 1  # of how it is measured
+# With a product that reads no more than the stored bytes: of these alone a search can gain.
+ON_CPU, ELSEWHERE = ("mxfp4", "nvfp4", "int4", "uint4_g32", "int8"), ("mxfp4",)
+
+Costs = Mapping[str, Mapping[str, float]]
+
+
+def sensitivity(network: Network, params: Mapping[str, jax.Array], first: int) -> Costs:
+    """Return, by weight and format, the divergence in nats a token that casting the one to the other costs the model.
+
+    Args:
+      network: of the model.
+      params: its parameters, not quantized.
+      first: the token with which the texts begin that the model writes for this.
+    """
+    platform = next(iter(next(iter(params.values())).devices())).platform
+    formats = ON_CPU if platform == "cpu" else ELSEWHERE
+    file = _cache_file(_key(network, params, formats, first))
+    if file.is_file():
+        try:
+            return json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            pass  # damaged: measured anew, and written over
+    drawn, judged = jax.random.split(jax.random.key(0))
+    tokens = own_text(network, dict(params), jnp.full((TEXTS,), first, jnp.int32), POSITIONS, drawn)
+    found = costs(network, params, tokens, formats, SCALE_RULE, judged)
+    _keep(file, found)
+    return found
+
+
+def policy_for(network: Network, params: Mapping[str, jax.Array], first: int, bits: float) -> dict[str, str | None]:
+    """Return the format of each weight, None for the model's own, so that all take at most so many bits a weight on average.
+
+    Raises:
+      InputError: fewer bits than the smallest format takes.
+    """
+    found = sensitivity(network, params, first)
+    weights = weights_of(network, params)
+    sizes = {
+        name: {format: _bits(weights[name], format) for format in each} | {KEPT: 8.0 * weights[name].nbytes}
+        for name, each in found.items()
+    }
+    number = sum(w.size for w in weights.values())
+    least = sum(min(each.values()) for each in sizes.values()) / number
+    if bits < least:
+        raise InputError(f"bits is {bits:g}, but the smallest formats take {least:.2f} bits a weight; give that or more")
+    chosen = assign({name: {**each, KEPT: 0.0} for name, each in found.items()}, sizes, bits * number)
+    return {name: None if format == KEPT else format for name, format in chosen.items()}
+
+
+def _bits(w: jax.Array, format: str) -> float:
+    stored = jax.eval_shape(lambda w: quantize(w, format), jax.ShapeDtypeStruct(w.shape, w.dtype))
+    return 8.0 * sum(array.size * array.dtype.itemsize for array in stored.arrays.values())
+
+
+@jax.jit
+def _digest(w):
+    """Two numbers that change, almost surely, with any bit of a weight."""
+    bits = jax.lax.bitcast_convert_type(w, jnp.uint16 if w.dtype.itemsize == 2 else jnp.uint32).astype(jnp.uint32).ravel()
+    place = jax.lax.iota(jnp.uint32, bits.size) * jnp.uint32(2654435761) + jnp.uint32(1)
+    return jnp.stack([jnp.sum(bits), jnp.sum(bits * place)])
+
+
+def _key(network, params, formats, first) -> str:
+    digests = {name: [int(part) for part in _digest(w)] for name, w in sorted(params.items())}
+    dtype = next(iter(params.values())).dtype.name
+    said = [VERSION, repr(network.config), dtype, formats, SCALE_RULE, TEXTS, POSITIONS, first, digests]
+    return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:32]
+
+
+def _cache_file(key: str) -> pathlib.Path:
+    base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    return pathlib.Path(base) / "mlspecqd-jax" / "sensitivity" / f"{key}.json"
+
+
+def _keep(file: pathlib.Path, found: Costs) -> None:
+    """Write it whole or not at all; without a cache it is measured again next time."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        part = file.with_suffix(f".{os.getpid()}.part")
+        part.write_text(json.dumps(found), encoding="utf-8")
+        part.replace(file)
+    except OSError:
+        return
