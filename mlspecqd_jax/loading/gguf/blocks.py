@@ -57,8 +57,9 @@ class Block(NamedTuple):
 
 def values(block: Block, raw: np.ndarray, out: np.ndarray) -> np.ndarray:
     """Write the values of a tensor to `out` [N, K], rounded to its dtype once; `raw` is uint8 [N, blocks, bytes]."""
-    for rows in _pieces(raw, block):
-        out[rows] = _decoded(block, raw[rows]).astype(out.dtype)
+    with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is reported by whoever places the tensor
+        for rows in _pieces(raw, block):
+            out[rows] = _decoded(block, raw[rows]).astype(out.dtype)
     return out
 
 
@@ -70,7 +71,8 @@ def packed(block: Block, raw: np.ndarray) -> tuple[str, dict[str, np.ndarray]] |
     """
     if block.form is None or block.decode is None:
         return None
-    pieces = [block.decode(np.asarray(raw[rows])) for rows in _pieces(raw, block)]
+    with np.errstate(over="ignore", invalid="ignore"):
+        pieces = [block.decode(np.asarray(raw[rows])) for rows in _pieces(raw, block)]
     codes, scales = (np.concatenate([getattr(piece, role) for piece in pieces]) for role in ("codes", "scales"))
     arrays = {"codes": codes[:, ::2] | codes[:, 1::2] << 4 if block.form.bits == 4 else codes}
     if block.form.e8m0:
@@ -94,9 +96,8 @@ def _decoded(block: Block, raw: np.ndarray) -> np.ndarray:
             return (stored.astype(np.uint32) << 16).view(np.float32)
         return stored.astype(np.float32)
     codes, scales, minima = block.decode(np.asarray(raw))
-    with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is reported by whoever places the tensor
-        grouped = block.form.table[codes].reshape(*scales.shape, block.form.group) * scales[..., None]
-        grouped = grouped if minima is None else grouped + minima[..., None]
+    grouped = block.form.table[codes].reshape(*scales.shape, block.form.group) * scales[..., None]
+    grouped = grouped if minima is None else grouped + minima[..., None]
     return grouped.reshape(codes.shape)
 
 
