@@ -48,7 +48,7 @@ def _of_keys(file: GGUF) -> dict[str, Any] | None:
         return None
     scaling = {"rope_type": kind, "factor": factor}
     positions = file.keys.get(f"{prefix}scaling.original_context_length")
-    return scaling if kind == "linear" else scaling | {"original_max_position_embeddings": positions}
+    return scaling if kind == "linear" or positions is None else scaling | {"original_max_position_embeddings": positions}
 
 
 def _llama3(file: GGUF, divisors: np.ndarray, base: float) -> dict[str, Any] | None:

@@ -85,7 +85,8 @@ def read_params(file: GGUF, model: Network, dtype: jnp.dtype, mesh: Mesh | None)
     params = {}
     for name, tensor in tqdm(expected.items(), desc="Loading weights", unit="tensor", disable=None, leave=False):
         array = tensors.read(tensor, lambda stored: values(located[stored], np.dtype(dtype)))
-        params[name] = placed(name, array, dtype, mesh, tensor, file.path)
+        first = located[tensor.sources[0].names[0]].entry
+        params[name] = placed(first.name, array, dtype, mesh, tensor, first.file)
     return params
 
 
