@@ -121,7 +121,7 @@ def kernels(options) -> dict:
     import jax.numpy as jnp
 
     from mlspecqd_jax.weights import layouts
-    from mlspecqd_jax.weights.mx import dequantize, quantize
+    from mlspecqd_jax.weights.cast import dequantize, quantize
     from mlspecqd_jax.weights.products import multiply
     from pallas_kernels import best_product, bf16_matmul, chip_of
 

@@ -21,7 +21,7 @@ from machine import describe, publish, spread
 
 import cpu_kernels
 from cpu_kernels.build import find_compiler
-from mlspecqd_jax.weights.mx import quantize
+from mlspecqd_jax.weights.cast import quantize
 from mlspecqd_jax.weights.placement import place
 from pallas_kernels import xla
 

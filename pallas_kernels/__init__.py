@@ -2,7 +2,19 @@
 
 from pallas_kernels.product import PLAIN, Product
 from pallas_kernels.products import PRODUCTS, best_product, chip_of, named, why_not
-from pallas_kernels.reference import BLOCK, bf16_matmul, mx_decode, mx_matmul, mxfp4_matmul
+from pallas_kernels.reference import (
+    BLOCK,
+    bf16_matmul,
+    code_values,
+    decode,
+    element_values,
+    group_values,
+    mx_decode,
+    mx_matmul,
+    mxfp4_matmul,
+    number_of_scale,
+    unpacked,
+)
 from pallas_kernels.tpu import honours_subnormals
 
 __all__ = [
@@ -13,10 +25,16 @@ __all__ = [
     "best_product",
     "bf16_matmul",
     "chip_of",
+    "code_values",
+    "decode",
+    "element_values",
+    "group_values",
     "honours_subnormals",
     "mx_decode",
     "mx_matmul",
     "mxfp4_matmul",
     "named",
+    "number_of_scale",
+    "unpacked",
     "why_not",
 ]

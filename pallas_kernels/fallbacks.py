@@ -94,13 +94,13 @@ def _on_nvidia(chip, dtype, n, k, along_n, along_k):
     return None if chip.startswith("sm_") else "is made for NVIDIA GPUs; use 'decoded'"
 
 
-def _run_grouped(x, arrays, *, n, chip, element, interpret):
+def _run_grouped(x, arrays, *, n, chip, format, interpret):
     return grouped_matmul(whole_blocks(x), **arrays)
 
 
-def _run_reduced(x, arrays, *, n, chip, element, interpret):
+def _run_reduced(x, arrays, *, n, chip, format, interpret):
     x = whole_blocks(x)
-    return reduced_matmul(x, **arrays) if x.shape[0] <= ROWS else decoded_matmul(x, **arrays, exponent_bits=2, mantissa_bits=1)
+    return reduced_matmul(x, **arrays) if x.shape[0] <= ROWS else decoded_matmul(x, arrays, format)
 
 
 def row_multiple(chip: str, dtype: str) -> int:

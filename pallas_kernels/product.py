@@ -19,7 +19,7 @@ class Product(NamedTuple):
     """One way to multiply with a weight, and everything that is asked about it."""
 
     name: str
-    formats: tuple[str, ...]  # that it reads, or PLAIN
+    formats: tuple[str, ...] | None  # that it reads, or PLAIN; None: every one that is not plain
     why_not: Callable[[str, str, int, int, int, int], str | None]
     """(chip, dtype, n, k, along_n, along_k) to why it cannot be had, as the end of a sentence, or None if it can."""
     arrange: Callable[..., dict[str, jax.Array]]
@@ -27,10 +27,10 @@ class Product(NamedTuple):
     axes: Mapping[str, tuple[str | None, ...]]
     """Which dimensions of the weight, "n" or "k", those of its arrays are."""
     run: Callable[..., jax.Array]
-    """(x [M, K], arrays, *, n, chip, element, interpret) to f32 [M, N].
+    """(x [M, K], arrays, *, n, chip, format, interpret) to f32 [M, N].
 
-    n: the outputs of these arrays, without what they were filled up with; element: what its codes are, with `exponent_bits` and
-    `mantissa_bits`; interpret: run a Pallas kernel by an interpreter.
+    n: the outputs of these arrays, without what they were filled up with; format: how the weight was stored, as
+    `weights.formats.Format` says it; interpret: run a Pallas kernel by an interpreter.
     """
     row_multiple: Callable[[str, str], int | None]
     """(chip, dtype) to the number of rows to which windows are padded so that a row is computed alike for all of them.
@@ -38,6 +38,11 @@ class Product(NamedTuple):
     1: every row by itself. 2: at all even numbers of rows. 16: one padded width, beyond which nothing is known. None: no such
     number is known.
     """
+
+
+def reads(product: Product, format: str) -> bool:
+    """Return whether a product reads weights in a format, or those that are not quantized, which is PLAIN."""
+    return format in product.formats if product.formats is not None else format != PLAIN
 
 
 def anywhere(chip: str, dtype: str, n: int, k: int, along_n: int, along_k: int) -> str | None:
@@ -50,4 +55,5 @@ def as_stored(*, along_n: int = 1, along_k: int = 1, **stored: jax.Array) -> dic
     return stored
 
 
-STORED_AXES = {"codes": ("n", "k"), "scales": ("n", "k")}
+# Of every array that a stored weight may have.
+STORED_AXES: Mapping[str, tuple[str | None, ...]] = {"codes": ("n", "k"), "scales": ("n", "k"), "minima": ("n", "k")}

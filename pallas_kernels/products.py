@@ -6,7 +6,7 @@ Support is a function of names, dtypes and shapes alone. Notation: N outputs, K 
 import jax
 
 from pallas_kernels import fallbacks, gpu, tpu, xla
-from pallas_kernels.product import PLAIN, Product
+from pallas_kernels.product import PLAIN, Product, reads
 from pallas_kernels.reference import BLOCK
 
 # The best first. What a device does with subnormal numbers is not told by its name, so nothing chooses the second (`tpu`).
@@ -53,8 +53,8 @@ def why_not(
     product = next((product for product in products if product.name == name), None)
     if product is None:
         return f"there is no product '{name}'; give one of {', '.join(product.name for product in products)}"
-    if format not in product.formats:
-        return f"{asked} reads {', '.join(product.formats)} alone"
+    if not reads(product, format):
+        return f"{asked} reads {', '.join(product.formats or ('quantized weights',))} alone"
     if n % along_n:
         return f"{asked} cannot be split over {along_n} devices along N; keep N whole or split it evenly"
     if along_k > 1 and k % (BLOCK * along_k):

@@ -5,6 +5,9 @@ E exponent and M mantissa bits, and one scale byte s for each block of 32 along 
 v1.0, section 5).
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -85,9 +88,81 @@ def mx_decode(codes: jax.Array, scales: jax.Array, exponent_bits: int, mantissa_
     return jax.lax.bitcast_convert_type(bits.astype(jnp.uint16), jnp.bfloat16).reshape(n, blocks * BLOCK)
 
 
+def decode(arrays: Mapping[str, jax.Array], format: Any, dtype: jax.typing.DTypeLike = jnp.bfloat16) -> jax.Array:
+    """Return the values [N, K32] of a weight in any format, K32 a multiple of 32, as `dtype`; those of MX formats are bfloat16's.
+
+    Args:
+      arrays: "codes", "scales" and, where the format has them, "minima" of the weight as it is stored.
+      format: `weights.formats.Format`: element, group, scale, minimum, rows.
+      dtype: of the result, which is rounded once.
+    """
+    if format.scale == "e8m0":
+        bits = (format.element.exponent_bits, format.element.mantissa_bits)
+        return mx_decode(arrays["codes"], arrays["scales"], *bits).astype(dtype)
+    codes = unpacked(arrays["codes"], format)
+    n, k = codes.shape
+    group = format.group or k
+    codes = jnp.pad(codes, ((0, -n % format.rows), (0, -k % group)))
+    codes = codes.reshape(-1, format.rows, codes.shape[1] // group, group)
+    minima = arrays.get("minima")
+    values = group_values(codes, arrays["scales"][:, None], None if minima is None else minima[:, None], format)
+    return values.reshape(codes.shape[0] * codes.shape[1], -1)[:n, :k].astype(dtype)
+
+
+def unpacked(codes: jax.Array, format: Any) -> jax.Array:
+    """Return one code an element, int32 [N, K32], of codes as they are stored."""
+    if format.bits == 4:
+        codes = (codes[:, :, None] >> jnp.array([[[0, 4]]], jnp.uint8) & 15).reshape(codes.shape[0], -1)
+    return codes.astype(jnp.int32)
+
+
+def group_values(codes: jax.Array, scales: jax.Array, minima: jax.Array | None, format: Any) -> jax.Array:
+    """element(code) * scale + minimum in float32, of int32 codes [..., group] and scales and minima [...] as they are stored."""
+    values = code_values(codes, format.element) * number_of_scale(scales, format.scale)[..., None]
+    return values if minima is None else values + minima.astype(jnp.float32)[..., None]
+
+
+def code_values(codes: jax.Array, element: Any) -> jax.Array:
+    """Return what codes stand for in float32: an integer's less its offset, a small float's own value."""
+    if hasattr(element, "offset"):
+        return (codes - element.offset).astype(jnp.float32)
+    return element_values(codes, element.exponent_bits, element.mantissa_bits)
+
+
+def element_values(codes: jax.Array, exponent_bits: int, mantissa_bits: int) -> jax.Array:
+    """Return what int32 codes of a small float stand for in float32; those that FP8 sets aside for infinity and NaN are finite."""
+    magnitude = codes & (1 << exponent_bits + mantissa_bits) - 1
+    bias, one = 2 ** (exponent_bits - 1) - 1, 1 << mantissa_bits
+    subnormal = magnitude < one
+    bits = (magnitude + jnp.where(subnormal, one, 0) << 23 - mantissa_bits) + (127 - bias << 23)
+    # Subnormal codes get an implicit one, which is subtracted again.
+    values = jax.lax.bitcast_convert_type(bits, jnp.float32) - jnp.where(subnormal, jnp.float32(2.0 ** (1 - bias)), jnp.float32(0))
+    return jnp.where(codes >> exponent_bits + mantissa_bits & 1 == 1, -values, values)
+
+
+def number_of_scale(scales: jax.Array, kind: str) -> jax.Array:
+    """Return scales as float32, from how a format stores them: "e4m3" (its bits in a byte), "float16" or "float32"."""
+    return element_values(scales.astype(jnp.int32), 4, 3) if kind == "e4m3" else scales.astype(jnp.float32)
+
+
 def whole_blocks(x: jax.Array) -> jax.Array:
     """Fill x [M, K] up with zeros to whole MX blocks along K."""
     return jnp.pad(x, ((0, 0), (0, -x.shape[1] % BLOCK)))
+
+
+def check_decoded_shapes(x: jax.Array, arrays: Mapping[str, jax.Array], format: Any) -> None:
+    """Raise a ValueError unless activations and the arrays of a stored weight belong together."""
+    n, k = arrays["codes"].shape[0], x.shape[1]
+    groups = (-(-n // format.rows), -(-k // (format.group or k)))
+    wanted = {"codes": (n, k // (8 // format.bits if format.bits == 4 else 1)), "scales": groups}
+    wanted |= {"minima": groups} if format.minimum else {}
+    found = {role: array.shape for role, array in arrays.items()}
+    if found != wanted or k % BLOCK:
+        given, needed = (", ".join(f"{role} {list(shape)}" for role, shape in shapes.items()) for shapes in (found, wanted))
+        raise ValueError(
+            f"x {list(x.shape)} does not belong to a {format.name} weight of {given}; "
+            f"give x [M, K], K a multiple of {BLOCK}, and {needed}"
+        )
 
 
 def check_shapes(x: jax.Array, codes: jax.Array, scales: jax.Array, exponent_bits: int, mantissa_bits: int) -> None:

@@ -7,14 +7,15 @@ Notation: M rows of activations, N outputs, K contracted or hidden size, B batch
 vocabulary.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 
-from pallas_kernels.product import MX, ONE_WIDTH, PLAIN, STORED_AXES, Product, anywhere, as_stored
-from pallas_kernels.reference import bf16_matmul, check_shapes, mx_decode, whole_blocks
+from pallas_kernels.product import ONE_WIDTH, PLAIN, STORED_AXES, Product, anywhere, as_stored
+from pallas_kernels.reference import bf16_matmul, check_decoded_shapes, code_values, decode, unpacked, whole_blocks
 
 CONVERTS_BEFORE = (0, 11)  # the jax whose XLA:CPU has gathers and scatters of 16-bit floats
 NARROW = 16  # positions
@@ -36,10 +37,10 @@ def matmul(x: jax.Array, w: jax.Array) -> jax.Array:
     return jax.lax.platform_dependent(x, w, cpu=two_rows_at_least, default=bf16_matmul)
 
 
-def decoded_matmul(
-    x: jax.Array, codes: jax.Array, scales: jax.Array, exponent_bits: int, mantissa_bits: int, product: Callable = matmul
-) -> jax.Array:
-    """`reference.mx_matmul` with one decoded weight in memory at a time.
+def decoded_matmul(x: jax.Array, arrays: Mapping[str, jax.Array], format: Any, product: Callable = matmul) -> jax.Array:
+    """x [M, K32] by the values of a weight as it is stored, in x's dtype, with one decoded weight in memory at a time.
+
+    Where a whole row has one scale, its elements are multiplied and the scale comes to the result: they lose nothing in bfloat16.
 
     XLA hoists decoding out of a generation loop, and XLA:CPU then keeps every decoded weight as f32, eight times the packed bytes:
     a barrier holds it in the loop. XLA:CPU removes barriers before it orders operations, and then decodes the weights of all layers
@@ -47,19 +48,24 @@ def decoded_matmul(
     Test: tests/network/test_ops.py, test_a_loop_holds_one_decoded_weight.
 
     Args:
-      x, codes, scales, exponent_bits, mantissa_bits: as `reference.mx_matmul`.
+      x: activations, bfloat16, float16 or float32.
+      arrays: by role, as `reference.decode`.
+      format: as `reference.decode`.
       product: of x and the decoded weight, as `reference.bf16_matmul`.
     """
-    check_shapes(x, codes, scales, exponent_bits, mantissa_bits)
+    check_decoded_shapes(x, arrays, format)
 
-    def after(x, scales):
+    def after(x, codes):
         # No number has more than 63 bits set, which XLA does not work out.
         bits = jax.lax.bitcast_convert_type(x[0, 0], jnp.uint32 if x.dtype == jnp.float32 else jnp.uint16)
-        return scales + (jax.lax.population_count(bits) >> 6).astype(scales.dtype)
+        return codes + (jax.lax.population_count(bits) >> 6).astype(codes.dtype)
 
-    x, codes, scales = jax.lax.optimization_barrier((x, codes, scales))
-    scales = jax.lax.platform_dependent(x, scales, cpu=after, default=lambda x, scales: scales)
-    return product(x, mx_decode(codes, scales, exponent_bits, mantissa_bits).astype(x.dtype))
+    x, arrays = jax.lax.optimization_barrier((x, dict(arrays)))
+    held = "codes" if format.group is None else "scales"
+    arrays[held] = jax.lax.platform_dependent(x, arrays[held], cpu=after, default=lambda x, array: array)
+    if format.group is not None:
+        return product(x, decode(arrays, format, x.dtype))
+    return product(x, code_values(unpacked(arrays["codes"], format), format.element).astype(x.dtype)) * arrays["scales"].T
 
 
 def rows(table: jax.Array, index: jax.Array) -> jax.Array:
@@ -127,13 +133,13 @@ def row_multiple(chip: str, dtype: str) -> int | None:
     return (2 if dtype == "bfloat16" else None) if chip == "cpu" else ONE_WIDTH
 
 
-def _dot(x, arrays, *, n, chip, element, interpret):
+def _dot(x, arrays, *, n, chip, format, interpret):
     return matmul(x.astype(arrays["weight"].dtype), arrays["weight"])
 
 
-def _decoded(x, arrays, *, n, chip, element, interpret):
-    return decoded_matmul(whole_blocks(x), **arrays, exponent_bits=element.exponent_bits, mantissa_bits=element.mantissa_bits)
+def _decoded(x, arrays, *, n, chip, format, interpret):
+    return decoded_matmul(whole_blocks(x), arrays, format)
 
 
 DOT = Product("dot", (PLAIN,), anywhere, as_stored, {"weight": ("n", "k")}, _dot, row_multiple)
-DECODED = Product("decoded", MX, anywhere, as_stored, STORED_AXES, _decoded, row_multiple)
+DECODED = Product("decoded", None, anywhere, as_stored, STORED_AXES, _decoded, row_multiple)

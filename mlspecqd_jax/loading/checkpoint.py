@@ -32,7 +32,7 @@ from mlspecqd_jax.json_files import read_json, reason
 from mlspecqd_jax.loading.gguf import reader, small_files
 from mlspecqd_jax.loading.huggingface import HUB_FILES
 from mlspecqd_jax.network.network import Network
-from mlspecqd_jax.weights.formats import FORMATS
+from mlspecqd_jax.weights.formats import FORMATS, format_of
 from mlspecqd_jax.weights.placement import weight_sharding
 from mlspecqd_jax.weights.quantization import Recipe, place_quantized, quantize_params, with_head
 from mlspecqd_jax.weights.quantized_array import QuantizedArray
@@ -116,7 +116,7 @@ def _quantized(params: dict[str, Any]) -> dict[str, QuantizedArray]:
 
 def _file(name: str, leaf: QuantizedArray, role: str) -> str:
     """Name of one array of a quantized leaf: `lm_head.weight.packed`, as codes are called on disk that share bytes."""
-    packed = role == "codes" and FORMATS[leaf.format].codes_per_byte > 1
+    packed = role == "codes" and format_of(leaf.format).codes_per_byte > 1
     return f"{name}.{'packed' if packed else role}"
 
 

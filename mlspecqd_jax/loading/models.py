@@ -63,11 +63,12 @@ class Model:
         A model that was quantized in this very way is its own twin. Leaves that the converted checkpoint holds are not made again.
 
         Args:
-          format: mxfp4, mxfp6_e2m3, mxfp6_e3m2, mxfp8_e4m3 or mxfp8_e5m2.
+          format: a name of `formats.FORMATS`, such as mxfp4, nvfp4, int4 or int8.
           policy: exceptions, from a glob over tensor names to a format or None (not quantized); the first match decides. None is
             `quantization.default_policy`: on CPU, a tied head of an MXFP4 twin is cast to MXFP8 (e4m3). {} makes no
             exceptions.
-          scale_rule: floor (the specification's), ceil, rceil or even.
+          scale_rule: floor, mse (of a few scales the one of least squared error), or, of MX formats, ceil, rceil or even
+            (`cast.quantize`).
 
         Raises:
           InputError: an unknown format, rule or glob, or a model that is quantized in another way.

@@ -59,10 +59,11 @@ def arrange(
     if reason is not None:
         raise NotImplementedError(reason)
     record = named(product)
-    placed = None if mesh is None else {role: NamedSharding(mesh, at) for role, at in array_specs(record, leaf.spec).items()}
+    specs = array_specs(record, leaf.spec, record.axes)
+    placed = None if mesh is None else {role: NamedSharding(mesh, at) for role, at in specs.items()}
     run = jax.jit(record.arrange, static_argnames=("along_n", "along_k"), out_shardings=placed)
-    arrays = run(**leaf.arrays, along_n=along_n, along_k=along_k)
-    return dataclasses.replace(leaf, arrays=arrays, product=product, chip=chip)
+    arrays = run(**leaf.core, along_n=along_n, along_k=along_k)
+    return dataclasses.replace(leaf, arrays=arrays | leaf.around, product=product, chip=chip)
 
 
 def _parts(spec: PartitionSpec, mesh: Mesh | None) -> tuple[int, ...]:
@@ -81,5 +82,5 @@ def _honours_subnormals(device):
         return True
     with jax.default_device(device):
         return honours_subnormals(
-            lambda x, **arrays: DECODE.run(x, arrays, n=16, chip=chip_of(device), element=None, interpret=False)
+            lambda x, **arrays: DECODE.run(x, arrays, n=16, chip=chip_of(device), format=None, interpret=False)
         )

@@ -4,12 +4,13 @@ Notation: M rows of activations, N outputs, K contracted.
 """
 
 import functools
+from collections.abc import Iterable
 
 import jax
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from mlspecqd_jax.weights.cpu_products import CPU_PRODUCTS
-from mlspecqd_jax.weights.formats import FORMATS
+from mlspecqd_jax.weights.formats import format_of
 from mlspecqd_jax.weights.quantized_array import QuantizedArray
 from pallas_kernels import PLAIN, Product, best_product, named, why_not
 from pallas_kernels.xla import DECODED, DOT
@@ -46,13 +47,22 @@ def multiply(x: jax.Array, w: jax.Array | QuantizedArray, interpret=False) -> ja
       NotImplementedError: the product for which w is arranged does not take x; one sentence with the shapes.
     """
     leaf = _leaf(w)
-    if not leaf.is_stored:
-        return _multiply_arranged(x, leaf, interpret)
+    if "order" in leaf.arrays:
+        x = x[:, leaf.arrays["order"]]
+    y = _multiply_stored(x, leaf) if leaf.is_stored else _multiply_arranged(x, leaf, interpret)
+    for scale in ("tensor_scale", "row_scale"):
+        if scale in leaf.arrays:
+            y = y * leaf.arrays[scale][None]
+    return y
+
+
+def _multiply_stored(x, leaf):
+    w = leaf.arrays["weight"] if leaf.format == PLAIN else leaf
     on_cpu, elsewhere = product_of(w, x.dtype.name, "cpu"), product_of(w, x.dtype.name, "")
     otherwise = functools.partial(_run, elsewhere, leaf)
     if on_cpu is elsewhere:
-        return otherwise(x, leaf.arrays)
-    return jax.lax.platform_dependent(x, leaf.arrays, cpu=functools.partial(_run, on_cpu, leaf), default=otherwise)
+        return otherwise(x, leaf.core)
+    return jax.lax.platform_dependent(x, leaf.core, cpu=functools.partial(_run, on_cpu, leaf), default=otherwise)
 
 
 def _multiply_arranged(x, leaf, interpret):
@@ -64,7 +74,7 @@ def _multiply_arranged(x, leaf, interpret):
         raise NotImplementedError(reason)
     run = functools.partial(_run, product, leaf, n=n, interpret=interpret)
     if mesh.empty:
-        return run(x, leaf.arrays)
+        return run(x, leaf.core)
 
     def part(x, arrays):
         y = run(x, arrays)
@@ -74,16 +84,16 @@ def _multiply_arranged(x, leaf, interpret):
     return jax.shard_map(
         part,
         mesh=mesh,
-        in_specs=(PartitionSpec(None, along_k), array_specs(product, leaf.spec)),
+        in_specs=(PartitionSpec(None, along_k), array_specs(product, leaf.spec, leaf.core)),
         out_specs=PartitionSpec(None, along_n),
         check_vma=False,
-    )(x, leaf.arrays)
+    )(x, leaf.core)
 
 
-def array_specs(product: Product, spec: PartitionSpec) -> dict[str, PartitionSpec]:
-    """Return how the arrays of a product are split where N and K are split as `spec` says."""
+def array_specs(product: Product, spec: PartitionSpec, roles: Iterable[str]) -> dict[str, PartitionSpec]:
+    """Return how these arrays of a product are split where N and K are split as `spec` says."""
     along = dict(zip(("n", "k"), spec, strict=True)) | {None: None}
-    return {role: PartitionSpec(*(along[axis] for axis in axes)) for role, axes in product.axes.items()}
+    return {role: PartitionSpec(*(along[axis] for axis in product.axes[role])) for role in roles}
 
 
 def parts_along(mesh: Mesh | AbstractMesh, axis: str | None) -> int:
@@ -96,5 +106,5 @@ def _leaf(w):
 
 
 def _run(product, leaf, x, arrays, *, n=None, interpret=False):
-    element = FORMATS[leaf.format].element if leaf.format in FORMATS else None
-    return product.run(x, arrays, n=n or leaf.shape[0], chip=leaf.chip, element=element, interpret=interpret)
+    format = None if leaf.format == PLAIN else format_of(leaf.format)
+    return product.run(x, arrays, n=n or leaf.shape[0], chip=leaf.chip, format=format, interpret=interpret)

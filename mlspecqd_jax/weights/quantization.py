@@ -9,15 +9,17 @@ import fnmatch
 from collections.abc import Mapping
 
 import jax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mlspecqd_jax.errors import InputError
-from mlspecqd_jax.weights.formats import check_format
+from mlspecqd_jax.weights.cast import SEARCH, check_scale_rule, quantize
+from mlspecqd_jax.weights.formats import check_format, format_of
 from mlspecqd_jax.weights.layouts import for_device
-from mlspecqd_jax.weights.mx import check_scale_rule, quantize
 from mlspecqd_jax.weights.placement import weight_sharding
+from mlspecqd_jax.weights.products import array_specs
 from mlspecqd_jax.weights.quantized_array import Leaf, QuantizedArray
 from mlspecqd_jax.weights.tensors import EMBEDDING, HEAD, Tensor
+from pallas_kernels.xla import DECODED as STORED_PRODUCT
 
 TIED_HEAD = "mxfp8_e4m3"  # of a twin in MXFP4, on CPU
 
@@ -61,7 +63,7 @@ def quantize_params(
       format: a name of `formats.FORMATS`.
       policy: exceptions, from a glob over tensor names to a format or None (keep the model's own weight; of a tied head, keep the
         tie). The first glob that matches a name decides.
-      scale_rule: a name of `mx.SCALE_RULES`.
+      scale_rule: a name of `cast.SCALE_RULES`.
       mesh: where to place the new leaves by their axes; None leaves them where their weights are.
       dtype: of the activations, for which new leaves are arranged as their device wants them; None keeps them as they are stored.
 
@@ -69,6 +71,7 @@ def quantize_params(
       InputError: an unknown format or scale rule, a glob that matches no quantizable weight, a leaf in another format.
     """
     tensors = with_head(tensors)
+    check_scale_rule(scale_rule, format)
     wanted = _formats([name for name, tensor in tensors.items() if tensor.linear], format, policy or {}, scale_rule)
     quantized: dict[str, Leaf] = dict(params)
     for name, to in wanted.items():
@@ -78,9 +81,14 @@ def quantize_params(
         if isinstance(w, QuantizedArray):
             raise InputError(f"{name} is in {w.format} already and cannot become {to}; quantize the original model instead")
         # Waiting for each keeps the temporaries of one weight alive, not of all.
-        leaf = place_quantized(tensors[name].axes, quantize(w, to, scale_rule), mesh, dtype)
+        leaf = place_quantized(tensors[name].axes, quantize(w, to, rule_of(to, scale_rule)), mesh, dtype)
         quantized[name] = jax.block_until_ready(leaf)
     return quantized
+
+
+def rule_of(format: str, scale_rule: str) -> str:
+    """Return the scale rule for an exception's format: those of MX alone leave other formats with their own."""
+    return scale_rule if format_of(format).scale == "e8m0" or scale_rule == SEARCH else "floor"
 
 
 def with_head(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -93,8 +101,8 @@ def place_quantized(
 ) -> QuantizedArray:
     """Put a stored weight where its axes say, and arrange it for what is there.
 
-    Without a mesh it comes to the default device, or stays where it is. Along K it is split only where every shard holds whole MX
-    blocks, that is, where the mesh divides the scales.
+    Without a mesh it comes to the default device, or stays where it is. It is split only where every shard holds whole groups, that
+    is, where the mesh divides the scales and no group is partial.
 
     Args:
       axes: over which the weight may be split (`tensors.Tensor`).
@@ -102,17 +110,21 @@ def place_quantized(
       mesh: over which it is split, or None.
       dtype: of the activations; None leaves it as it is stored.
     """
-    sharding = None if mesh is None else weight_sharding(axes, leaf.arrays["scales"].shape, mesh)
-    leaf = jax.device_put(leaf, sharding)
-    if sharding is not None:
-        leaf = dataclasses.replace(leaf, spec=sharding.spec)
+    if mesh is None:
+        leaf = jax.device_put(leaf)
+    else:
+        f, (n, groups) = format_of(leaf.format), leaf.arrays["scales"].shape
+        n, groups = 1 if leaf.shape[0] % f.rows else n, 1 if "order" in leaf.arrays else groups
+        spec = weight_sharding(axes, (n, groups), mesh).spec
+        specs = array_specs(STORED_PRODUCT, spec, leaf.core) | {role: PartitionSpec(None) for role in leaf.around}
+        arrays = jax.device_put(leaf.arrays, {role: NamedSharding(mesh, at) for role, at in specs.items()})
+        leaf = dataclasses.replace(leaf, arrays=arrays, spec=spec)
     return leaf if dtype is None else for_device(leaf, dtype=dtype, mesh=mesh)
 
 
 def _formats(names: list[str], format: str, policy: Policy, scale_rule: str) -> dict[str, str | None]:
     """Return what every weight that can be quantized becomes, or say what is wrong with the request."""
     check_format(format)
-    check_scale_rule(scale_rule)
     for glob, to in policy.items():
         if to is not None:
             check_format(to)

@@ -1,6 +1,6 @@
 """`QuantizedArray`: a weight in few bits, the one kind of leaf beside a plain array.
 
-Notation: N outputs, K contracted, K32 is K rounded up to whole groups, the rest being zero elements.
+Notation: N outputs, K contracted, K32 is K rounded up to whole 32s, the rest being zero elements, G groups along K.
 """
 
 import dataclasses
@@ -11,9 +11,11 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from mlspecqd_jax.errors import InputError
-from mlspecqd_jax.weights.formats import FORMATS
+from mlspecqd_jax.weights.formats import format_of
 
 STORED, WHOLE = "stored", PartitionSpec(None, None)
+# What a product does not see: K is put into this order before it, and its results are multiplied by these numbers.
+AROUND = ("order", "row_scale", "tensor_scale")
 
 
 @functools.partial(
@@ -21,14 +23,16 @@ STORED, WHOLE = "stored", PartitionSpec(None, None)
 )
 @dataclasses.dataclass(frozen=True, eq=False)
 class QuantizedArray:
-    """A weight [N, K] in a format of `FORMATS`, as it is stored or as one product reads it, possibly split over a mesh.
+    """A weight [N, K] in some format, as it is stored or as one product reads it, possibly split over a mesh.
 
-    As stored, `arrays` holds "codes", uint8 [N, K32 / codes_per_byte], and "scales", uint8 [N, K32 / 32].
+    As stored, `arrays` holds "codes", uint8 [N, K32 / codes_per_byte], "scales" [ceil(N / rows), G] in the format's type, and, if
+    the format has them, "minima", float16 [N, G]. A weight of any format may also have "order", int32 [K] (codes of column j belong
+    to column order[j] of the weight), "row_scale", float32 [N], and "tensor_scale", float32 [1], of which all is a multiple.
     """
 
     arrays: dict[str, jax.Array]  # by role
     shape: tuple[int, int]  # N, K
-    format: str  # a name of FORMATS
+    format: str  # a name that `formats.format_of` knows
     product: str = STORED  # or the name of the product for which it is arranged
     spec: PartitionSpec = WHOLE  # how N and K are split
     chip: str | None = None  # of pallas_kernels.chip_of, for which it is arranged
@@ -46,20 +50,30 @@ class QuantizedArray:
         return self.product == STORED
 
     @property
+    def core(self) -> dict[str, jax.Array]:
+        """The arrays that a product reads."""
+        return {role: array for role, array in self.arrays.items() if role not in AROUND}
+
+    @property
+    def around(self) -> dict[str, jax.Array]:
+        """The other ones."""
+        return {role: array for role, array in self.arrays.items() if role in AROUND}
+
+    @property
     def elements(self) -> jax.Array:
         """The elements of a stored weight in XLA's type [N, K32] (on CPU a float4 takes a whole byte too).
 
         Raises:
-          InputError: the format is one of six bits, for which XLA has no type.
+          InputError: the format is one of six bits or of integers with an offset, for which XLA has no type.
         """
-        dtype = FORMATS[self.format].element.dtype
+        dtype = getattr(format_of(self.format).element, "dtype", None)
         if dtype is None:
             raise InputError(f"XLA has no type for the elements of {self.format}; read .arrays['codes'], or dequantize the array")
         return jax.lax.bitcast_convert_type(self.arrays["codes"], jnp.dtype(dtype)).reshape(self.shape[0], -1)
 
     @property
     def scales_e8m0(self) -> jax.Array:
-        """The scales of a stored weight as float8_e8m0fnu [N, K32 / 32]."""
+        """The scales of a stored weight in an MX format as float8_e8m0fnu [N, K32 / 32]."""
         return jax.lax.bitcast_convert_type(self.arrays["scales"], jnp.float8_e8m0fnu)
 
 

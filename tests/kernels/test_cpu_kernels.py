@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import cpu_kernels
-from mlspecqd_jax.weights.mx import quantize
+from mlspecqd_jax.weights.cast import quantize
 from mlspecqd_jax.weights.quantized_array import QuantizedArray
 from pallas_kernels import mxfp4_matmul as exact_mxfp4
 
@@ -221,7 +221,7 @@ import hashlib, os, sys
 os.sched_setaffinity(0, range(int(sys.argv[1])))
 import jax, jax.numpy as jnp, numpy as np
 import cpu_kernels
-from mlspecqd_jax.weights.mx import quantize
+from mlspecqd_jax.weights.cast import quantize
 
 random = np.random.RandomState(0)
 w = jnp.asarray(random.standard_normal((1500, 416)), jnp.bfloat16)

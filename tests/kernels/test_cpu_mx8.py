@@ -8,12 +8,12 @@ import pytest
 
 import cpu_kernels
 from mlspecqd_jax.network.ops import linear
-from mlspecqd_jax.weights.formats import FORMATS
-from mlspecqd_jax.weights.mx import dequantize, quantize
+from mlspecqd_jax.weights.cast import dequantize, quantize
+from mlspecqd_jax.weights.formats import FORMATS, MX
 from pallas_kernels import mx_decode
 
 ISAS = cpu_kernels.isas("mx8_matmul")
-ONE_BYTE = [name for name in FORMATS if name != "mxfp4"]
+ONE_BYTE = [format.name for format in MX if format.bits > 4]
 
 pytestmark = pytest.mark.skipif(not ISAS, reason="needs a C++ compiler")
 

@@ -164,10 +164,10 @@ def test_damaged_policies_are_refused(tmp_path, network):
     mlsd.convert(tmp_path / "source", tmp_path / "converted", draft="mxfp4")
     marker = tmp_path / "converted" / checkpoint.MARKER
     good = json.loads(marker.read_text())
-    for policies in ([], {"mxfp4": "lm_head"}, {"mxfp4": {"lm_head.weight": "int4"}}):
+    for policies in ([], {"mxfp4": "lm_head"}, {"mxfp4": {"lm_head.weight": "int3"}}):
         marker.write_text(json.dumps(good | {"policies": policies}))
         with pytest.raises(ValueError, match=r"converted is damaged \(.*\); convert the model again"):
-            mlsd.load(tmp_path / "converted").quantized(policy={"lm_head.weight": "int4"})
+            mlsd.load(tmp_path / "converted").quantized(policy={"lm_head.weight": "int3"})
 
 
 def test_folders_without_drafts(tmp_path, network):
@@ -180,6 +180,6 @@ def test_folders_without_drafts(tmp_path, network):
 
 
 def test_an_unknown_draft_is_refused_before_anything_is_written(tmp_path):
-    with pytest.raises(ValueError, match="'int4' is not a format for weights; give one of mxfp4"):
-        mlsd.convert("demo", tmp_path / "converted", draft="int4")
+    with pytest.raises(ValueError, match="'int3' is not a format for weights; give one of mxfp4"):
+        mlsd.convert("demo", tmp_path / "converted", draft="int3")
     assert not list(tmp_path.iterdir())

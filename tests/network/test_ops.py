@@ -8,8 +8,8 @@ import pytest
 import cpu_kernels
 from mlspecqd_jax.network.ops import linear, row_multiple
 from mlspecqd_jax.weights import layouts
-from mlspecqd_jax.weights.formats import FORMATS
-from mlspecqd_jax.weights.mx import dequantize, quantize
+from mlspecqd_jax.weights.cast import dequantize, quantize
+from mlspecqd_jax.weights.formats import FORMATS, MX
 from pallas_kernels import bf16_matmul, mx_matmul, mxfp4_matmul, xla
 
 run = jax.jit(linear, static_argnames="out_dtype")
@@ -57,17 +57,21 @@ def test_the_result_has_the_dtype_of_x(dtype, rows):
     np.testing.assert_allclose(wide, exact, rtol=1e-5, atol=atol)
 
 
-@pytest.mark.parametrize(("format", "dtype"), [("mxfp4", "float32"), *[(format, "bfloat16") for format in FORMATS]])
-@pytest.mark.parametrize("run", [mx_matmul, xla.decoded_matmul])
-def test_bit_for_bit_the_product_with_the_decoded_weight(run, format, dtype):
+@pytest.mark.parametrize(("format", "dtype"), [("mxfp4", "float32"), *[(format.name, "bfloat16") for format in MX]])
+def test_bit_for_bit_the_product_with_the_decoded_weight(format, dtype):
     """Of the definition, and of the form in which it runs in XLA."""
-    x, leaf, f = activations(4, 96, dtype=dtype), quantize(weight(48, 96), format), FORMATS[format].element
-    found = jax.jit(run, static_argnums=(3, 4))(x, *leaf.arrays.values(), f.exponent_bits, f.mantissa_bits)
-    np.testing.assert_array_equal(found, jax.jit(bf16_matmul)(x, dequantize(leaf, jnp.dtype(dtype))))
+    x, leaf, f = activations(4, 96, dtype=dtype), quantize(weight(48, 96), format), FORMATS[format]
+    product = jax.jit(bf16_matmul)(x, dequantize(leaf, jnp.dtype(dtype)))
+    bits = (f.element.exponent_bits, f.element.mantissa_bits)
+    np.testing.assert_array_equal(jax.jit(mx_matmul, static_argnums=(3, 4))(x, *leaf.arrays.values(), *bits), product)
+    np.testing.assert_array_equal(jax.jit(xla.decoded_matmul, static_argnums=2)(x, leaf.arrays, f), product)
 
 
 @pytest.mark.parametrize("rows", [1, 4])
-@pytest.mark.parametrize(("dtype", "format"), [("bfloat16", "mxfp4"), ("float32", "mxfp4"), ("float32", "mxfp8_e4m3")])
+@pytest.mark.parametrize(
+    ("dtype", "format"),
+    [("bfloat16", "mxfp4"), ("float32", "mxfp4"), ("float32", "mxfp8_e4m3"), ("bfloat16", "uint4_g32"), ("bfloat16", "int8")],
+)
 def test_a_loop_holds_one_decoded_weight(rows, dtype, format):
     """Neither hoisted out of the loop nor all decoded at the start of a pass."""
     size, layers = 512, 4

@@ -20,7 +20,7 @@ from mlspecqd_jax.network.ops import attend, linear, rms_norm, rotary, rotate, r
 from mlspecqd_jax.network.rope import rope_of
 from mlspecqd_jax.speculation import choosing
 from mlspecqd_jax.speculation.settings import Sampling
-from mlspecqd_jax.weights.mx import quantize
+from mlspecqd_jax.weights.cast import quantize
 
 IN_CPP = bool(cpu_kernels.isas("matmul"))
 ROWS = (1, 2, 6, 10, 33, 64)

@@ -38,7 +38,7 @@ def test_specs_spell_drafters(demo):
     ("given", "message"),
     [
         (["mxfp5"], r"--draft mxfp5 is no draft: give a format \(mxfp4, mxfp6_e2m3"),
-        (["demo@int4"], "--draft demo@int4 is no draft"),
+        (["demo@int3"], "--draft demo@int3 is no draft"),
         (["mxfp4:"], "--draft mxfp4: is no draft"),
         ([""], "is no draft"),
         (["mxfp4:0"], "draft_len is 0, but must be a whole number of at least 1"),

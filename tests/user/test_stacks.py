@@ -11,7 +11,7 @@ import mlspecqd_jax as mlsd
 from mlspecqd_jax import stacks
 from mlspecqd_jax.network import network
 from mlspecqd_jax.programs import ONE_ALGORITHM
-from mlspecqd_jax.weights.mx import quantize
+from mlspecqd_jax.weights.cast import quantize
 from mlspecqd_jax.weights.tensors import EMBEDDING
 
 

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec
 
 from mlspecqd_jax.network.ops import implementation, linear, row_multiple
 from mlspecqd_jax.weights import layouts
-from mlspecqd_jax.weights.mx import quantize
+from mlspecqd_jax.weights.cast import quantize
 from mlspecqd_jax.weights.quantization import place_quantized, quantize_params
 from mlspecqd_jax.weights.quantized_array import QuantizedArray
 from mlspecqd_jax.weights.tensors import Tensor

@@ -10,11 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from mlspecqd_jax.weights.formats import FORMATS
-from mlspecqd_jax.weights.mx import SCALE_RULES, dequantize, quantize
+from mlspecqd_jax.weights.cast import dequantize, quantize
+from mlspecqd_jax.weights.formats import MX
+from mlspecqd_jax.weights.mx import SCALE_RULES
 from mlspecqd_jax.weights.quantized_array import QuantizedArray
 from pallas_kernels import mx_decode
 
+FORMATS = {format.name: format for format in MX}
 formats = pytest.mark.parametrize("format", list(FORMATS))
 rules = pytest.mark.parametrize("rule", SCALE_RULES)
 

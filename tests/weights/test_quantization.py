@@ -11,8 +11,8 @@ import tiny
 
 import mlspecqd_jax as mlsd
 from mlspecqd_jax.weights import quantization
+from mlspecqd_jax.weights.cast import dequantize, quantize
 from mlspecqd_jax.weights.formats import FORMATS
-from mlspecqd_jax.weights.mx import dequantize, quantize
 from mlspecqd_jax.weights.quantization import quantize_params
 from mlspecqd_jax.weights.quantized_array import QuantizedArray
 
@@ -148,7 +148,7 @@ def test_a_tied_head(tied):
             "'mxfp5' is not a format for weights; give one of mxfp4, mxfp6_e2m3, mxfp6_e3m2, mxfp8_e4m3, mxfp8_e5m2",
         ),
         ({"format": None}, "format is None, but must be the name of a format"),
-        ({"policy": {HEAD: "int4"}}, "'int4' is not a format for weights; give one of mxfp4"),
+        ({"policy": {HEAD: "int3"}}, "'int3' is not a format for weights; give one of mxfp4"),
         (
             {"policy": {"model.layers.7.*": None}},
             r"'model.layers.7.\*' matches no weight that can be quantized; these can: \*_proj",
@@ -202,11 +202,13 @@ def test_logits_are_those_of_the_target_with_decoded_weights(untied, format):
     twin = untied.quantized(format)
     decoded = {name: dequantize(leaf, jnp.float32) if is_quantized(leaf) else leaf for name, leaf in twin.params.items()}
     ours, target = logits(twin), logits(untied)
-    np.testing.assert_array_equal(ours, logits(untied, decoded))
+    if FORMATS[format].scale == "e8m0":
+        np.testing.assert_array_equal(ours, logits(untied, decoded))
+    else:  # scales that are no powers of two come to the sums where a row or the weight has one
+        np.testing.assert_allclose(ours, logits(untied, decoded), atol=1e-4)
     similar = cosine(ours, target)
-    assert (
-        {"mxfp4": 0.8, "mxfp6_e2m3": 0.99, "mxfp6_e3m2": 0.98, "mxfp8_e4m3": 0.99, "mxfp8_e5m2": 0.98}[format] < similar < 0.99999
-    )
+    least = {"mxfp4": 0.8, "mxfp6_e3m2": 0.98, "mxfp8_e5m2": 0.98, "int8": 0.9995}
+    assert least.get(format, 0.99 if FORMATS[format].bits > 4 else 0.85) < similar < (0.999999 if format == "int8" else 0.99999)
 
 
 def test_a_tied_twin_scores_with_its_own_head(tied):

@@ -5,10 +5,12 @@ import numpy as np
 import pytest
 from test_mx import blocks_of, codes_of, finite_values
 
-from mlspecqd_jax.weights.formats import FORMATS
-from mlspecqd_jax.weights.mx import SCALE_RULES, quantize
+from mlspecqd_jax.weights.cast import quantize
+from mlspecqd_jax.weights.formats import MX
+from mlspecqd_jax.weights.mx import SCALE_RULES
 
 pytestmark = pytest.mark.torch
+FORMATS = [format.name for format in MX]
 
 
 @pytest.fixture(scope="module")
