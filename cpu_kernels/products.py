@@ -139,7 +139,9 @@ def grouped_matmul(
     if not fits or (minima is not None and (minima.shape, minima.dtype) != (scales.shape, jnp.float16)):
         arrays = {"x": x, "codes": codes, "scales": scales} | ({} if minima is None else {"minima": minima})
         given = ", ".join(f"{name} {array.dtype}{list(array.shape)}" for name, array in arrays.items())
-        raise ValueError(f"{given} do not belong together; give x bfloat16 [M, K], K a multiple of 32, and a weight [N, K] as stored")
+        raise ValueError(
+            f"{given} do not belong together; give x bfloat16 [M, K], K a multiple of 32, and a weight [N, K] as stored"
+        )
     result = jax.ShapeDtypeStruct((len(x), n), jnp.float32)
     return _call(f"{product}_matmul", isa, result, x, codes, scales, *([] if minima is None else [minima]))
 

@@ -20,6 +20,7 @@ from mlspecqd_jax.arguments import ARGUMENTS, Argument
 from mlspecqd_jax.errors import InputError
 
 INTERRUPTED = 130
+MODEL_HELP = "folder, .gguf file, owner/name or owner/name/FILE.gguf id"
 DRAFT_HELP = (
     "BASE[:LEN], what drafts for the model, repeated for what drafts for the draft; BASE is a format such as mxfp4 (the same "
     "weights in it), MODEL[@FORMAT], ngram, or none (plain decoding); the default is what was found to pay for models of this size "
@@ -78,7 +79,7 @@ def _parser() -> Parser:
 
     g = commands.add_parser("generate", help="continue prompts", allow_abbrev=False)
     g.set_defaults(run=_generate)
-    g.add_argument("model", nargs="?", default="demo", metavar="MODEL", help="folder, owner/name id, demo (default) or demo-small")
+    g.add_argument("model", nargs="?", default="demo", metavar="MODEL", help=f"{MODEL_HELP}, demo (default) or demo-small")
     source = g.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", action="append", metavar="TEXT", help="repeat it for a batch")
     source.add_argument("--prompt-file", metavar="F", help=PROMPT_FILE_HELP)
@@ -94,14 +95,14 @@ def _parser() -> Parser:
 
     c = commands.add_parser("convert", help="write an orbax checkpoint, which loads faster", allow_abbrev=False)
     c.set_defaults(run=_convert)
-    c.add_argument("model", metavar="MODEL", help="folder, owner/name id, demo or demo-small")
+    c.add_argument("model", metavar="MODEL", help=f"{MODEL_HELP}, demo or demo-small")
     c.add_argument("out", metavar="OUT", help="a new folder")
     c.add_argument("--dtype", default="bfloat16", metavar="D", help="bfloat16 (default), float32 or float16")
     c.add_argument("--draft", metavar="FORMAT", help="store the weights of the quantized draft too, such as mxfp4")
 
     i = commands.add_parser("info", help="say what a model is and what would run it", allow_abbrev=False)
     i.set_defaults(run=_info)
-    i.add_argument("model", nargs="?", default="demo", metavar="MODEL", help="folder, owner/name id, demo (default) or demo-small")
+    i.add_argument("model", nargs="?", default="demo", metavar="MODEL", help=f"{MODEL_HELP}, demo (default) or demo-small")
     return parser
 
 

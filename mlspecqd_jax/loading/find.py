@@ -11,8 +11,8 @@ from mlspecqd_jax.loading.gguf.reader import is_gguf, parts_of
 
 DEMOS = ("demo", "demo-small")
 WANTED = (
-    "an existing folder or .gguf file, an owner/name id or owner/name/FILE.gguf of the Hugging Face hub, or one of "
-    f"{', '.join(DEMOS)}"
+    "an existing folder, an owner/name id of the Hugging Face hub, a .gguf file (FILE.gguf, or owner/name/FILE.gguf of the hub), "
+    f"or one of {', '.join(DEMOS)}"
 )
 
 

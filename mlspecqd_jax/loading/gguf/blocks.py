@@ -7,13 +7,16 @@ whole s and m.
 Source: ggml's ggml-common.h and ggml-quants.c, where blocks are structures and each type has its `dequantize_row`.
 """
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+import ml_dtypes  # noqa: F401  (registers the small floats with numpy)
 import numpy as np
 
-ROWS_AT_ONCE = 2**22  # elements that are decoded together
-E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
+from mlspecqd_jax.weights.formats import Format, Integer, format_of
+
+AT_ONCE = 2**22  # elements that are decoded together
 FLOATS = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 
 
@@ -25,33 +28,13 @@ class Groups(NamedTuple):
     minima: np.ndarray | None = None  # f32 [N, G]
 
 
-class Form(NamedTuple):
-    """A format of quantized weights that holds a block's codes as they are: an element is table[code]."""
-
-    name: str
-    group: int
-    table: np.ndarray  # f32 [16 or 256]
-    bits: int
-    e8m0: bool = False  # whether a scale is the byte s of 2^(s - 127)
-
-
-def _integers(name: str, group: int, bits: int, offset: int) -> Form:
-    return Form(name, group, np.arange(2**bits, dtype=np.float32) - offset, bits)
-
-
-INT4, UINT4 = _integers("int4", 32, 4, 8), _integers("uint4_g32", 32, 4, 0)
-INT8, UINT8 = _integers("int8_g32", 32, 8, 128), _integers("uint8_g32", 32, 8, 0)
-INT8_G16 = _integers("int8_g16", 16, 8, 128)
-MXFP4 = Form("mxfp4", 32, E2M1, 4, e8m0=True)
-
-
 class Block(NamedTuple):
     """A type: so many elements in so many bytes; `decode` takes uint8 [N, blocks, bytes], and is None for floats."""
 
     name: str
     elements: int
     nbytes: int
-    form: Form | None = None
+    format: str | None = None  # a name that `format_of` knows, of weights with the same codes
     decode: Callable[[np.ndarray], Groups] | None = None
 
 
@@ -69,36 +52,46 @@ def packed(block: Block, raw: np.ndarray) -> tuple[str, dict[str, np.ndarray]] |
     Codes of four bits share a byte, element 2i in its low half. Scales and minima are float16, which K-quants' are rounded to, all
     of a tensor divided by one power of two, `tensor_scale`, where they would not fit; those of MXFP4 are as in the file.
     """
-    if block.form is None or block.decode is None:
+    if block.format is None or block.decode is None:
         return None
+    format = format_of(block.format)
     with np.errstate(over="ignore", invalid="ignore"):
         pieces = [block.decode(np.asarray(raw[rows])) for rows in _pieces(raw, block)]
     codes, scales = (np.concatenate([getattr(piece, role) for piece in pieces]) for role in ("codes", "scales"))
-    arrays = {"codes": codes[:, ::2] | codes[:, 1::2] << 4 if block.form.bits == 4 else codes}
-    if block.form.e8m0:
-        return block.form.name, arrays | {"scales": np.ascontiguousarray(raw[..., 0])}
+    arrays = {"codes": codes[:, ::2] | codes[:, 1::2] << 4 if format.codes_per_byte == 2 else codes}
+    if format.scale == "e8m0":
+        return block.format, arrays | {"scales": np.ascontiguousarray(raw[..., 0])}
     grouped = {"scales": scales}
     if pieces[0].minima is not None:
         grouped["minima"] = np.concatenate([piece.minima for piece in pieces])
-    return block.form.name, arrays | _halves_of(grouped)
+    return block.format, arrays | _halves_of(grouped)
 
 
 def _pieces(raw: np.ndarray, block: Block) -> Iterator[slice]:
-    rows = max(1, ROWS_AT_ONCE // (raw.shape[1] * block.elements))
+    rows = max(1, AT_ONCE // (raw.shape[1] * block.elements))
     return (slice(at, at + rows) for at in range(0, len(raw), rows))
 
 
 def _decoded(block: Block, raw: np.ndarray) -> np.ndarray:
     """Return values, f32 [N, K]."""
-    if block.form is None or block.decode is None:
+    if block.format is None or block.decode is None:
         stored = np.ascontiguousarray(raw).view(FLOATS[block.name]).reshape(len(raw), -1)
         if block.name == "BF16":
             return (stored.astype(np.uint32) << 16).view(np.float32)
         return stored.astype(np.float32)
     codes, scales, minima = block.decode(np.asarray(raw))
-    grouped = block.form.table[codes].reshape(*scales.shape, block.form.group) * scales[..., None]
+    grouped = _elements(format_of(block.format))[codes].reshape(*scales.shape, -1) * scales[..., None]
     grouped = grouped if minima is None else grouped + minima[..., None]
     return grouped.reshape(codes.shape)
+
+
+@functools.cache
+def _elements(format: Format) -> np.ndarray:
+    """Return the element of each code, f32 [2^bits]."""
+    codes = np.arange(2**format.bits, dtype=np.uint8)
+    if isinstance(format.element, Integer):
+        return codes.astype(np.float32) - format.element.offset
+    return codes.view(np.dtype(format.element.dtype)).astype(np.float32)
 
 
 def _halves_of(grouped: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -203,16 +196,16 @@ def _q6_k(raw):
 BLOCKS = {
     0: Block("F32", 1, 4),
     1: Block("F16", 1, 2),
-    2: Block("Q4_0", 32, 18, INT4, _q4_0),
-    3: Block("Q4_1", 32, 20, UINT4, _q4_1),
-    6: Block("Q5_0", 32, 22, INT8, _q5_0),
-    7: Block("Q5_1", 32, 24, UINT8, _q5_1),
-    8: Block("Q8_0", 32, 34, INT8, _q8_0),
-    12: Block("Q4_K", 256, 144, UINT4, _q4_k),
-    13: Block("Q5_K", 256, 176, UINT8, _q5_k),
-    14: Block("Q6_K", 256, 210, INT8_G16, _q6_k),
+    2: Block("Q4_0", 32, 18, "int4", _q4_0),
+    3: Block("Q4_1", 32, 20, "uint4_g32", _q4_1),
+    6: Block("Q5_0", 32, 22, "int8_g32", _q5_0),
+    7: Block("Q5_1", 32, 24, "uint8_g32", _q5_1),
+    8: Block("Q8_0", 32, 34, "int8_g32", _q8_0),
+    12: Block("Q4_K", 256, 144, "uint4_g32", _q4_k),
+    13: Block("Q5_K", 256, 176, "uint8_g32", _q5_k),
+    14: Block("Q6_K", 256, 210, "int8_g16", _q6_k),
     30: Block("BF16", 1, 2),
-    39: Block("MXFP4", 32, 17, MXFP4, _mxfp4),
+    39: Block("MXFP4", 32, 17, "mxfp4", _mxfp4),
 }
 TYPE_NAMES = {  # of what is not read
     **{9: "Q8_1", 10: "Q2_K", 11: "Q3_K", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 20: "IQ4_NL"},

@@ -92,7 +92,7 @@ def read_params(file: GGUF, model: Network, dtype: jnp.dtype, mesh: Mesh | None)
 
 def provenance(file: GGUF, dtype: jnp.dtype) -> str | None:
     """Say from which types a file's weights were dequantized, in one sentence, or None where it holds floats alone."""
-    kinds = {block.name for block in blocks.BLOCKS.values() if block.form is not None}
+    kinds = {block.name for block in blocks.BLOCKS.values() if block.format is not None}
     types = [f"{count} of {name}" for name, count in file.types.items() if name in kinds]
     if not types:
         return None
