@@ -167,9 +167,9 @@ def test_tensors_that_are_not_the_models(tmp_path):
         mlsd.load(gguf_files.model(tmp_path / "x.gguf", LLAMA, **{"blk.0.ffn_up.weight": ones}))
     with refused("rope_freqs.weight", "[4, 4]"):
         mlsd.load(gguf_files.model(tmp_path / "x.gguf", LLAMA, **{"rope_freqs.weight": ones}))
-    with refused("rope_freqs.weight", "not Llama 3.1's"):
-        strange = floats(np.arange(1, 7, dtype=np.float32))
-        mlsd.load(gguf_files.model(tmp_path / "x.gguf", LLAMA, **{"rope_freqs.weight": strange}))
+    for strange in (np.arange(1, 7), np.full(6, np.nan), np.zeros(6), -np.ones(6), np.full(6, np.inf), [1, 1, 1, 1, 1, 0.5]):
+        with refused("rope_freqs.weight", "not Llama 3.1's"):
+            mlsd.load(gguf_files.model(tmp_path / "x.gguf", LLAMA, **{"rope_freqs.weight": floats(np.array(strange))}))
     with refused("token_embd.weight", "NaN"):
         mlsd.load(gguf_files.model(tmp_path / "x.gguf", LLAMA, **{"token_embd.weight": floats(np.full((97, 96), np.nan))}))
 

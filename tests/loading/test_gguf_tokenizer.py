@@ -88,6 +88,7 @@ def test_ids_are_those_of_the_tokenizer_of_the_same_vocabulary(tmp_path, pre):
         ids = ours.encode(text).ids
         assert found(text)["input_ids"] == ids, text
         assert found.decode(ids, skip_special_tokens=False) == ours.decode(ids, skip_special_tokens=False)
+        assert found.decode(ids, skip_special_tokens=True) == ours.decode(ids, skip_special_tokens=True)
         if pre != "qwen2":
             assert found.decode(ids, skip_special_tokens=False) == text
     assert found.vocab == ours.get_vocab()

@@ -7,7 +7,6 @@ whole s and m.
 Source: ggml's ggml-common.h and ggml-quants.c, where blocks are structures and each type has its `dequantize_row`.
 """
 
-import functools
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -16,7 +15,7 @@ import numpy as np
 
 from mlspecqd_jax.weights.formats import Format, Integer, format_of
 
-AT_ONCE = 2**22  # elements that are decoded together
+AT_ONCE = 2**18  # elements that are decoded together, in a processor's cache
 FLOATS = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 
 
@@ -80,17 +79,17 @@ def _decoded(block: Block, raw: np.ndarray) -> np.ndarray:
             return (stored.astype(np.uint32) << 16).view(np.float32)
         return stored.astype(np.float32)
     codes, scales, minima = block.decode(np.asarray(raw))
-    grouped = _elements(format_of(block.format))[codes].reshape(*scales.shape, -1) * scales[..., None]
-    grouped = grouped if minima is None else grouped + minima[..., None]
+    grouped = _elements(format_of(block.format), codes).reshape(*scales.shape, -1)
+    grouped *= scales[..., None]
+    if minima is not None:
+        grouped += minima[..., None]
     return grouped.reshape(codes.shape)
 
 
-@functools.cache
-def _elements(format: Format) -> np.ndarray:
-    """Return the element of each code, f32 [2^bits]."""
-    codes = np.arange(2**format.bits, dtype=np.uint8)
+def _elements(format: Format, codes: np.ndarray) -> np.ndarray:
+    """Return the element of each code, f32."""
     if isinstance(format.element, Integer):
-        return codes.astype(np.float32) - format.element.offset
+        return np.subtract(codes, np.float32(format.element.offset), dtype=np.float32)
     return codes.view(np.dtype(format.element.dtype)).astype(np.float32)
 
 

@@ -114,11 +114,11 @@ def _read_file(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, Entry]]:
         raise InputError(f"{path} is missing; a split model needs all of its files in one folder")
     try:
         size = os.path.getsize(path)
-        data = np.memmap(path, np.uint8, "r") if size else b""
+        data = memoryview(np.memmap(path, np.uint8, "r") if size else b"")  # ty: ignore[invalid-argument-type]  (arrays are buffers)
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror}); check its permissions") from error
     try:
-        return _parse(path, _Cursor(memoryview(data)), size)
+        return _parse(path, _Cursor(data), size)
     except (struct.error, EOFError) as error:
         raise InputError(f"{path} is truncated; download it again") from error
     except UnicodeDecodeError as error:

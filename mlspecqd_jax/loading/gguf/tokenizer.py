@@ -192,7 +192,7 @@ def _template(file: GGUF, vocabulary: Vocabulary, add_bos: bool):
     ends = {name: i for name, on in wanted.items() if on and (i := _id(file, name)) is not None}
     if not ends:
         return None
-    tokens: Sequence[tuple[str, int]] = [(vocabulary.tokens[i], i) for i in ends.values()]
-    bos, eos = (f"{vocabulary.tokens[ends[name]]}:{{0}}" if name in ends else "" for name in ("bos", "eos"))
-    single, pair = (f"{bos} ${letter}:{{0}} {eos}".format(i).split() for i, letter in enumerate("AB"))
-    return processors.TemplateProcessing(single=single, pair=single + pair, special_tokens=tokens)
+    bos, eos = ([vocabulary.tokens[ends[name]]] if name in ends else [] for name in ("bos", "eos"))
+    single, second = ([f"{piece}:{i}" for piece in [*bos, f"${'AB'[i]}", *eos]] for i in (0, 1))
+    special: Sequence[tuple[str, int]] = [(vocabulary.tokens[i], i) for i in ends.values()]
+    return processors.TemplateProcessing(single=single, pair=single + second, special_tokens=special)
