@@ -20,6 +20,7 @@ from mlspecqd_jax.arguments import ARGUMENTS, Argument
 from mlspecqd_jax.errors import InputError
 
 INTERRUPTED = 130
+MODEL_HELP = "folder, .gguf file, owner/name or owner/name/FILE.gguf id"
 DRAFT_HELP = (
     "BASE[:LEN], what drafts for the model, repeated for what drafts for the draft; BASE is a format such as mxfp4 (the same "
     "weights in it; auto4.5: a format for each weight, 4.5 bits on average), MODEL[@FORMAT], ngram, or none (plain decoding); the "
@@ -80,7 +81,7 @@ def _parser() -> Parser:
 
     g = commands.add_parser("generate", help="continue prompts", allow_abbrev=False)
     g.set_defaults(run=_generate)
-    g.add_argument("model", nargs="?", default="demo", metavar="MODEL", help="folder, owner/name id, demo (default) or demo-small")
+    g.add_argument("model", nargs="?", default="demo", metavar="MODEL", help=f"{MODEL_HELP}, demo (default) or demo-small")
     source = g.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", action="append", metavar="TEXT", help="repeat it for a batch")
     source.add_argument("--prompt-file", metavar="F", help=PROMPT_FILE_HELP)
@@ -96,18 +97,18 @@ def _parser() -> Parser:
 
     c = commands.add_parser("convert", help="write an orbax checkpoint, which loads faster", allow_abbrev=False)
     c.set_defaults(run=_convert)
-    c.add_argument("model", metavar="MODEL", help="folder, owner/name id, demo or demo-small")
+    c.add_argument("model", metavar="MODEL", help=f"{MODEL_HELP}, demo or demo-small")
     c.add_argument("out", metavar="OUT", help="a new folder")
     c.add_argument("--dtype", default="bfloat16", metavar="D", help="bfloat16 (default), float32 or float16")
     c.add_argument("--draft", metavar="FORMAT", help="store the weights of the quantized draft too, such as mxfp4")
 
     i = commands.add_parser("info", help="say what a model is and what would run it", allow_abbrev=False)
     i.set_defaults(run=_info)
-    i.add_argument("model", nargs="?", default="demo", metavar="MODEL", help="folder, owner/name id, demo (default) or demo-small")
+    i.add_argument("model", nargs="?", default="demo", metavar="MODEL", help=f"{MODEL_HELP}, demo (default) or demo-small")
 
     s = commands.add_parser("sensitivity", help="say what each weight costs in each format", allow_abbrev=False)
     s.set_defaults(run=_sensitivity)
-    s.add_argument("model", nargs="?", default="demo", metavar="MODEL", help="folder, owner/name id, demo (default) or demo-small")
+    s.add_argument("model", nargs="?", default="demo", metavar="MODEL", help=f"{MODEL_HELP}, demo (default) or demo-small")
     s.add_argument("--dtype", default="bfloat16", metavar="D", help="bfloat16 (default), float32 or float16")
     s.add_argument("--json", action="store_true", help="print one JSON object: by weight and format, nats a token")
     s.add_argument("--plot", metavar="FILE", help="draw layers by kinds of weight too, as .png, .svg or .pdf")

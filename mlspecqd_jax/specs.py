@@ -61,8 +61,8 @@ def _parse(spec: str, above: str | None) -> Spec:
         return Spec(base, None, draft_len)
     raise InputError(
         f"--draft {spec} is no draft: give a format ({', '.join(FORMATS)}, or auto and bits, as auto4.5) for the twin of the level "
-        "above, ngram, none, or a model (an existing folder, an owner/name id, demo or demo-small) with @ and a format or without; "
-        "a colon and a length may end it"
+        "above, ngram, none, or a model (an existing folder or .gguf file, an owner/name id, demo or demo-small) with @ and a format "
+        "or without; a colon and a length may end it"
     )
 
 

@@ -29,6 +29,7 @@ from tqdm.auto import tqdm
 from mlspecqd_jax.arguments import brief
 from mlspecqd_jax.errors import InputError
 from mlspecqd_jax.json_files import read_json, reason
+from mlspecqd_jax.loading.gguf import reader, small_files
 from mlspecqd_jax.loading.huggingface import HUB_FILES
 from mlspecqd_jax.network.network import Network
 from mlspecqd_jax.weights.formats import FORMATS, format_of
@@ -56,7 +57,7 @@ def save(
 
     Args:
       folder: a new name.
-      source: the folder with config.json and the tokenizer.
+      source: the folder with config.json and the tokenizer, or a GGUF file, whose keys say the same.
       params: parameters by name.
       twins: parameters of twins by recipe, one a format, by the scale rule `floor`; only their quantized leaves are written.
 
@@ -66,10 +67,10 @@ def save(
     check_new(folder)
     temporary = pathlib.Path(tempfile.mkdtemp(prefix=_prefix(folder), dir=folder.parent))
     try:
-        for pattern in HUB_FILES:
-            if "safetensors" not in pattern:
-                for file in filter(os.path.isfile, source.glob(pattern)):
-                    shutil.copyfile(file, temporary / file.name)
+        if source.is_file():
+            small_files.write(reader.read(source), temporary)
+        else:
+            _copy_small_files(source, temporary)
         _say_whether_tied(temporary / "config.json", HEAD not in params)
         _write(temporary / WEIGHTS, params)
         for recipe, twin in (twins or {}).items():
@@ -84,6 +85,13 @@ def save(
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def _copy_small_files(source: pathlib.Path, folder: pathlib.Path) -> None:
+    for pattern in HUB_FILES:
+        if "safetensors" not in pattern:
+            for file in filter(os.path.isfile, source.glob(pattern)):
+                shutil.copyfile(file, folder / file.name)
 
 
 def _write(folder: pathlib.Path, tensors: dict[str, jax.Array]) -> None:

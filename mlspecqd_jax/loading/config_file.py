@@ -119,7 +119,15 @@ def read_config(folder: pathlib.Path) -> Config:
       InputError: what the model is that cannot be read, or which key is missing, of another type or out of range.
     """
     path = folder / "config.json"
-    raw = read_json(path)
+    return config_of(path, read_json(path))
+
+
+def config_of(path: pathlib.Path, raw: dict) -> Config:
+    """Return what the contents of a config.json describe; messages name `path`, the file that says so.
+
+    Raises:
+      InputError: as `read_config`.
+    """
     _refuse(path, raw)
     raw = _of_text(path, raw)
     family = raw["model_type"]

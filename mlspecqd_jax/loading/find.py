@@ -1,4 +1,4 @@
-"""Where a model lies: one of the demo family, a folder, or a download of the hub's."""
+"""Where a model lies: one of the demo family, a folder, a GGUF file, or a download of the hub's."""
 
 import os
 import pathlib
@@ -7,13 +7,19 @@ import re
 from mlspecqd_jax import arguments
 from mlspecqd_jax.errors import InputError
 from mlspecqd_jax.loading import huggingface
+from mlspecqd_jax.loading.gguf.reader import is_gguf, parts_of
 
 DEMOS = ("demo", "demo-small")
-WANTED = f"an existing folder, an owner/name id of the Hugging Face hub, or one of {', '.join(DEMOS)}"
+WANTED = (
+    "an existing folder, an owner/name id of the Hugging Face hub, a .gguf file (FILE.gguf, or owner/name/FILE.gguf of the hub), "
+    f"or one of {', '.join(DEMOS)}"
+)
 
 
 def find(model: str | os.PathLike) -> pathlib.Path:
-    """Return the local folder of a model, downloading it if it is a hub id; other names are refused without network use.
+    """Return the local folder or GGUF file of a model, downloading it from the hub if its name is one of those.
+
+    Other names are refused without network use.
 
     A name of the demo family is that, whatever the working directory holds; `./demo`, `demo/` and a Path are folders.
     """
@@ -23,8 +29,10 @@ def find(model: str | os.PathLike) -> pathlib.Path:
         package = pathlib.Path(__file__).parents[1]
         places = (package / "_demo" / model, package.parent / "checkpoints" / model)  # a wheel, a clone
         return next(place for place in places if place.is_dir())
-    if _is_folder(model):
+    if _is_folder(model) or _is_file(model):
         return pathlib.Path(model)
+    if _is_hub_file(model):
+        return _hub_file(str(model))
     if _is_hub_id(model):
         return huggingface.download(str(model))
     raise InputError(f"{arguments.brief(str(model), 300)} is not a model: give {WANTED}")
@@ -32,7 +40,7 @@ def find(model: str | os.PathLike) -> pathlib.Path:
 
 def is_known(model: str | os.PathLike) -> bool:
     """Return whether `find` would look for a model of this name, without looking on the hub."""
-    return _is_demo(model) or _is_folder(model) or _is_hub_id(model)
+    return _is_demo(model) or _is_folder(model) or _is_file(model) or _is_hub_file(model) or _is_hub_id(model)
 
 
 def is_path(value) -> bool:
@@ -48,5 +56,28 @@ def _is_folder(model) -> bool:
     return str(model).splitlines() == [str(model)] and os.path.isdir(model)  # messages hold it, and are one line
 
 
+def _is_file(model) -> bool:
+    return str(model).splitlines() == [str(model)] and is_gguf(model) and os.path.isfile(model)
+
+
 def _is_hub_id(model) -> bool:
-    return re.fullmatch(r"[\w\-.]+/[\w\-.]+", str(model)) is not None and not str(model).startswith(".")
+    named = re.fullmatch(r"[\w\-.]+/[\w\-.]+", str(model)) is not None
+    return named and not str(model).startswith(".") and not is_gguf(model)
+
+
+def _is_hub_file(model) -> bool:
+    parts = str(model).split("/")
+    named = len(parts) > 2 and all(re.fullmatch(r"[\w\-.]+", part) and not part.startswith(".") for part in parts)
+    return named and is_gguf(model)
+
+
+def _hub_file(model: str) -> pathlib.Path:
+    """Download one GGUF file of a repository, with the other parts of a split one."""
+    owner, name, *folders, file = model.split("/")
+    folder = huggingface.download(f"{owner}/{name}", ["/".join([*folders, part]) for part in parts_of(file)])
+    path = folder.joinpath(*folders, file)
+    if not os.path.isfile(path):
+        raise InputError(
+            f"'{owner}/{name}' on the hub has no file {arguments.brief('/'.join([*folders, file]))}; check the spelling"
+        )
+    return path

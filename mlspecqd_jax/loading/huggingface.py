@@ -8,6 +8,7 @@ from the mapped file to their place, so that the process never holds a second mo
 import contextlib
 import pathlib
 import warnings
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -39,8 +40,12 @@ HUB_FILES = (
 )
 
 
-def download(repo_id: str) -> pathlib.Path:
+def download(repo_id: str, files: Sequence[str] = HUB_FILES) -> pathlib.Path:
     """Fetch the files that a load needs of a hub repository, and return the local folder.
+
+    Args:
+      repo_id: owner/name.
+      files: their names, or patterns of them; none needs to be there.
 
     Raises:
       InputError: no such repository, or no access to it or to the hub.
@@ -49,7 +54,7 @@ def download(repo_id: str) -> pathlib.Path:
     from huggingface_hub.errors import RepositoryNotFoundError
 
     try:
-        return pathlib.Path(huggingface_hub.snapshot_download(repo_id, allow_patterns=list(HUB_FILES)))
+        return pathlib.Path(huggingface_hub.snapshot_download(repo_id, allow_patterns=list(files)))
     except RepositoryNotFoundError as error:
         raise InputError(
             f"'{repo_id}' is not a folder here and not a public model on the hub; "
@@ -92,7 +97,7 @@ def read_params(folder: pathlib.Path, model: Network, dtype: jnp.dtype, mesh: Me
                 opened = {file: stack.enter_context(_opened(file)) for file in files}
                 for name in names:
                     array = tensors.read(expected[name], lambda stored, opened=opened: _get(opened, located[stored]))
-                    params[name] = _place(name, array, dtype, mesh, expected[name], files[0])
+                    params[name] = placed(name, array, dtype, mesh, expected[name], files[0])
                     bar.update()
     params = _tie(folder, params) if tied else params
     return {name: params[name] for name in expected if name in params}
@@ -140,13 +145,18 @@ def _all_finite(x):
     return jnp.sum(x * 0, dtype=jnp.float32) == 0
 
 
-def _place(name: str, array: np.ndarray, dtype: jnp.dtype, mesh: Mesh | None, tensor: Tensor, file: pathlib.Path) -> jax.Array:
+def placed(name: str, array: np.ndarray, dtype: jnp.dtype, mesh: Mesh | None, tensor: Tensor, file: pathlib.Path) -> jax.Array:
+    """Put a tensor of a file in its place, in `dtype`.
+
+    Raises:
+      InputError: it is not finite there.
+    """
     with np.errstate(over="ignore"):  # an overflow to infinity is reported below, by name
         array = np.asarray(array, dtype)
     sharding = None if mesh is None else weight_sharding(tensor.axes, array.shape, mesh)
-    placed = jax.block_until_ready(place(array, sharding))
-    if not _all_finite(placed):
+    leaf = jax.block_until_ready(place(array, sharding))
+    if not _all_finite(leaf):
         raise InputError(
             f"{file}: tensor {name} holds NaN or infinity in {jnp.dtype(dtype).name}; use an intact checkpoint or a wider dtype"
         )
-    return placed
+    return leaf

@@ -1,4 +1,4 @@
-"""`load`: a demo, a folder, a hub id or a converted checkpoint to a `Model`; `convert`: a model to what loads faster."""
+"""`load`: a demo, a folder (a converted one too), a GGUF file or a hub id to a `Model`; `convert`: a model to what loads faster."""
 
 import dataclasses
 import json
@@ -12,11 +12,11 @@ from jax.sharding import Mesh
 
 from mlspecqd_jax import arguments, jax_settings
 from mlspecqd_jax.errors import InputError
-from mlspecqd_jax.json_files import read_json, read_json_if_there
-from mlspecqd_jax.loading import checkpoint, config_file, huggingface, precision_search
+from mlspecqd_jax.loading import checkpoint, precision_search
 from mlspecqd_jax.loading.find import find, is_path
+from mlspecqd_jax.loading.origin import origin
 from mlspecqd_jax.network.network import Network
-from mlspecqd_jax.text import chat, tokenizer_files
+from mlspecqd_jax.text import chat
 from mlspecqd_jax.text.card import Card
 from mlspecqd_jax.weights.formats import FORMATS, check_format
 from mlspecqd_jax.weights.placement import usable_mesh
@@ -35,7 +35,7 @@ class Model:
     network: Network
     params: dict[str, Leaf]
     card: Card
-    folder: pathlib.Path
+    folder: pathlib.Path  # or the GGUF file
     recipe: Recipe | None = None  # how the weights were quantized
     drafts: tuple[Recipe, ...] = ()  # of the twins of these very weights that the folder, a converted checkpoint, holds
 
@@ -137,10 +137,13 @@ class Model:
 
 @jax_settings.held
 def load(model: str | os.PathLike, *, dtype: str = "bfloat16", mesh: Mesh | None = None) -> Model:
-    """Load a model from the demo family, a folder, or the Hugging Face hub.
+    """Load a model from the demo family, a folder, a GGUF file, or the Hugging Face hub.
+
+    A GGUF file's weights are dequantized, and a warning says from which types.
 
     Args:
-      model: `demo`, `demo-small`, a folder (Hugging Face's layout, or one that `convert` wrote), or an owner/name id of the hub.
+      model: `demo`, `demo-small`, a folder (Hugging Face's layout, or one that `convert` wrote), a .gguf file (of a split model any
+        of its files), or an owner/name id or owner/name/FILE.gguf of the hub.
       dtype: of weights and activations: bfloat16, float32 or float16.
       mesh: a device mesh with an axis named `model` to split the weights over (tensor parallelism); None is one device.
 
@@ -153,45 +156,44 @@ def load(model: str | os.PathLike, *, dtype: str = "bfloat16", mesh: Mesh | None
     mesh = usable_mesh(mesh)
     folder = find(model)
     enable_compilation_cache()
-    config = config_file.read_config(folder)
-    tokenizer = tokenizer_files.read_tokenizer(folder)
+    found = origin(folder)
+    config, tokenizer = found.config, found.tokenizer()
     card = Card(
         name=str(model),
         vocab_size=config.vocab_size,
         max_positions=config.max_positions,
         tokenizer=tokenizer,
-        eos_token_ids=config_file.eos_token_ids(folder, config.vocab_size),
+        eos_token_ids=found.eos_token_ids,
         chat_end_token_ids=tuple(i for i in chat.end_token_ids(tokenizer) if i < config.vocab_size),
     )
-    converted = checkpoint.is_converted(folder)
-    read = checkpoint.restore if converted else huggingface.read_params
-    params: dict[str, Leaf] = {**read(folder, Network(config, mesh), jnp.dtype(dtype), mesh)}
+    params: dict[str, Leaf] = {**found.params(Network(config, mesh), jnp.dtype(dtype), mesh)}
     # What the files hold decides whether the embedding is the head too.
     network = Network(dataclasses.replace(config, tied=HEAD not in params), mesh)
-    return Model(network, params, card, folder, drafts=checkpoint.drafts(folder, dtype) if converted else ())
+    drafts = checkpoint.drafts(folder, dtype) if checkpoint.is_converted(folder) else ()
+    return Model(network, params, card, folder, drafts=drafts)
 
 
 def describe(model: str | os.PathLike) -> dict[str, Any]:
-    """Return what a model is, from its small files alone: family, size, positions, tokenizer, and sampling defaults as recorded.
+    """Return what a model is, from its small files or a GGUF file's header: family, size, positions, tokenizer, sampling defaults.
 
     The sampling defaults of generation_config.json are shown, not applied: `generate` does what its arguments say.
     """
-    folder = find(model)
-    config = config_file.read_config(folder)
+    found = origin(find(model))
+    config = found.config
     size, attention = parameters(Network(config).tensors()), config.layers[0].mixer
-    recorded = read_json_if_there(folder / "generation_config.json")
-    defaults = {key: recorded[key] for key in SAMPLING_KEYS if key in recorded}
+    defaults = {key: found.recorded[key] for key in SAMPLING_KEYS if key in found.recorded}
     return {
-        "model": f"{model} ({'converted' if checkpoint.is_converted(folder) else 'Hugging Face'} checkpoint in {folder})",
-        "family": read_json(folder / "config.json")["model_type"],
+        "model": f"{model} ({found.kind})",
+        "family": found.family,
         "parameters": f"{size:,}",
+        **found.facts,
         "bytes in bfloat16": f"{2 * size:,}",
         "positions": config.max_positions,
         "vocabulary": config.vocab_size,
         "layers": f"{len(config.layers)} x hidden {config.hidden_size}, {attention.heads} heads, "
         f"{attention.kv_heads} key/value heads",
-        "tokenizer": tokenizer_files.describe(folder),
-        "end of text ids": ", ".join(map(str, config_file.eos_token_ids(folder, config.vocab_size))) or "none",
+        "tokenizer": found.tokenizer_kind,
+        "end of text ids": ", ".join(map(str, found.eos_token_ids)) or "none",
         "recorded sampling": f"{json.dumps(defaults)} (not applied)" if defaults else "none",
     }
 

@@ -79,11 +79,11 @@ def locate(folder: pathlib.Path, expected: dict[str, tuple[int, ...]], *, tied: 
     problems += [_missing(name, found.get(name), index) for name in expected if name not in located.keys() | optional]
     if problems:
         raise InputError(
-            f"{folder} does not hold the model that its config.json describes: {_some(problems, '; ')}; "
+            f"{folder} does not hold the model that its config.json describes: {some(problems, '; ')}; "
             "download the weights and config.json again from one source"
         )
     if ignored:
-        warnings.warn(f"{folder}: left out what this model does not use: {_some(ignored, ', ')}", stacklevel=2)
+        warnings.warn(f"{folder}: left out what this model does not use: {some(ignored, ', ')}", stacklevel=2)
     return {name: located[name] for name in expected if name in located}
 
 
@@ -109,7 +109,8 @@ def _missing(name: str, elsewhere: Place | None, index: dict[str, pathlib.Path] 
     return f"missing tensor {name} (it is in {elsewhere.file.name}, but {INDEX} {said})"
 
 
-def _some(words: list[str], separator: str) -> str:
+def some(words: list[str], separator: str) -> str:
+    """Return the first three of what a message lists, and how many more there are."""
     more = f" (and {len(words) - 3} more)" if len(words) > 3 else ""
     return printable(separator.join(word[:200] for word in words[:3])) + more
 

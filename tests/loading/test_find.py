@@ -42,6 +42,7 @@ SERVED = {
     "special_tokens_map.json": b"{}",
     "chat_template.jinja": b"{{ messages }}",
 }
+PARTS = {f"q4/x-{i:05}-of-00002.gguf": f"part {i}".encode() for i in (1, 2)}
 EXTRA = {
     "README.md": b"# A model",
     ".gitattributes": b"",
@@ -59,7 +60,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self):
         path = urllib.parse.unquote(urllib.parse.urlsplit(self.path).path)
-        files = SERVED | EXTRA
+        files = SERVED | EXTRA | PARTS
         resolve = f"/owner/tiny/resolve/{COMMIT}/"
         if path.startswith("/api/models/owner/gated"):
             self.answer(403, b"{}", {"X-Error-Code": "GatedRepo"})
@@ -98,8 +99,8 @@ from mlspecqd_jax.loading.find import find
 found = []
 for name in sys.argv[1:]:
     try:
-        folder = find(name)
-        found.append({file.name: file.read_text() for file in folder.iterdir()})
+        place = find(name)
+        found.append({file.name: file.read_text() for file in (place if place.is_dir() else place.parent).iterdir()})
     except ValueError as error:
         found.append(str(error))
 print(json.dumps(found))
@@ -122,6 +123,7 @@ def test_the_hub_is_asked_for_no_more_than_is_needed(tmp_path):
         "PYTHONPATH": str(ROOT),
     }
     names = ["owner/tiny", "owner/unknown", "owner/gated", "owner/cut", "owner--two/na..me"]
+    names += ["owner/tiny/q4/x-00002-of-00002.gguf", "owner/tiny/y.gguf"]
     try:
         process = subprocess.run(
             [sys.executable, "-c", DOWNLOAD, *names], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300
@@ -130,14 +132,16 @@ def test_the_hub_is_asked_for_no_more_than_is_needed(tmp_path):
         server.shutdown()
         server.server_close()
     assert process.returncode == 0, process.stderr
-    found, unknown, gated, silent, invalid = json.loads(process.stdout)
+    found, unknown, gated, silent, invalid, parts, absent = json.loads(process.stdout)
     assert found == {name: content.decode() for name, content in SERVED.items()}
-    assert server.requested == set(SERVED)
+    assert parts == {name.removeprefix("q4/"): content.decode() for name, content in PARTS.items()}
+    assert server.requested == SERVED.keys() | PARTS.keys()
     for message, name in [
         (unknown, "owner/unknown"),
         (gated, "owner/gated"),
         (silent, "owner/cut"),
         (invalid, "owner--two/na..me"),
+        (absent, "owner/tiny"),
     ]:
         assert name in message
         assert len(message.splitlines()) == 1
@@ -146,6 +150,26 @@ def test_the_hub_is_asked_for_no_more_than_is_needed(tmp_path):
     assert "log in" in gated
     assert "connection" in silent
     assert "could not be downloaded" in invalid
+    assert "has no file 'y.gguf'" in absent
+
+
+def test_gguf_files(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: pytest.fail("used the network"))
+    path = tmp_path / "x.gguf"
+    path.write_bytes(b"GGUF")
+    assert find.find(path) == find.find(str(path)) == path
+    assert find.is_known(str(path))
+    monkeypatch.chdir(tmp_path)
+    assert find.find("x.gguf") == pathlib.Path("x.gguf")
+    for name in ("y.gguf", "./y.gguf", "folder/y.gguf", "../a/b/y.gguf", "owner/.hidden/y.gguf", "owner/name/*.gguf"):
+        assert not find.is_known(name)
+        with refused(f"'{name}'", ".gguf file", "owner/name/FILE.gguf"):
+            find.find(name)
+    assert find.is_known("owner/name/y.gguf")
+    (tmp_path / "folder.gguf").mkdir()
+    assert find.find("folder.gguf") == pathlib.Path("folder.gguf")
 
 
 def test_a_file_that_is_no_model_folder(tmp_path):
