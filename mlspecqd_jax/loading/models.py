@@ -10,11 +10,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from mlspecqd_jax import arguments, jax_settings
+from mlspecqd_jax import arguments, console, jax_settings
 from mlspecqd_jax.errors import InputError
 from mlspecqd_jax.json_files import read_json, read_json_if_there
 from mlspecqd_jax.loading import checkpoint, config_file, huggingface
 from mlspecqd_jax.loading.find import find, is_path
+from mlspecqd_jax.loading.quantized.method import Quantization, find_quantization
+from mlspecqd_jax.loading.quantized.params import decoded, packed
 from mlspecqd_jax.network.network import Network
 from mlspecqd_jax.text import chat, tokenizer_files
 from mlspecqd_jax.text.card import Card
@@ -100,13 +102,26 @@ class Model:
 
 
 @jax_settings.held
-def load(model: str | os.PathLike, *, dtype: str = "bfloat16", mesh: Mesh | None = None) -> Model:
+def load(
+    model: str | os.PathLike,
+    *,
+    dtype: str = "bfloat16",
+    mesh: Mesh | None = None,
+    twin_of: Model | None = None,
+    dequantize: bool = False,
+) -> Model:
     """Load a model from the demo family, a folder, or the Hugging Face hub.
+
+    Weights that somebody quantized (compressed-tensors, GPTQ, AWQ, AutoRound, FP8, ModelOpt, Quark) draft as they are stored for
+    the model that they were made from, or are decoded to be a model. Stderr tells whether such a draft shares a cache.
 
     Args:
       model: `demo`, `demo-small`, a folder (Hugging Face's layout, or one that `convert` wrote), or an owner/name id of the hub.
       dtype: of weights and activations: bfloat16, float32 or float16.
       mesh: a device mesh with an axis named `model` to split the weights over (tensor parallelism); None is one device.
+      twin_of: for quantized weights, the model that they are to draft for, whose dtype and mesh they take. Of the same network they
+        must be its own weights, and are its twin, which shares its embedding and cache, where keys and values allow it.
+      dequantize: decode quantized weights to `dtype`.
 
     Raises:
       InputError: one sentence on what is wrong with the name, the config or the weights.
@@ -114,10 +129,15 @@ def load(model: str | os.PathLike, *, dtype: str = "bfloat16", mesh: Mesh | None
     arguments.choice("dtype", dtype, DTYPES)
     if mesh is not None:
         arguments.instance("mesh", mesh, Mesh, "a Mesh, such as jax.make_mesh((4,), ('model',)), or None")
+    arguments.flag("dequantize", dequantize)
+    if twin_of is not None:
+        _check_original(twin_of, dequantize)
+        dtype, mesh = twin_of.embedding.dtype.name, twin_of.network.mesh
     mesh = usable_mesh(mesh)
     folder = find(model)
     enable_compilation_cache()
-    config = config_file.read_config(folder)
+    config, quantization = config_file.read_config(folder), find_quantization(folder)
+    _check_use(folder, quantization, wanted=twin_of is not None or dequantize)
     tokenizer = tokenizer_files.read_tokenizer(folder)
     card = Card(
         name=str(model),
@@ -127,6 +147,8 @@ def load(model: str | os.PathLike, *, dtype: str = "bfloat16", mesh: Mesh | None
         eos_token_ids=config_file.eos_token_ids(folder, config.vocab_size),
         chat_end_token_ids=tuple(i for i in chat.end_token_ids(tokenizer) if i < config.vocab_size),
     )
+    if quantization is not None:
+        return _load_quantized(folder, quantization, Network(config, mesh), card, jnp.dtype(dtype), twin_of)
     converted = checkpoint.is_converted(folder)
     read = checkpoint.restore if converted else huggingface.read_params
     params: dict[str, Leaf] = {**read(folder, Network(config, mesh), jnp.dtype(dtype), mesh)}
@@ -135,13 +157,54 @@ def load(model: str | os.PathLike, *, dtype: str = "bfloat16", mesh: Mesh | None
     return Model(network, params, card, folder, drafts=checkpoint.drafts(folder, dtype) if converted else ())
 
 
+def is_quantized(model: str | os.PathLike) -> bool:
+    """Return whether a model's weights are quantized already; one of the hub is downloaded."""
+    return find_quantization(find(model)) is not None
+
+
+def _load_quantized(
+    folder: pathlib.Path, quantization: Quantization, network: Network, card: Card, dtype: jnp.dtype, twin_of: Model | None
+) -> Model:
+    if twin_of is None:
+        params: dict[str, Leaf] = {**decoded(folder, quantization, network, dtype)}
+        network = dataclasses.replace(network, config=dataclasses.replace(network.config, tied=HEAD not in params))
+        console.say(f"{card.name}: weights of {quantization.method} decoded to {dtype.name}, not the original's")
+        return Model(network, params, card, folder)
+    draft = packed(folder, quantization, network, twin_of.network, cast(dict[str, jax.Array], twin_of.params))
+    formats = f"{card.name}: weights of {quantization.method} ({', '.join(draft.formats)})"
+    if draft.own_cache is None:
+        console.say(f"{formats} as the twin of {twin_of.card.name}, whose embedding and cache they share")
+    else:
+        console.say(f"{formats} with a cache of their own beside {twin_of.card.name}: {draft.own_cache}")
+    return Model(draft.network, draft.params, card, folder, recipe=Recipe(quantization.method))
+
+
+def _check_original(twin_of: Any, dequantize: bool) -> None:
+    arguments.instance("twin_of", twin_of, Model, "a Model, as mlsd.load returns it, or None")
+    if dequantize:
+        raise InputError("twin_of drafts with weights as they are stored, and dequantize=True decodes them; give one of the two")
+    if twin_of.recipe is not None:
+        raise InputError(f"twin_of is {twin_of.card.name}, which is quantized itself; give the original model")
+
+
+def _check_use(folder: pathlib.Path, quantization: Quantization | None, wanted: bool) -> None:
+    if quantization is None and wanted:
+        raise InputError(f"{folder} says nothing of quantized weights; leave twin_of and dequantize out")
+    if quantization is not None and not wanted:
+        raise InputError(
+            f"{quantization.file}: the weights are quantized already ({arguments.brief(quantization.method)}); give the original "
+            "BF16, FP16 or FP32 checkpoint, for which these can draft (twin_of=target, --draft FOLDER), or decode them "
+            "(dequantize=True, --dequantize)"
+        )
+
+
 def describe(model: str | os.PathLike) -> dict[str, Any]:
     """Return what a model is, from its small files alone: family, size, positions, tokenizer, and sampling defaults as recorded.
 
     The sampling defaults of generation_config.json are shown, not applied: `generate` does what its arguments say.
     """
     folder = find(model)
-    config = config_file.read_config(folder)
+    config, quantization = config_file.read_config(folder), find_quantization(folder)
     size, attention = parameters(Network(config).tensors()), config.layers[0].mixer
     recorded = read_json_if_there(folder / "generation_config.json")
     defaults = {key: recorded[key] for key in SAMPLING_KEYS if key in recorded}
@@ -154,6 +217,7 @@ def describe(model: str | os.PathLike) -> dict[str, Any]:
         "vocabulary": config.vocab_size,
         "layers": f"{len(config.layers)} x hidden {config.hidden_size}, {attention.heads} heads, "
         f"{attention.kv_heads} key/value heads",
+        "weights": "plain" if quantization is None else f"quantized by {quantization.method}",
         "tokenizer": tokenizer_files.describe(folder),
         "end of text ids": ", ".join(map(str, config_file.eos_token_ids(folder, config.vocab_size))) or "none",
         "recorded sampling": f"{json.dumps(defaults)} (not applied)" if defaults else "none",
