@@ -60,7 +60,10 @@ def find_quantization(folder: pathlib.Path) -> Quantization | None:
             return None
     method = found.get("quant_method") if isinstance(found, dict) else None
     if not isinstance(method, str):
-        raise InputError(f"{path}: quant_method is {brief(method)}, but must name a method of quantization; correct that key")
+        raise InputError(
+            f"{path}: the weights are quantized already, but not said how: {brief(found)} has no quant_method; give the original "
+            "BF16, FP16 or FP32 checkpoint"
+        )
     return Quantization(method, found, path)
 
 
