@@ -14,10 +14,11 @@ from cpu_kernels.build import library_paths
 DTYPES = ("bfloat16", "float16", "float32")
 OF_ANY_DTYPE = ("matmul", "rms_norm", "attention", "rotate")  # for each of DTYPES
 OF_BFLOAT16 = ("mxfp4_matmul", "mx8_matmul")
+OF_NUMBERS = ("nvfp4_matmul", "int4_matmul", "uint4_matmul", "int8_matmul")  # scales that are no powers of two
 OF_POSITIONS = ("angles", "put_window")
 # What each library holds, as `build` names them.
 UNITS = {dtype: tuple(f"{product}_{dtype}" for product in OF_ANY_DTYPE) for dtype in DTYPES}
-UNITS |= {"mx": OF_BFLOAT16, "positions": OF_POSITIONS}
+UNITS |= {"mx": OF_BFLOAT16, "grouped": OF_NUMBERS, "positions": OF_POSITIONS}
 TOGETHER = ("bfloat16", "mx", "positions")  # what a model in bfloat16 and its twin run is compiled side by side
 ELEMENTS = ("e4m3", "e5m2", "e2m3", "e3m2")  # of mx8_matmul: exponent and mantissa bits
 
@@ -109,6 +110,38 @@ def mxfp4_matmul(x: jax.Array, packed: jax.Array, scales: jax.Array, isa: str | 
             "give x [M, K], packed [N, K/2] and scales [N, K/32], with K padded to whole blocks"
         )
     return _call("mxfp4_matmul", isa, jax.ShapeDtypeStruct((len(x), n), jnp.float32), x, packed, scales)
+
+
+def grouped_matmul(
+    x: jax.Array, codes: jax.Array, scales: jax.Array, minima: jax.Array | None = None, isa: str | None = None
+) -> jax.Array:
+    """x @ decoded.T for a weight whose scales are numbers, with each block of x rounded to eight bits as `mxfp4_matmul` does.
+
+    What the weight is, is told by its arrays: NVFP4 has scales of bytes, integers of eight bits have float32 scales, integers of
+    four bits have float16 scales, and those without a sign have minima too. Rows do not depend on M, N and the number of threads.
+
+    Args:
+      x: bfloat16 [M, K], K a multiple of 32.
+      codes: uint8 [N, K/2], element 2i in the low half of byte i, or [N, K] of integers of eight bits, plus 128.
+      scales: uint8 [N, K/16], the bits of an E4M3 that is not negative, for each 16 elements; float16 [N, G], one for each 32, 64,
+        128 or so on, the last group possibly shorter, of integers plus 8; float32 [N, 1].
+      minima: float16 [N, G], of integers without an offset.
+      isa: one of `isas(...)` of nvfp4_matmul, int4_matmul, uint4_matmul or int8_matmul; None is the first.
+
+    Returns:
+      f32 [M, N].
+    """
+    product = {"uint8": "nvfp4", "float16": "int4" if minima is None else "uint4", "float32": "int8"}[scales.dtype.name]
+    bits, n, k = (8 if product == "int8" else 4), len(codes), x.shape[-1]
+    groups = {"nvfp4": k // 16, "int8": 1}.get(product, scales.shape[-1])
+    fits = x.ndim == 2 and k % 32 == 0 and codes.shape == (n, k * bits // 8) and scales.shape == (n, groups)
+    fits = fits and (x.dtype, codes.dtype) == (jnp.bfloat16, jnp.uint8)
+    if not fits or (minima is not None and (minima.shape, minima.dtype) != (scales.shape, jnp.float16)):
+        arrays = {"x": x, "codes": codes, "scales": scales} | ({} if minima is None else {"minima": minima})
+        given = ", ".join(f"{name} {array.dtype}{list(array.shape)}" for name, array in arrays.items())
+        raise ValueError(f"{given} do not belong together; give x bfloat16 [M, K], K a multiple of 32, and a weight [N, K] as stored")
+    result = jax.ShapeDtypeStruct((len(x), n), jnp.float32)
+    return _call(f"{product}_matmul", isa, result, x, codes, scales, *([] if minima is None else [minima]))
 
 
 def mx8_matmul(

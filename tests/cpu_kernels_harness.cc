@@ -110,21 +110,64 @@ static void check(Pool& pool, int64_t m, int64_t n, int64_t k, unsigned seed) {
   check_dense<Bf16>(pool, m, n, k, random);
   check_dense<Half>(pool, m, n, k, random);
   check_dense<float>(pool, m, n, k, random);
-  const int64_t blocks = k / mxfp4::kBlock;
-  std::vector<uint8_t> packed(n * blocks * 16), scales(n * blocks);
-  std::vector<uint16_t> rows(m * blocks * mxfp4::kBlock);
-  for (auto& p : packed) p = static_cast<uint8_t>(random());
-  for (auto& s : scales) s = static_cast<uint8_t>(random() % 8 == 0 ? 0 : 120 + random() % 10);
-  for (auto& v : rows) v = static_cast<uint16_t>(0x3e80 + random() % 0x180 + (random() % 2 << 15));
-  std::vector<std::vector<float>> results;
-  for (const auto& choice : mxfp4_choices()) {
+}
+
+static std::vector<uint8_t> bytes(int64_t count, std::mt19937& random) {
+  std::vector<uint8_t> out(count);
+  for (auto& byte : out) byte = static_cast<uint8_t>(random());
+  return out;
+}
+
+// Numbers of magnitude 0.25 to 1, as the bits of bfloat16 (0x3e80 and 0x180 more) or float16 (0x3400 and 0x800 more).
+static std::vector<uint16_t> shorts(int64_t count, unsigned first, unsigned more, std::mt19937& random) {
+  std::vector<uint16_t> out(count);
+  for (auto& v : out) v = static_cast<uint16_t>(first + random() % more + (random() % 2 << 15));
+  return out;
+}
+
+// Every instruction set's result is the portable one's, up to what sums in another order may differ by.
+template <class Choices, class Product>
+static void same(const Choices& choices, const char* name, const Product& product, int64_t m, int64_t n, int64_t k, double each) {
+  std::vector<float> expected(m * n, NAN);
+  product(*choices.back().kernel, expected.data());
+  for (const auto& choice : choices) {
     if (!choice.supported) continue;
-    auto& y = results.emplace_back(m * n, NAN);
-    mxfp4_matmul(*choice.kernel, pool, rows.data(), packed.data(), scales.data(), y.data(), m, n, blocks * mxfp4::kBlock);
-    for (int64_t i = 0; i < m * n; ++i) {
-      require(std::abs(y[i] - results[0][i]) <= 3e-5 * k, "mxfp4", choice.isa, m, n, k);
-    }
+    std::vector<float> y(m * n, NAN);
+    product(*choice.kernel, y.data());
+    for (int64_t i = 0; i < m * n; ++i) require(std::abs(y[i] - expected[i]) <= each * k, name, choice.isa, m, n, k);
   }
+}
+
+template <class Form>
+static void check_form(Pool& pool, const char* name, four_bits::Weight w, const std::vector<uint16_t>& x, int64_t m, int64_t n,
+                       int64_t k) {
+  const auto product = [&](const four_bits::Kernel& kernel, float* y) { four_bits_matmul(kernel, pool, x.data(), w, y, m, n, k); };
+  same(four_bits_choices<Form>(), name, product, m, n, k, 3e-5);
+}
+
+// Arrays end where they must: what reads beyond them is seen by the sanitizers.
+static void check_quantized(Pool& pool, int64_t m, int64_t n, int64_t blocks, unsigned seed) {
+  std::mt19937 random(seed);
+  const int64_t k = blocks * four_bits::kBlock;
+  const auto x = shorts(m * k, 0x3e80, 0x180, random);
+  const auto packed = bytes(n * k / 2, random), codes = bytes(n * k, random);
+  std::vector<uint8_t> e8m0(n * blocks), e4m3(2 * n * blocks);
+  for (auto& s : e8m0) s = static_cast<uint8_t>(random() % 8 == 0 ? 0 : 120 + random() % 10);
+  for (auto& s : e4m3) s = static_cast<uint8_t>(random() % 0x40);
+  check_form<four_bits::Mxfp4>(pool, "mxfp4", {packed.data(), e8m0.data(), nullptr, 1}, x, m, n, k);
+  check_form<four_bits::Nvfp4>(pool, "nvfp4", {packed.data(), e4m3.data(), nullptr, 1}, x, m, n, k);
+  for (const int64_t each : {1, 2, 4, 16}) {
+    const int64_t groups = (blocks + each - 1) / each;
+    const auto scales = shorts(n * groups, 0x3400, 0x800, random), minima = shorts(n * groups, 0x3400, 0x800, random);
+    check_form<four_bits::Int4>(pool, "int4", {packed.data(), scales.data(), nullptr, each}, x, m, n, k);
+    check_form<four_bits::Uint4>(pool, "uint4", {packed.data(), scales.data(), minima.data(), each}, x, m, n, k);
+  }
+  std::vector<float> scales(n);
+  for (auto& s : scales) s = static_cast<float>(random() % 100) * 1e-4f;
+  const auto product = [&](const int8::Kernel& kernel, float* y) {
+    int8_matmul(kernel, pool, x.data(), codes.data(), scales.data(), y, m, n, k);
+  };
+  same(int8_choices(), "int8", product, m, n, k, 3e-5);
 }
 
 static double decoded(mx8::Format f, uint8_t code, uint8_t scale) {
@@ -216,9 +259,12 @@ int main() {
     for (int64_t m : {1, 2, 3, 4, 7, 8, 9, 19}) {
       for (int64_t n : {1, 3, 13}) {
         for (int64_t blocks : {1, 2, 5}) check_mx8(pool, m, n, blocks, seed++);
+        for (int64_t blocks : {1, 3, 17, 35}) check_quantized(pool, m, n, blocks, seed++);
       }
     }
     check_mx8(pool, 3, 700, 17, seed);
+    check_quantized(pool, 3, 700, 17, seed);
+    check_quantized(failing, 3, 700, 17, seed);
     check_attention<float>(failing, {2, 6, 3, 18, 77, 20}, seed);
     for (int64_t slots : {1, 31, 32, 77}) {
       for (int64_t window : {1, 5, 18}) {

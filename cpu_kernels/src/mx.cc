@@ -9,10 +9,11 @@ using Bytes = Matrix<ffi::U8>;
 
 static ffi::Error mxfp4_handler(ffi::ThreadPool pool, Isa isa, X x, Bytes packed, Bytes scales, ffi::Result<Y> y) {
   const auto a = x.dimensions(), b = packed.dimensions(), s = scales.dimensions(), c = y->dimensions();
-  if (2 * b[1] != a[1] || mxfp4::kBlock * s[1] != a[1] || s[0] != b[0] || c[0] != a[0] || c[1] != b[0]) return unfitting();
-  const auto* kernel = choose(mxfp4_choices(), *isa);
+  if (2 * b[1] != a[1] || four_bits::kBlock * s[1] != a[1] || s[0] != b[0] || c[0] != a[0] || c[1] != b[0]) return unfitting();
+  const auto* kernel = choose(four_bits_choices<four_bits::Mxfp4>(), *isa);
   if (kernel == nullptr) return unsupported(*isa);
-  mxfp4_matmul(*kernel, pool, x.typed_data(), packed.typed_data(), scales.typed_data(), y->typed_data(), a[0], b[0], a[1]);
+  const four_bits::Weight w = {packed.typed_data(), scales.typed_data(), nullptr, 1};
+  four_bits_matmul(*kernel, pool, x.typed_data(), w, y->typed_data(), a[0], b[0], a[1]);
   return ffi::Error::Success();
 }
 
@@ -28,5 +29,5 @@ static ffi::Error mx8_handler(ffi::ThreadPool pool, Isa isa, Elements elements, 
 
 }  // namespace mlspecqd
 
-MLSPECQD_PRODUCT(mxfp4_matmul, mxfp4_handler, mxfp4_choices)
+MLSPECQD_PRODUCT(mxfp4_matmul, mxfp4_handler, four_bits_choices<mlspecqd::four_bits::Mxfp4>)
 MLSPECQD_PRODUCT(mx8_matmul, mx8_handler, mx8_choices)

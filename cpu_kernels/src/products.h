@@ -10,8 +10,9 @@
 
 #include "attention.h"
 #include "dense.h"
+#include "four_bits.h"
+#include "int8.h"
 #include "mx8.h"
-#include "mxfp4.h"
 #include "norm.h"
 #include "parallel.h"
 #include "rotary.h"
@@ -95,16 +96,31 @@ inline const auto& dense_choices<float>() {
   return choices;
 }
 
-inline const auto& mxfp4_choices() {
+// For kernels of integers: AVX-512 with its products of bytes, AVX2, and the portable form.
 #if defined(MLSPECQD_X86)
-  static const std::array<Choice<mxfp4::Kernel>, 3> choices = {{
-      {"avx512vnni", &mxfp4::avx512vnni::kernel, has_avx512() && __builtin_cpu_supports("avx512vnni")},
-      {"avx2", &mxfp4::avx2::kernel, has_avx2()},
-      {"portable", &mxfp4::portable::kernel, true},
-  }};
+template <class Kernel>
+std::array<Choice<Kernel>, 3> choices_of_bytes(const Kernel& avx512vnni, const Kernel& avx2, const Kernel& portable) {
+  const bool vnni = has_avx512() && __builtin_cpu_supports("avx512vnni");
+  return {{{"avx512vnni", &avx512vnni, vnni}, {"avx2", &avx2, has_avx2()}, {"portable", &portable, true}}};
+}
+#define MLSPECQD_THREE_OF_BYTES(product, ...) \
+  product::avx512vnni::__VA_ARGS__, product::avx2::__VA_ARGS__, product::portable::__VA_ARGS__
 #else
-  static constexpr std::array<Choice<mxfp4::Kernel>, 1> choices = {{{"portable", &mxfp4::portable::kernel, true}}};
+template <class Kernel>
+std::array<Choice<Kernel>, 1> choices_of_bytes(const Kernel& portable) {
+  return {{{"portable", &portable, true}}};
+}
+#define MLSPECQD_THREE_OF_BYTES(product, ...) product::portable::__VA_ARGS__
 #endif
+
+template <class Form>
+const auto& four_bits_choices() {
+  static const auto choices = choices_of_bytes<four_bits::Kernel>(MLSPECQD_THREE_OF_BYTES(four_bits, kernel<Form>));
+  return choices;
+}
+
+inline const auto& int8_choices() {
+  static const auto choices = choices_of_bytes(MLSPECQD_THREE_OF_BYTES(int8, kernel));
   return choices;
 }
 
@@ -177,14 +193,26 @@ void dense_matmul(const dense::Kernel& kernel, Pool& pool, const Element* x, con
 }
 
 template <class Pool>
-void mxfp4_matmul(const mxfp4::Kernel& kernel, Pool& pool, const uint16_t* x, const uint8_t* packed, const uint8_t* scales,
-                  float* out, int64_t m, int64_t n, int64_t k) {
+void four_bits_matmul(const four_bits::Kernel& kernel, Pool& pool, const uint16_t* x, const four_bits::Weight& w, float* out,
+                      int64_t m, int64_t n, int64_t k) {
   const int64_t prepared = (k + kernel.group - 1) / kernel.group * kernel.group_bytes;
   blocked(
       pool, m, n, k, k / 2, kernel.rows, prepared,
       [&](int64_t at, int rows, char* block) { kernel.prepare(x + at * k, rows, k, block); },
       [&](int64_t at, int rows, const char* block, int64_t begin, int64_t end) {
-        kernel.product(block, rows, packed, scales, k, begin, end, out + at * n, n);
+        kernel.product(block, rows, w, k, begin, end, out + at * n, n);
+      });
+}
+
+template <class Pool>
+void int8_matmul(const int8::Kernel& kernel, Pool& pool, const uint16_t* x, const uint8_t* codes, const float* scales, float* out,
+                 int64_t m, int64_t n, int64_t k) {
+  const int64_t prepared = (k + kernel.step - 1) / kernel.step * kernel.step_bytes;
+  blocked(
+      pool, m, n, k, k, kernel.rows, prepared,
+      [&](int64_t at, int rows, char* block) { kernel.prepare(x + at * k, rows, k, block); },
+      [&](int64_t at, int rows, const char* block, int64_t begin, int64_t end) {
+        kernel.product(block, rows, codes, scales, k, begin, end, out + at * n, n);
       });
 }
 

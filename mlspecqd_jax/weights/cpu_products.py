@@ -9,14 +9,14 @@ from pallas_kernels.reference import whole_blocks
 from pallas_kernels.xla import DOT, decoded_matmul
 
 
-def _why_not(chip, dtype, n, k, along_n, along_k, *, dtypes=("bfloat16",)):
+def _why_not(chip, dtype, n, k, along_n, along_k, *, dtypes=("bfloat16",), unit=None):
     if chip != "cpu":
         return "needs a CPU"
     if dtype not in dtypes:
         return f"takes {', '.join(dtypes)} alone"
     if along_n * along_k > 1:
         return "cannot be split, since XLA would gather the operands of a foreign call on each device"
-    return None if cpu_kernels.usable(dtype) else "needs the C++ kernels, which take a compiler, and run outside of a mesh alone"
+    return None if cpu_kernels.usable(unit or dtype) else "needs the C++ kernels, which take a compiler, and run outside of a mesh alone"
 
 
 def _every_row_by_itself(chip, dtype):
@@ -25,6 +25,10 @@ def _every_row_by_itself(chip, dtype):
 
 def _run_mxfp4(x, arrays, *, n, chip, format, interpret):
     return cpu_kernels.mxfp4_matmul(whole_blocks(x), arrays["codes"], arrays["scales"])
+
+
+def _run_grouped(x, arrays, *, n, chip, format, interpret):
+    return cpu_kernels.grouped_matmul(whole_blocks(x), **arrays)
 
 
 def _run_mx8(x, arrays, *, n, chip, format, interpret):
@@ -40,10 +44,12 @@ def _run_dense(x, arrays, *, n, chip, format, interpret):
     return cpu_kernels.dense_matmul(x.astype(arrays["weight"].dtype), arrays["weight"])
 
 
+GROUPED = ("nvfp4", "int4", "int4_g64", "int4_g128", "uint4_g32", "uint4_g64", "uint4_g128", "int8")
 _why_not_of_any_dtype = functools.partial(_why_not, dtypes=("bfloat16", "float16", "float32"))
 _MXFP4 = Product("cpp mxfp4", MX[:1], _why_not, as_stored, STORED_AXES, _run_mxfp4, _every_row_by_itself)
 CPU_PRODUCTS = (
     _MXFP4,
+    _MXFP4._replace(name="cpp grouped", formats=GROUPED, why_not=functools.partial(_why_not, unit="grouped"), run=_run_grouped),
     _MXFP4._replace(name="cpp mx8", formats=MX[1:], run=_run_mx8),
     _MXFP4._replace(name="cpp decoded", formats=None, why_not=_why_not_of_any_dtype, run=_run_decoded),
     Product("cpp dense", (PLAIN,), _why_not_of_any_dtype, as_stored, DOT.axes, _run_dense, _every_row_by_itself),

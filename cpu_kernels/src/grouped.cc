@@ -1,0 +1,71 @@
+// The products of weights in integers or E2M1 whose scales are numbers, by activations in bfloat16.
+
+#include "handlers.h"
+
+namespace mlspecqd {
+
+using X = Matrix<ffi::BF16>;
+using Bytes = Matrix<ffi::U8>;
+using Halves = Matrix<ffi::F16>;
+using Floats = Matrix<ffi::F32>;
+
+// The weight's rows and K, if x, codes of `bits` and the result belong together.
+static bool fits(X x, Bytes codes, ffi::Result<Y>& y, int bits) {
+  const auto a = x.dimensions(), b = codes.dimensions(), c = y->dimensions();
+  return a[1] % four_bits::kBlock == 0 && 8 * b[1] == bits * a[1] && c[0] == a[0] && c[1] == b[0];
+}
+
+// How many blocks share a scale of [N, G]: the least power of two with which G scales suffice.
+static int64_t blocks_of(int64_t blocks, int64_t groups) {
+  int64_t each = 1;
+  while (each * groups < blocks) each *= 2;
+  return each;
+}
+
+static ffi::Error nvfp4_handler(ffi::ThreadPool pool, Isa isa, X x, Bytes packed, Bytes scales, ffi::Result<Y> y) {
+  const auto a = x.dimensions(), b = packed.dimensions(), s = scales.dimensions();
+  if (!fits(x, packed, y, 4) || 16 * s[1] != a[1] || s[0] != b[0]) return unfitting();
+  const auto* kernel = choose(four_bits_choices<four_bits::Nvfp4>(), *isa);
+  if (kernel == nullptr) return unsupported(*isa);
+  const four_bits::Weight w = {packed.typed_data(), scales.typed_data(), nullptr, 1};
+  four_bits_matmul(*kernel, pool, x.typed_data(), w, y->typed_data(), a[0], b[0], a[1]);
+  return ffi::Error::Success();
+}
+
+static ffi::Error int4_handler(ffi::ThreadPool pool, Isa isa, X x, Bytes packed, Halves scales, ffi::Result<Y> y) {
+  const auto a = x.dimensions(), b = packed.dimensions(), s = scales.dimensions();
+  if (!fits(x, packed, y, 4) || s[1] == 0 || s[0] != b[0]) return unfitting();
+  const auto* kernel = choose(four_bits_choices<four_bits::Int4>(), *isa);
+  if (kernel == nullptr) return unsupported(*isa);
+  const four_bits::Weight w = {packed.typed_data(), scales.untyped_data(), nullptr, blocks_of(a[1] / four_bits::kBlock, s[1])};
+  four_bits_matmul(*kernel, pool, x.typed_data(), w, y->typed_data(), a[0], b[0], a[1]);
+  return ffi::Error::Success();
+}
+
+static ffi::Error uint4_handler(ffi::ThreadPool pool, Isa isa, X x, Bytes packed, Halves scales, Halves minima,
+                                ffi::Result<Y> y) {
+  const auto a = x.dimensions(), b = packed.dimensions(), s = scales.dimensions(), t = minima.dimensions();
+  if (!fits(x, packed, y, 4) || s[1] == 0 || s[0] != b[0] || t[0] != s[0] || t[1] != s[1]) return unfitting();
+  const auto* kernel = choose(four_bits_choices<four_bits::Uint4>(), *isa);
+  if (kernel == nullptr) return unsupported(*isa);
+  const auto* least = static_cast<const uint16_t*>(minima.untyped_data());
+  const four_bits::Weight w = {packed.typed_data(), scales.untyped_data(), least, blocks_of(a[1] / four_bits::kBlock, s[1])};
+  four_bits_matmul(*kernel, pool, x.typed_data(), w, y->typed_data(), a[0], b[0], a[1]);
+  return ffi::Error::Success();
+}
+
+static ffi::Error int8_handler(ffi::ThreadPool pool, Isa isa, X x, Bytes codes, Floats scales, ffi::Result<Y> y) {
+  const auto a = x.dimensions(), b = codes.dimensions(), s = scales.dimensions();
+  if (!fits(x, codes, y, 8) || s[1] != 1 || s[0] != b[0]) return unfitting();
+  const auto* kernel = choose(int8_choices(), *isa);
+  if (kernel == nullptr) return unsupported(*isa);
+  int8_matmul(*kernel, pool, x.typed_data(), codes.typed_data(), scales.typed_data(), y->typed_data(), a[0], b[0], a[1]);
+  return ffi::Error::Success();
+}
+
+}  // namespace mlspecqd
+
+MLSPECQD_PRODUCT(nvfp4_matmul, nvfp4_handler, four_bits_choices<mlspecqd::four_bits::Nvfp4>)
+MLSPECQD_PRODUCT(int4_matmul, int4_handler, four_bits_choices<mlspecqd::four_bits::Int4>)
+MLSPECQD_PRODUCT(uint4_matmul, uint4_handler, four_bits_choices<mlspecqd::four_bits::Uint4>)
+MLSPECQD_PRODUCT(int8_matmul, int8_handler, int8_choices)
