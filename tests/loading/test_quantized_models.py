@@ -34,7 +34,10 @@ def quantized_leaves(model):
     return [leaf for leaf in model.params.values() if isinstance(leaf, QuantizedArray)]
 
 
-@pytest.mark.parametrize("layout", made.LAYOUTS)
+QUICK = ("gptq act-order", "gptq v2 with zeros", "awq", "int8", "fp8 tiles", "nvfp4", "mxfp4", "quark int4")
+
+
+@pytest.mark.parametrize("layout", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in made.LAYOUTS])
 def test_logits_are_those_of_the_weights_that_a_folder_stands_for(tmp_path, capsys, target, layout):
     folder, stands_for = write(tmp_path, layout)
     params = {name: np.asarray(w, np.float32) for name, w in stands_for.items()}
@@ -146,8 +149,7 @@ def test_another_network_drafts_with_a_cache_of_its_own(tmp_path, capsys, target
     draft = mlsd.load(folder, twin_of=target)
     assert not is_twin(draft, target)
     assert "its network is another" in capsys.readouterr().err
-    alone = mlsd.generate(mlsd.stack(target, exact=False), ["ab cd"], max_new_tokens=8)
-    assert mlsd.generate(mlsd.stack(target, (draft, 3), exact=False), ["ab cd"], max_new_tokens=8).tokens == alone.tokens
+    assert not mlsd.stack(target, (draft, 3), exact=False).level.drafter.share_cache
 
 
 def test_what_load_is_asked_for(tmp_path, target):

@@ -55,12 +55,12 @@ def chosen(schemes: Sequence[Scheme], bits: int, groups: int, module: Module, ki
       InputError: there is none, or there are several that say different things.
     """
     k = module.shape[1]
-    found = {s._replace(group=None if groups == 1 else s.group) for s in schemes if counts([s], bits, k) == [groups]}
-    if len(found) != 1:
+    found = [s for s in schemes if counts([s], bits, k) == [groups]]
+    if len({s._replace(group=None if groups == 1 else s.group) for s in found}) != 1:
         name = module.tensors[kind].name
         why = "the config has no such" if not found else "the config has several such"
         raise InputError(f"tensor {name} is of {bits} bits in {groups} groups over {k} inputs, but {why} scheme: {list(schemes)}")
-    return found.pop()
+    return found[0]
 
 
 def order_of(module: Module, kind: str, groups: int, group: int) -> np.ndarray | None:

@@ -70,9 +70,9 @@ def why_not_its_cache(leaves: Leaves, network: Network, params: Mapping[str, jax
 
 def alike(ours: np.ndarray, theirs: jax.Array) -> bool:
     """Return whether a plain array is the model's up to the rounding of 16 bits."""
-    a, b = ours.reshape(-1), np.asarray(theirs).reshape(-1)
     if ours.shape != theirs.shape:
         return False
+    a, b = ours.reshape(-1), np.asarray(theirs).reshape(-1)
     pieces = (slice(i, i + CHUNK) for i in range(0, len(a), CHUNK))
     return all(_near(a[piece].astype(np.float32), b[piece].astype(np.float32)) for piece in pieces)
 
