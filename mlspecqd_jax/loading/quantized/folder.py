@@ -8,7 +8,9 @@ import pathlib
 import re
 import warnings
 from collections.abc import Iterator
+from typing import cast
 
+import jax
 import numpy as np
 
 from mlspecqd_jax.errors import InputError
@@ -47,7 +49,7 @@ class Folder:
                 packed: Packed = read(module)
             except InputError as error:
                 raise InputError(f"{self.path}: {printable(str(error))}") from error
-            yield name, QuantizedArray(dict(packed.arrays), module.shape, packed.format)
+            yield name, QuantizedArray(cast(dict[str, jax.Array], packed.arrays), module.shape, packed.format)
 
 
 def open_folder(path: pathlib.Path, network: Network) -> Folder:
@@ -64,7 +66,8 @@ def open_folder(path: pathlib.Path, network: Network) -> Folder:
     modules: dict[str, Module] = {}
     for name, tensor in expected.items():
         owner, _, kind = name.rpartition(".")
-        module = Module(owner, tensor.shape, {of: stored for of, stored in found.get(owner, {}).items() if of != "bias"})
+        beside = {of: stored for of, stored in found.get(owner, {}).items() if of != "bias"}
+        module = Module(owner, cast(tuple[int, int], tensor.shape), beside)
         if kind == "weight" and tensor.linear and module.tensors and not module.is_plain:
             if name == HEAD and tied:
                 ignored += [stored.name for stored in module.tensors.values()]

@@ -91,7 +91,7 @@ class Module:
         Raises:
           InputError: as `get`; or it is zero, negative or not finite.
         """
-        value = self.get(kind, ("F32",), (), (1,)).reshape(())[()]
+        value = np.float32(self.get(kind, ("F32",), (), (1,)).reshape(-1)[0])
         if not (np.isfinite(value) and value > 0):
             raise InputError(f"tensor {self.tensors[kind].name} is {value}, but must be positive; use an intact checkpoint")
         return value

@@ -66,7 +66,7 @@ def packed(
         refuse_unlike(leaves, target, params)
         own_cache = why_not_its_cache(leaves, target, params)
         theirs = {HEAD: params[EMBEDDING]} | dict(params)
-        shared = {name: theirs[name] for name, leaf in leaves.items() if isinstance(leaf, np.ndarray) and alike(leaf, theirs[name])}
+        shared = {name: theirs[name] for name, leaf in leaves.items() if alike(leaf, theirs[name])}
         if own_cache is None and EMBEDDING not in shared:
             own_cache = "its embedding is another"
         if own_cache is not None:
@@ -89,9 +89,8 @@ def _leaves(path: pathlib.Path, quantization: Quantization, network: Network) ->
     """Return what a folder holds by the parameters' names; a head that is tied to an embedding like it is left out."""
     leaves = dict(open_folder(path, network).leaves(reader_of(quantization)))
     if network.config.tied and HEAD in leaves:
-        head = leaves.get(EMBEDDING)
-        if head is None:
-            leaves[EMBEDDING] = leaves.pop(HEAD)
-        elif np.array_equal(head, leaves[HEAD]):
-            del leaves[HEAD]
+        head = leaves.pop(HEAD)
+        embedding = leaves.setdefault(EMBEDDING, head)
+        if not (isinstance(head, np.ndarray) and isinstance(embedding, np.ndarray) and np.array_equal(head, embedding)):
+            leaves[HEAD] = head
     return leaves

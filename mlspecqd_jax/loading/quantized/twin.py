@@ -68,9 +68,9 @@ def why_not_its_cache(leaves: Leaves, network: Network, params: Mapping[str, jax
     return None if other is None else f"{other} is not the model's"
 
 
-def alike(ours: np.ndarray, theirs: jax.Array) -> bool:
-    """Return whether a plain array is the model's up to the rounding of 16 bits."""
-    if ours.shape != theirs.shape:
+def alike(ours: np.ndarray | QuantizedArray, theirs: jax.Array) -> bool:
+    """Return whether an array is the model's up to the rounding of 16 bits, as no quantized one is."""
+    if isinstance(ours, QuantizedArray) or ours.shape != theirs.shape:
         return False
     a, b = ours.reshape(-1), np.asarray(theirs).reshape(-1)
     pieces = (slice(i, i + CHUNK) for i in range(0, len(a), CHUNK))
