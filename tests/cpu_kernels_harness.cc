@@ -154,13 +154,13 @@ static void check_quantized(Pool& pool, int64_t m, int64_t n, int64_t blocks, un
   std::vector<uint8_t> e8m0(n * blocks), e4m3(2 * n * blocks);
   for (auto& s : e8m0) s = static_cast<uint8_t>(random() % 8 == 0 ? 0 : 120 + random() % 10);
   for (auto& s : e4m3) s = static_cast<uint8_t>(random() % 0x40);
-  check_form<four_bits::Mxfp4>(pool, "mxfp4", {packed.data(), e8m0.data(), nullptr, 1}, x, m, n, k);
-  check_form<four_bits::Nvfp4>(pool, "nvfp4", {packed.data(), e4m3.data(), nullptr, 1}, x, m, n, k);
+  check_form<four_bits::Mxfp4>(pool, "mxfp4", {packed.data(), e8m0.data(), nullptr, n, 1}, x, m, n, k);
+  check_form<four_bits::Nvfp4>(pool, "nvfp4", {packed.data(), e4m3.data(), nullptr, n, 1}, x, m, n, k);
   for (const int64_t each : {1, 2, 4, 16}) {
     const int64_t groups = (blocks + each - 1) / each;
     const auto scales = shorts(n * groups, 0x3400, 0x800, random), minima = shorts(n * groups, 0x3400, 0x800, random);
-    check_form<four_bits::Int4>(pool, "int4", {packed.data(), scales.data(), nullptr, each}, x, m, n, k);
-    check_form<four_bits::Uint4>(pool, "uint4", {packed.data(), scales.data(), minima.data(), each}, x, m, n, k);
+    check_form<four_bits::Int4>(pool, "int4", {packed.data(), scales.data(), nullptr, n, each}, x, m, n, k);
+    check_form<four_bits::Uint4>(pool, "uint4", {packed.data(), scales.data(), minima.data(), n, each}, x, m, n, k);
   }
   std::vector<float> scales(n);
   for (auto& s : scales) s = static_cast<float>(random() % 100) * 1e-4f;

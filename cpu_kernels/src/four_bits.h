@@ -31,11 +31,12 @@ namespace mlspecqd::four_bits {
 
 constexpr int kBlock = 32;
 
-// A weight as it is stored. `minima` may be null; `blocks` share one scale, where a form leaves that open.
+// A weight of so many rows as it is stored. `minima` may be null; `blocks` share one scale, where a form leaves that open.
 struct Weight {
   const uint8_t* codes;
   const void* scales;
   const uint16_t* minima;
+  int64_t rows;
   int64_t blocks;
 };
 
@@ -53,8 +54,8 @@ using Table = std::array<uint8_t, 16>;  // of each code: what it stands for, tim
 constexpr Table kElements = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
 constexpr Table kThemselves = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
-// The forms: what codes are; how many scales a block of 32 has, a byte each (1: E8M0, a byte 0 is scale 0; 2: E4M3), or 0: a float16
-// for one block or several; whether there are minima, which lie as such scales.
+// The forms: what codes are; how many scales a block of 32 has, a byte each (1: E8M0, a byte 0 is scale 0; 2: E4M3), or 0: a
+// float16 for one block or several; whether there are minima, which lie as such scales.
 struct Mxfp4 {
   static constexpr Table kTable = kElements;
   static constexpr int kOffset = 12, kMultiple = 2, kScales = 1;
@@ -206,12 +207,12 @@ std::array<uint16_t, lanes> places(int64_t blocks) {
   return out;
 }
 
-// The numbers of a group from `at` on, of `count` that a row has; of the last ones a copy, since nothing lies behind them.
-template <size_t lanes>
-const uint16_t* halves_at(const uint16_t* row, int64_t at, int64_t count, std::array<uint16_t, lanes>* copy) {
-  if (at + static_cast<int64_t>(lanes) <= count) return row + at;
+// So many of an array's numbers from `at` on: a copy where it ends before. What belongs to the next row is not used.
+template <size_t count, class T>
+const T* whole(const T* array, int64_t at, int64_t size, std::array<T, count>* copy) {
+  if (at + static_cast<int64_t>(count) <= size) return array + at;
   *copy = {};
-  std::copy(row + at, row + count, copy->begin());
+  std::copy(array + at, array + size, copy->begin());
   return copy->data();
 }
 
@@ -289,6 +290,13 @@ struct Decoded {
   __m512 minimum;
 };
 
+// The lanes of the blocks whose bits are set.
+inline __mmask16 in_lanes(uint32_t blocks) {
+  uint32_t lanes = 0;
+  for (int block = 0; block < kLanes; ++block) lanes |= (blocks >> block & 1) << (4 * (block % 4) + block / 4);
+  return static_cast<__mmask16>(lanes);
+}
+
 TARGET inline __m512 halves(const uint16_t* at, __m256i places) {
   return _mm512_cvtph_ps(_mm256_permutexvar_epi16(places, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at))));
 }
@@ -300,8 +308,13 @@ TARGET inline __attribute__((always_inline)) void numbers(const Weight& w, int64
   if constexpr (Form::kScales == 0) {
     const int64_t groups = (blocks + w.blocks - 1) / w.blocks, first = at / w.blocks;
     std::array<uint16_t, kLanes> copy;
-    out.scale[0] = halves(halves_at(static_cast<const uint16_t*>(w.scales) + n * groups, first, groups, &copy), places);
-    if constexpr (Form::kMinimum) out.minimum = halves(halves_at(w.minima + n * groups, first, groups, &copy), places);
+    const auto there = static_cast<__mmask16>((uint32_t{1} << std::min<int64_t>(kLanes, blocks - at)) - 1);
+    const __mmask16 lanes = at + kLanes <= blocks ? 0xffff : in_lanes(there);
+    const auto* scales = static_cast<const uint16_t*>(w.scales);
+    out.scale[0] = _mm512_maskz_mov_ps(lanes, halves(whole(scales, n * groups + first, w.rows * groups, &copy), places));
+    if constexpr (Form::kMinimum) {
+      out.minimum = _mm512_maskz_mov_ps(lanes, halves(whole(w.minima, n * groups + first, w.rows * groups, &copy), places));
+    }
     return;
   }
   const auto* bytes = static_cast<const uint8_t*>(w.scales) + (n * blocks + at) * Form::kScales;
@@ -448,24 +461,19 @@ TARGET inline __m256 halves(const uint16_t* at, __m128i places) {
 }
 
 template <class Form, int MT>
-TARGET inline void dot(const Group<Form>* x, const Weight& weight, int64_t n, int64_t blocks, __m128i places, float* out,
-                       int64_t stride) {
+TARGET inline void dot(const Group<Form>* x, const Weight& weight, int64_t n, int64_t blocks, __m128i places, __m256i remaining,
+                       float* out, int64_t stride) {
   constexpr int kSums = sums_of(Form::kScales);
   const __m256i table = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(Form::kTable.data())));
   const __m256i low = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
-  const uint8_t* packed = weight.codes + n * blocks * (kBlock / 2);
+  const int64_t size = weight.rows * blocks;  // of the weight, in blocks
   __m256 sums[MT];
   for (auto& sum : sums) sum = _mm256_setzero_ps();
   for (int64_t at = 0; at < blocks; at += kLanes, x += MT) {
-    alignas(32) uint8_t last[kGroup / 2 + 2 * kLanes];
-    const uint8_t* codes = packed + at * (kBlock / 2);
-    const uint8_t* bytes = static_cast<const uint8_t*>(weight.scales) + (n * blocks + at) * Form::kScales;
-    if (at + kLanes > blocks) {
-      std::memset(last, 0, sizeof last);
-      std::memcpy(last, codes, (blocks - at) * (kBlock / 2));
-      if constexpr (Form::kScales != 0) std::memcpy(last + kGroup / 2, bytes, (blocks - at) * Form::kScales);
-      codes = last, bytes = last + kGroup / 2;
-    }
+    std::array<uint8_t, kGroup / 2> last;
+    const uint8_t* codes = whole(weight.codes, (n * blocks + at) * (kBlock / 2), size * (kBlock / 2), &last);
+    // Activations of blocks that are not there are zero, but what is taken for their scales may be infinite.
+    const __m256 there = _mm256_castsi256_ps(at + kLanes <= blocks ? _mm256_set1_epi32(-1) : remaining);
     __m256i v[4];
     for (int r = 0; r < 4; ++r) v[r] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + 32 * r));
     const __m256i a = _mm256_unpacklo_epi32(v[0], v[1]), b = _mm256_unpackhi_epi32(v[0], v[1]);
@@ -480,19 +488,27 @@ TARGET inline void dot(const Group<Form>* x, const Weight& weight, int64_t n, in
     __m256 scale[kSums], minimum = _mm256_setzero_ps();
     if constexpr (Form::kScales == 0) {
       const int64_t groups = (blocks + weight.blocks - 1) / weight.blocks, first = at / weight.blocks;
+      const auto* scales = static_cast<const uint16_t*>(weight.scales);
       std::array<uint16_t, kLanes> copy;
-      scale[0] = halves(halves_at(static_cast<const uint16_t*>(weight.scales) + n * groups, first, groups, &copy), places);
-      if constexpr (Form::kMinimum) minimum = halves(halves_at(weight.minima + n * groups, first, groups, &copy), places);
+      scale[0] = _mm256_and_ps(there, halves(whole(scales, n * groups + first, weight.rows * groups, &copy), places));
+      if constexpr (Form::kMinimum) {
+        minimum = _mm256_and_ps(there, halves(whole(weight.minima, n * groups + first, weight.rows * groups, &copy), places));
+      }
     } else if constexpr (Form::kScales == 1) {
       const __m128i order = _mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, -1, -1, -1, -1, -1, -1, -1, -1);
+      std::array<uint8_t, kLanes> copy;
+      const uint8_t* bytes = whole(static_cast<const uint8_t*>(weight.scales), n * blocks + at, size, &copy);
       const __m128i s = _mm_shuffle_epi8(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes)), order);
-      scale[0] = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu8_epi32(s), 23));
+      scale[0] = _mm256_and_ps(there, _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu8_epi32(s), 23)));
     } else {
+      std::array<uint8_t, 2 * kLanes> copy;
+      const uint8_t* bytes = whole(static_cast<const uint8_t*>(weight.scales), 2 * (n * blocks + at), 2 * size, &copy);
       const __m128i s = _mm_shuffle_epi8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)), places);
       const __m128i first = _mm_slli_epi16(_mm_and_si128(s, _mm_set1_epi16(255)), 7);
       const __m128i second = _mm_slli_epi16(_mm_srli_epi16(s, 8), 7);
-      scale[0] = _mm256_mul_ps(_mm256_cvtph_ps(first), _mm256_set1_ps(kOfE4m3));
-      scale[1] = _mm256_mul_ps(_mm256_cvtph_ps(second), _mm256_set1_ps(kOfE4m3));
+      const __m256 factor = _mm256_and_ps(there, _mm256_set1_ps(kOfE4m3));
+      scale[0] = _mm256_mul_ps(_mm256_cvtph_ps(first), factor);
+      scale[1] = _mm256_mul_ps(_mm256_cvtph_ps(second), factor);
     }
     for (int m = 0; m < MT; ++m) {
       __m256i total[kSums];
@@ -525,7 +541,10 @@ TARGET void columns(const Group<Form>* x, const Weight& w, int64_t blocks, int64
   const auto words = places<kLanes>(Form::kScales == 0 ? w.blocks : 1);
   for (int i = 0; i < 16; ++i) order[i] = static_cast<uint8_t>(2 * words[i / 2] + i % 2);
   const __m128i indices = _mm_loadu_si128(reinterpret_cast<const __m128i*>(order));
-  for (int64_t n = begin; n < end; ++n) dot<Form, MT>(x, w, n, blocks, indices, out, stride);
+  alignas(32) int32_t remaining[kLanes];  // -1 in the lanes of the blocks that a row's last group has
+  for (int lane = 0; lane < kLanes; ++lane) remaining[lane] = lane % 4 * 2 + lane / 4 < blocks % kLanes ? -1 : 0;
+  const __m256i mask = _mm256_load_si256(reinterpret_cast<const __m256i*>(remaining));
+  for (int64_t n = begin; n < end; ++n) dot<Form, MT>(x, w, n, blocks, indices, mask, out, stride);
 }
 
 #undef TARGET

@@ -27,7 +27,7 @@ static ffi::Error nvfp4_handler(ffi::ThreadPool pool, Isa isa, X x, Bytes packed
   if (!fits(x, packed, y, 4) || 16 * s[1] != a[1] || s[0] != b[0]) return unfitting();
   const auto* kernel = choose(four_bits_choices<four_bits::Nvfp4>(), *isa);
   if (kernel == nullptr) return unsupported(*isa);
-  const four_bits::Weight w = {packed.typed_data(), scales.typed_data(), nullptr, 1};
+  const four_bits::Weight w = {packed.typed_data(), scales.typed_data(), nullptr, b[0], 1};
   four_bits_matmul(*kernel, pool, x.typed_data(), w, y->typed_data(), a[0], b[0], a[1]);
   return ffi::Error::Success();
 }
@@ -37,19 +37,19 @@ static ffi::Error int4_handler(ffi::ThreadPool pool, Isa isa, X x, Bytes packed,
   if (!fits(x, packed, y, 4) || s[1] == 0 || s[0] != b[0]) return unfitting();
   const auto* kernel = choose(four_bits_choices<four_bits::Int4>(), *isa);
   if (kernel == nullptr) return unsupported(*isa);
-  const four_bits::Weight w = {packed.typed_data(), scales.untyped_data(), nullptr, blocks_of(a[1] / four_bits::kBlock, s[1])};
+  const four_bits::Weight w = {packed.typed_data(), scales.untyped_data(), nullptr, b[0],
+                               blocks_of(a[1] / four_bits::kBlock, s[1])};
   four_bits_matmul(*kernel, pool, x.typed_data(), w, y->typed_data(), a[0], b[0], a[1]);
   return ffi::Error::Success();
 }
 
-static ffi::Error uint4_handler(ffi::ThreadPool pool, Isa isa, X x, Bytes packed, Halves scales, Halves minima,
-                                ffi::Result<Y> y) {
+static ffi::Error uint4_handler(ffi::ThreadPool pool, Isa isa, X x, Bytes packed, Halves scales, Halves minima, ffi::Result<Y> y) {
   const auto a = x.dimensions(), b = packed.dimensions(), s = scales.dimensions(), t = minima.dimensions();
   if (!fits(x, packed, y, 4) || s[1] == 0 || s[0] != b[0] || t[0] != s[0] || t[1] != s[1]) return unfitting();
   const auto* kernel = choose(four_bits_choices<four_bits::Uint4>(), *isa);
   if (kernel == nullptr) return unsupported(*isa);
   const auto* least = static_cast<const uint16_t*>(minima.untyped_data());
-  const four_bits::Weight w = {packed.typed_data(), scales.untyped_data(), least, blocks_of(a[1] / four_bits::kBlock, s[1])};
+  const four_bits::Weight w = {packed.typed_data(), scales.untyped_data(), least, b[0], blocks_of(a[1] / four_bits::kBlock, s[1])};
   four_bits_matmul(*kernel, pool, x.typed_data(), w, y->typed_data(), a[0], b[0], a[1]);
   return ffi::Error::Success();
 }

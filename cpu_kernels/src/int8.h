@@ -3,8 +3,8 @@
 //
 // Activations are rounded to eight bits by blocks of 32, as in four_bits.h: x is taken for q * a/127, and
 //   y[m, n] = (sum over blocks of (sum of e q) * a/127) * scale[n].
-// The sum over a block is one of integers, exact in any order. The sum over blocks is one accumulator's, in order, and its lanes are
-// added in one order: a row's result does not depend on M, tiles or threads.
+// The sum over a block is one of integers, exact in any order. The sum over blocks is one accumulator's, in order, and its lanes
+// are added in one order: a row's result does not depend on M, tiles or threads.
 
 #pragma once
 

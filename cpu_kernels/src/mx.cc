@@ -12,7 +12,7 @@ static ffi::Error mxfp4_handler(ffi::ThreadPool pool, Isa isa, X x, Bytes packed
   if (2 * b[1] != a[1] || four_bits::kBlock * s[1] != a[1] || s[0] != b[0] || c[0] != a[0] || c[1] != b[0]) return unfitting();
   const auto* kernel = choose(four_bits_choices<four_bits::Mxfp4>(), *isa);
   if (kernel == nullptr) return unsupported(*isa);
-  const four_bits::Weight w = {packed.typed_data(), scales.typed_data(), nullptr, 1};
+  const four_bits::Weight w = {packed.typed_data(), scales.typed_data(), nullptr, b[0], 1};
   four_bits_matmul(*kernel, pool, x.typed_data(), w, y->typed_data(), a[0], b[0], a[1]);
   return ffi::Error::Success();
 }
