@@ -23,7 +23,8 @@ INTERRUPTED = 130
 MODEL_HELP = "folder, .gguf file, owner/name or owner/name/FILE.gguf id"
 DRAFT_HELP = (
     "BASE[:LEN], what drafts for the model, repeated for what drafts for the draft; BASE is a format such as mxfp4 (the same "
-    "weights in it; auto4.5: a format for each weight, 4.5 bits on average), MODEL[@FORMAT], ngram, or none (plain decoding); the "
+    "weights in it; auto4.5: a format for each weight, 4.5 bits on average), MODEL[@FORMAT] (one that is quantized already drafts "
+    "as it is stored), ngram, or none (plain decoding); the "
     "default is what was found to pay for models of this size on this device: ngram for small ones, mxfp4 for large ones on CPU"
 )
 
@@ -89,6 +90,7 @@ def _parser() -> Parser:
     g.add_argument("--own-cache", action="store_true", help="give twins a cache of their own instead of their verifier's")
     g.add_argument("--inexact", action="store_true", help="do not pad windows: fastest, equal up to rounding")
     g.add_argument("--dtype", default="bfloat16", metavar="D", help="bfloat16 (default), float32 or float16")
+    g.add_argument("--dequantize", action="store_true", help="decode the weights of a MODEL that is quantized already")
     for name, argument in ARGUMENTS.items():
         option, form = _spelt(name, argument)
         g.add_argument(option, dest=name, default=argparse.SUPPRESS, **form)
@@ -150,7 +152,7 @@ def _generate(a: argparse.Namespace) -> None:
 
     load = functools.cache(functools.partial(models.load, dtype=a.dtype))
     specs.parse(a.draft)  # refused before anything is loaded
-    target = load(a.model)
+    target = load(a.model, dequantize=a.dequantize)
     drafts = a.draft or planner.default_drafts(target)
     drafters = specs.drafters(specs.parse(drafts), target, load)
     stack = stacks.stack(target, *drafters, exact=not a.inexact, share_cache=not a.own_cache)

@@ -1,7 +1,8 @@
 """Drafters as written on the command line: SPEC = BASE[:LEN], outermost first.
 
 BASE is a FORMAT (the twin of the level above), MODEL[@FORMAT], `ngram`, or `none` (plain decoding, alone); LEN is the draft_len. In
-place of a FORMAT, `auto` and a number, such as auto4.5, is a format for each weight, so many bits on average.
+place of a FORMAT, `auto` and a number, such as auto4.5, is a format for each weight, so many bits on average. A MODEL that is
+quantized already is read as it is stored, as the twin of the level above where it can be that.
 """
 
 import functools
@@ -11,7 +12,7 @@ from typing import Any, NamedTuple
 
 from mlspecqd_jax.errors import InputError
 from mlspecqd_jax.loading.find import is_known
-from mlspecqd_jax.loading.models import Model
+from mlspecqd_jax.loading.models import Model, is_quantized
 from mlspecqd_jax.speculation.drafters.prompt_lookup import PromptLookup
 from mlspecqd_jax.stacks import check_draft_len, default_draft_len
 from mlspecqd_jax.weights.formats import FORMATS
@@ -61,8 +62,8 @@ def _parse(spec: str, above: str | None) -> Spec:
         return Spec(base, None, draft_len)
     raise InputError(
         f"--draft {spec} is no draft: give a format ({', '.join(FORMATS)}, or auto and bits, as auto4.5) for the twin of the level "
-        "above, ngram, none, or a model (an existing folder or .gguf file, an owner/name id, demo or demo-small) with @ and a format "
-        "or without; a colon and a length may end it"
+        "above, ngram, none, or a model (an existing folder or .gguf file, an owner/name id, demo or demo-small) with @ and a "
+        "format or without; a colon and a length may end it"
     )
 
 
@@ -75,13 +76,22 @@ def _twin(model: Model, format: str) -> Model:
     return model.quantized(format) if found is None else model.quantized(bits=float(found[1]))
 
 
-def drafters(specs: Sequence[Spec], target: Model, load: Callable[[str], Model]) -> list[tuple[Any, int]]:
-    """Turn specs into the (drafter, draft_len) pairs that `stack` takes; `load` is asked for the models that they name."""
+def drafters(specs: Sequence[Spec], target: Model, load: Callable[..., Model]) -> list[tuple[Any, int]]:
+    """Turn specs into the (drafter, draft_len) pairs that `stack` takes; `load` is asked for the models that they name.
+
+    Raises:
+      InputError: what `load` raises, or a format for a model that is quantized already.
+    """
     pairs, above = [], target  # the model of the level above, not quantized
     twins = functools.cache(_twin)  # so that two levels in one format share their weights
     for i, spec in enumerate(specs):
         if spec == LOOKUP._replace(draft_len=spec.draft_len):
             drafter = PromptLookup()
+        elif spec.model is not None and is_quantized(spec.model):
+            if spec.format is not None:
+                raise InputError(f"--draft {spec.model}@{spec.format}: {spec.model} is quantized already; leave @{spec.format} out")
+            drafter = load(spec.model, twin_of=above)
+            above = above if drafter.network == above.network else drafter  # whose weights, not quantized, are that model's
         else:
             above = above if spec.model is None else load(spec.model)
             drafter = above if spec.format is None else twins(above, spec.format)

@@ -113,7 +113,7 @@ REFUSALS = (
 
 
 def read_config(folder: pathlib.Path) -> Config:
-    """Read config.json; absent keys take the defaults of transformers' own config class.
+    """Read config.json, of plain or quantized weights; absent keys take the defaults of transformers' own config class.
 
     Raises:
       InputError: what the model is that cannot be read, or which key is missing, of another type or out of range.
@@ -168,12 +168,6 @@ def _refuse(path: pathlib.Path, raw: dict) -> None:
     if other:
         raise InputError(
             f"{path}: architecture {brief(other[0])} has no language-model head; a ...ForCausalLM checkpoint is needed"
-        )
-    quantized = raw.get("quantization_config")
-    if quantized:
-        method = quantized.get("quant_method", "unknown method") if isinstance(quantized, dict) else "unknown method"
-        raise InputError(
-            f"{path}: the weights are quantized already ({brief(method)}); give the original BF16, FP16 or FP32 checkpoint"
         )
     absent = [key for key in (("text_config",) if family in WRAPPERS else REQUIRED) if raw.get(key) is None]
     if absent:

@@ -31,6 +31,8 @@ HUB_FILES = (
     "generation_config.json",
     "model*.safetensors",
     "model.safetensors.index.json",
+    "hf_quant_config.json",  # of weights that are quantized already, these two
+    "quantize_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -97,7 +99,7 @@ def read_params(folder: pathlib.Path, model: Network, dtype: jnp.dtype, mesh: Me
                 opened = {file: stack.enter_context(_opened(file)) for file in files}
                 for name in names:
                     array = tensors.read(expected[name], lambda stored, opened=opened: _get(opened, located[stored]))
-                    params[name] = placed(name, array, dtype, mesh, expected[name], files[0])
+                    params[name] = place_finite(name, array, dtype, mesh, expected[name], files[0])
                     bar.update()
     params = _tie(folder, params) if tied else params
     return {name: params[name] for name in expected if name in params}
@@ -145,8 +147,10 @@ def _all_finite(x):
     return jnp.sum(x * 0, dtype=jnp.float32) == 0
 
 
-def placed(name: str, array: np.ndarray, dtype: jnp.dtype, mesh: Mesh | None, tensor: Tensor, file: pathlib.Path) -> jax.Array:
-    """Put a tensor of a file in its place, in `dtype`.
+def place_finite(
+    name: str, array: np.ndarray, dtype: jnp.dtype, mesh: Mesh | None, tensor: Tensor, file: pathlib.Path
+) -> jax.Array:
+    """Put a parameter of a file where its axes say, in `dtype`.
 
     Raises:
       InputError: it is not finite there.

@@ -10,11 +10,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from mlspecqd_jax import arguments, jax_settings
+from mlspecqd_jax import arguments, console, jax_settings
 from mlspecqd_jax.errors import InputError
 from mlspecqd_jax.loading import checkpoint, precision_search
 from mlspecqd_jax.loading.find import find, is_path
 from mlspecqd_jax.loading.origin import origin
+from mlspecqd_jax.loading.quantized.method import Quantization, find_quantization
+from mlspecqd_jax.loading.quantized.params import decoded, packed
 from mlspecqd_jax.network.network import Network
 from mlspecqd_jax.text import chat
 from mlspecqd_jax.text.card import Card
@@ -136,16 +138,29 @@ class Model:
 
 
 @jax_settings.held
-def load(model: str | os.PathLike, *, dtype: str = "bfloat16", mesh: Mesh | None = None) -> Model:
+def load(
+    model: str | os.PathLike,
+    *,
+    dtype: str = "bfloat16",
+    mesh: Mesh | None = None,
+    twin_of: Model | None = None,
+    dequantize: bool = False,
+) -> Model:
     """Load a model from the demo family, a folder, a GGUF file, or the Hugging Face hub.
 
     A GGUF file's weights are dequantized, and a warning says from which types.
+
+    Weights that somebody quantized (compressed-tensors, GPTQ, AWQ, AutoRound, FP8, ModelOpt, Quark) draft as they are stored for
+    the model that they were made from, or are decoded to be a model. Stderr tells whether such a draft shares a cache.
 
     Args:
       model: `demo`, `demo-small`, a folder (Hugging Face's layout, or one that `convert` wrote), a .gguf file (of a split model any
         of its files), or an owner/name id or owner/name/FILE.gguf of the hub.
       dtype: of weights and activations: bfloat16, float32 or float16.
       mesh: a device mesh with an axis named `model` to split the weights over (tensor parallelism); None is one device.
+      twin_of: for quantized weights, the model that they are to draft for, whose dtype and mesh they take. Of the same network they
+        must be its own weights, and are its twin, which shares its embedding and cache, where keys and values allow it.
+      dequantize: decode quantized weights to `dtype`.
 
     Raises:
       InputError: one sentence on what is wrong with the name, the config or the weights.
@@ -153,10 +168,15 @@ def load(model: str | os.PathLike, *, dtype: str = "bfloat16", mesh: Mesh | None
     arguments.choice("dtype", dtype, DTYPES)
     if mesh is not None:
         arguments.instance("mesh", mesh, Mesh, "a Mesh, such as jax.make_mesh((4,), ('model',)), or None")
+    arguments.flag("dequantize", dequantize)
+    if twin_of is not None:
+        _check_original(twin_of, dequantize)
+        dtype, mesh = twin_of.embedding.dtype.name, twin_of.network.mesh
     mesh = usable_mesh(mesh)
     folder = find(model)
     enable_compilation_cache()
     found = origin(folder)
+    _check_use(folder, found.quantization, wanted=twin_of is not None or dequantize)
     config, tokenizer = found.config, found.tokenizer()
     card = Card(
         name=str(model),
@@ -166,11 +186,55 @@ def load(model: str | os.PathLike, *, dtype: str = "bfloat16", mesh: Mesh | None
         eos_token_ids=found.eos_token_ids,
         chat_end_token_ids=tuple(i for i in chat.end_token_ids(tokenizer) if i < config.vocab_size),
     )
+    if found.quantization is not None:
+        return _load_quantized(folder, found.quantization, Network(config, mesh), card, jnp.dtype(dtype), twin_of)
     params: dict[str, Leaf] = {**found.params(Network(config, mesh), jnp.dtype(dtype), mesh)}
     # What the files hold decides whether the embedding is the head too.
     network = Network(dataclasses.replace(config, tied=HEAD not in params), mesh)
     drafts = checkpoint.drafts(folder, dtype) if checkpoint.is_converted(folder) else ()
     return Model(network, params, card, folder, drafts=drafts)
+
+
+def is_quantized(model: str | os.PathLike) -> bool:
+    """Return whether a model's weights are quantized already; one of the hub is downloaded."""
+    place = find(model)
+    return place.is_dir() and find_quantization(place) is not None
+
+
+def _load_quantized(
+    folder: pathlib.Path, quantization: Quantization, network: Network, card: Card, dtype: jnp.dtype, twin_of: Model | None
+) -> Model:
+    if twin_of is None:
+        params: dict[str, Leaf] = {**decoded(folder, quantization, network, dtype)}
+        network = dataclasses.replace(network, config=dataclasses.replace(network.config, tied=HEAD not in params))
+        console.say(f"{card.name}: weights of {quantization.method} decoded to {dtype.name}, not the original's")
+        return Model(network, params, card, folder)
+    draft = packed(folder, quantization, network, twin_of.network, cast(dict[str, jax.Array], twin_of.params))
+    formats = f"{card.name}: weights of {quantization.method} ({', '.join(draft.formats)})"
+    if draft.own_cache is None:
+        console.say(f"{formats} as the twin of {twin_of.card.name}, whose embedding and cache they share")
+    else:
+        console.say(f"{formats} with a cache of their own beside {twin_of.card.name}: {draft.own_cache}")
+    return Model(draft.network, draft.params, card, folder, recipe=Recipe(quantization.method))
+
+
+def _check_original(twin_of: Any, dequantize: bool) -> None:
+    arguments.instance("twin_of", twin_of, Model, "a Model, as mlsd.load returns it, or None")
+    if dequantize:
+        raise InputError("twin_of drafts with weights as they are stored, and dequantize=True decodes them; give one of the two")
+    if twin_of.recipe is not None:
+        raise InputError(f"twin_of is {twin_of.card.name}, which is quantized itself; give the original model")
+
+
+def _check_use(folder: pathlib.Path, quantization: Quantization | None, wanted: bool) -> None:
+    if quantization is None and wanted:
+        raise InputError(f"{folder} says nothing of quantized weights; leave twin_of and dequantize out")
+    if quantization is not None and not wanted:
+        raise InputError(
+            f"{quantization.file}: the weights are quantized already ({arguments.brief(quantization.method)}); give the original "
+            "BF16, FP16 or FP32 checkpoint, for which these can draft (twin_of=target, --draft FOLDER), or decode them "
+            "(dequantize=True, --dequantize)"
+        )
 
 
 def describe(model: str | os.PathLike) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from mlspecqd_jax.json_files import read_json, read_json_if_there
 from mlspecqd_jax.loading import checkpoint, config_file, huggingface
 from mlspecqd_jax.loading.gguf import architectures, reader, small_files, tokenizer, weights
+from mlspecqd_jax.loading.quantized.method import Quantization, find_quantization
 from mlspecqd_jax.network.config import Config
 from mlspecqd_jax.network.network import Network
 from mlspecqd_jax.text import tokenizer_files
@@ -28,6 +29,7 @@ class Origin(NamedTuple):
     recorded: Mapping[str, Any]  # generation_config.json
     tokenizer_kind: str
     facts: Mapping[str, str]  # more to say of it, by name
+    quantization: Quantization | None  # of weights that are quantized already
     tokenizer: Callable[[], Any]  # or None where there is none
     params: Callable[[Network, jnp.dtype, Mesh | None], dict[str, jax.Array]]
 
@@ -42,7 +44,7 @@ def origin(place: pathlib.Path) -> Origin:
 
 
 def _of_folder(folder: pathlib.Path) -> Origin:
-    config, converted = config_file.read_config(folder), checkpoint.is_converted(folder)
+    config, quantization, converted = config_file.read_config(folder), find_quantization(folder), checkpoint.is_converted(folder)
     return Origin(
         kind=f"{'converted' if converted else 'Hugging Face'} checkpoint in {folder}",
         family=read_json(folder / "config.json")["model_type"],
@@ -50,7 +52,8 @@ def _of_folder(folder: pathlib.Path) -> Origin:
         eos_token_ids=config_file.eos_token_ids(folder, config.vocab_size),
         recorded=read_json_if_there(folder / "generation_config.json"),
         tokenizer_kind=tokenizer_files.describe(folder),
-        facts={},
+        facts={"weights": "plain" if quantization is None else f"quantized by {quantization.method}"},
+        quantization=quantization,
         tokenizer=functools.partial(tokenizer_files.read_tokenizer, folder),
         params=functools.partial(checkpoint.restore if converted else huggingface.read_params, folder),
     )
@@ -70,6 +73,7 @@ def _of_file(file: reader.GGUF) -> Origin:
         recorded=recorded,
         tokenizer_kind=tokenizer.describe(file),
         facts={"tensors": types},
+        quantization=None,
         tokenizer=functools.partial(tokenizer.read_tokenizer, file),
         params=functools.partial(_dequantized, file),
     )

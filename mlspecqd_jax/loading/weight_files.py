@@ -10,6 +10,7 @@ import os
 import pathlib
 import re
 import warnings
+from collections.abc import Container
 from typing import NamedTuple
 
 from safetensors import SafetensorError, safe_open
@@ -60,10 +61,10 @@ def locate(folder: pathlib.Path, expected: dict[str, tuple[int, ...]], *, tied: 
     Raises:
       InputError: files or tensors missing, unknown, of another shape or kind, truncated, or a name that stands for two tensors.
     """
-    headers, index = _headers(folder)
+    found, index = headers(folder)
     located, ignored, problems = {}, [], []
-    for source, header in headers.items():
-        name = _name(source.name, expected)
+    for source, header in found.items():
+        name = own_name(source.name, expected)
         if index is not None and index.get(source.name) != source.file:
             ignored.append(source.name)  # the index decides: another file's tensor is meant, or none
         elif name not in expected:
@@ -75,8 +76,8 @@ def locate(folder: pathlib.Path, expected: dict[str, tuple[int, ...]], *, tied: 
             located[name] = source
             problems += _misfit(source.name, header, expected[name])
     optional = {HEAD, EMBEDDING} if tied and {HEAD, EMBEDDING} & located.keys() else {HEAD} if tied else set()
-    found = {_name(place.name, expected): place for place in headers}
-    problems += [_missing(name, found.get(name), index) for name in expected if name not in located.keys() | optional]
+    places = {own_name(place.name, expected): place for place in found}
+    problems += [_missing(name, places.get(name), index) for name in expected if name not in located.keys() | optional]
     if problems:
         raise InputError(
             f"{folder} does not hold the model that its config.json describes: {some(problems, '; ')}; "
@@ -87,7 +88,8 @@ def locate(folder: pathlib.Path, expected: dict[str, tuple[int, ...]], *, tied: 
     return {name: located[name] for name in expected if name in located}
 
 
-def _name(name: str, expected: dict[str, tuple[int, ...]]) -> str:
+def own_name(name: str, expected: Container[str]) -> str:
+    """Return the name that a network has for a tensor of a file, if it is one of those expected."""
     for pattern, prefix in PREFIXES:
         name = re.sub(f"^{pattern}", prefix, name)
     return name if name in expected else f"model.{name}"
@@ -115,7 +117,7 @@ def some(words: list[str], separator: str) -> str:
     return printable(separator.join(word[:200] for word in words[:3])) + more
 
 
-def _headers(folder: pathlib.Path) -> tuple[dict[Place, Header], dict[str, pathlib.Path] | None]:
+def headers(folder: pathlib.Path) -> tuple[dict[Place, Header], dict[str, pathlib.Path] | None]:
     """Return the headers of all files, and the file of each name where an index says it."""
     if os.path.isfile(folder / FILE):  # an index beside it is stale; transformers reads the file too
         return _read_header(folder / FILE), None

@@ -5,6 +5,7 @@ import math
 import shutil
 
 import pytest
+import quantized_folders
 from command import DEMO, PLAIN, SHORT, run
 
 import cpu_kernels
@@ -72,6 +73,26 @@ def test_logprobs_compare_and_none(capsys):
     assert max(value["logprobs"][0]) <= 0
     assert value["report"]["speedup"] > 0
     assert value["report"]["exact"] is False
+
+
+def test_quantized_weights_draft_as_they_are_stored_or_are_decoded(capsys, tmp_path):
+    plain = quantized_folders.weights()
+    tensors, _ = quantized_folders.quantized("gptq act-order", plain)
+    packed = quantized_folders.write(tmp_path / "packed", tensors, quantized_folders.LAYOUTS["gptq act-order"][0])
+    original = quantized_folders.write_plain(tmp_path / "original", plain)
+    short = ("--prompt", "ab c", "--max-new-tokens", "12")
+    code, drafted, err = run(capsys, "generate", original, *short, "--draft", f"{packed}:3")
+    assert code == 0
+    assert f"{packed}: weights of gptq (int4_g128) as the twin of {original}, whose embedding and cache they share" in err
+    assert f"tokens drafted by {packed}" in err
+    assert drafted == run(capsys, "generate", original, *short, "--draft", "none")[1]
+    code, _, err = run(capsys, "generate", packed, *short, "--draft", "none", "--dequantize")
+    assert code == 0
+    assert f"{packed}: weights of gptq decoded to bfloat16" in err
+    code, _, err = run(capsys, "generate", packed, *short)
+    assert code == 2
+    assert "--dequantize" in err
+    assert "weights:              quantized by gptq\n" in run(capsys, "info", packed)[1]
 
 
 def test_info(capsys):

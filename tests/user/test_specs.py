@@ -1,7 +1,10 @@
 """Drafters as the command line spells them."""
 
 import pytest
+import quantized_folders
+from refusals import refused
 
+import mlspecqd_jax as mlsd
 from mlspecqd_jax import specs, stacks
 from mlspecqd_jax.speculation.drafters.prompt_lookup import PromptLookup
 
@@ -51,3 +54,21 @@ def test_other_specs_are_refused_before_anything_is_loaded(given, message):
     with pytest.raises(ValueError, match=message) as caught:
         specs.parse(given)
     assert "\n" not in str(caught.value)
+
+
+def test_a_folder_of_quantized_weights_drafts_for_the_level_above(tmp_path):
+    plain = quantized_folders.weights()
+    tensors, _ = quantized_folders.quantized("mxfp4", plain)
+    folder = str(quantized_folders.write(tmp_path / "packed", tensors, quantized_folders.LAYOUTS["mxfp4"][0]))
+    target = mlsd.load(quantized_folders.write_plain(tmp_path / "plain", plain), dtype="float32")
+
+    def pairs(*given):
+        return specs.drafters(specs.parse(given), target, mlsd.load)
+
+    [(twin, length), (below, _)] = pairs(f"{folder}:6", "mxfp8_e4m3:2")
+    assert (twin.card.name, length) == (folder, 6)
+    assert stacks.is_twin(twin, target)
+    assert below.card.name == f"{target.card.name}@mxfp8_e4m3"  # of the level above are the target's weights
+    assert stacks.is_twin(below, twin)
+    with refused(f"{folder} is quantized already", "leave @mxfp4 out"):
+        pairs(f"{folder}@mxfp4:6")

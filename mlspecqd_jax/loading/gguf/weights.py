@@ -18,7 +18,7 @@ from mlspecqd_jax.loading.gguf.architectures import architecture
 from mlspecqd_jax.loading.gguf.names import gguf_name, offset, row_order
 from mlspecqd_jax.loading.gguf.reader import GGUF, Entry, raw
 from mlspecqd_jax.loading.gguf.rope import DIVISORS
-from mlspecqd_jax.loading.huggingface import placed
+from mlspecqd_jax.loading.huggingface import place_finite
 from mlspecqd_jax.loading.weight_files import some
 from mlspecqd_jax.network.network import Network
 from mlspecqd_jax.weights import tensors
@@ -86,7 +86,7 @@ def read_params(file: GGUF, model: Network, dtype: jnp.dtype, mesh: Mesh | None)
     for name, tensor in tqdm(expected.items(), desc="Loading weights", unit="tensor", disable=None, leave=False):
         array = tensors.read(tensor, lambda stored: values(located[stored], np.dtype(dtype)))
         first = located[tensor.sources[0].names[0]].entry
-        params[name] = placed(first.name, array, dtype, mesh, tensor, first.file)
+        params[name] = place_finite(first.name, array, dtype, mesh, tensor, first.file)
     return params
 
 
