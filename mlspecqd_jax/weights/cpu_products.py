@@ -48,7 +48,8 @@ def _run_dense(x, arrays, *, n, chip, format, interpret):
     return cpu_kernels.dense_matmul(x.astype(arrays["weight"].dtype), arrays["weight"])
 
 
-GROUPED = ("nvfp4", "int4", "int4_g64", "int4_g128", "uint4_g32", "uint4_g64", "uint4_g128", "int8")
+SIZES = tuple(32 << i for i in range(10))  # of groups
+GROUPED = ("nvfp4", "int8", "int4", *(f"int4_g{size}" for size in SIZES), *(f"uint4_g{size}" for size in SIZES))
 _why_not_of_any_dtype = functools.partial(_why_not, dtypes=("bfloat16", "float16", "float32"))
 _MXFP4 = Product("cpp mxfp4", MX[:1], _why_not, as_stored, STORED_AXES, _run_mxfp4, _every_row_by_itself)
 CPU_PRODUCTS = (
