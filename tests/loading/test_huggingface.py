@@ -205,6 +205,6 @@ def test_a_value_beyond_float16(tmp_path):
 
 def test_headers_are_checked_before_a_tensor_is_read(tmp_path, monkeypatch):
     write(tmp_path, {"model.norm.weight": None})
-    monkeypatch.setattr(huggingface, "_place", lambda *_: pytest.fail("read a tensor of a checkpoint that is refused"))
+    monkeypatch.setattr(huggingface, "placed", lambda *_: pytest.fail("read a tensor of a checkpoint that is refused"))
     with refused("missing tensor model.norm.weight"):
         read(tmp_path)
