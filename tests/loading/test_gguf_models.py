@@ -127,6 +127,7 @@ KEYS = [
     ({"llama.rope.dimension_count": 6}, ["llama.rope.dimension_count", "6", "12"]),
     ({"llama.expert_count": 8}, ["llama.expert_count", "8", "only 0"]),
     ({"llama.attention.causal": False}, ["llama.attention.causal", "only True"]),
+    ({"llama.attention.sliding_window": 7, "llama.attention.sliding_window_pattern": 2}, ["sliding_window_pattern'", "not known"]),
     ({"llama.logit_scale": 0.5}, ["'llama.logit_scale'", "not known"]),
     ({"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0}, ["'yarn'", "not supported", "linear"]),
     (
@@ -223,6 +224,22 @@ def test_convert_keeps_the_model_without_its_file(tmp_path):
         np.testing.assert_array_equal(found.params[name], leaf, err_msg=name)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == "llama"
     assert dataclasses.replace(found.card, name="") == dataclasses.replace(original.card, name="")
+
+
+@pytest.mark.parametrize(
+    ("keys", "local"),
+    [
+        ({"gemma3.attention.sliding_window_pattern": [True, False, False, True]}, [True, False, False, True]),
+        ({"gemma3.attention.sliding_window_pattern": 4}, [True, True, True, False]),
+        ({"gemma3.attention.sliding_window": 0}, [False] * 4),
+    ],
+)
+def test_which_layers_of_gemma_have_a_window(tmp_path, keys, local):
+    found = mlsd.load(gguf_files.model(tmp_path / "x.gguf", CONFIGS["gemma3"], keys)).network.config
+    assert [layer.mixer.window is not None for layer in found.layers] == local
+    for bad in (0, "x", [True], 1.5):
+        with refused("sliding_window_pattern", "4 layers"):
+            mlsd.load(gguf_files.model(tmp_path / "x.gguf", CONFIGS["gemma3"], {"gemma3.attention.sliding_window_pattern": bad}))
 
 
 def test_gemmas_largest_size_scales_scores_by_the_width(tmp_path):

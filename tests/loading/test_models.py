@@ -15,6 +15,7 @@ from refusals import refused
 import mlspecqd_jax as mlsd
 from mlspecqd_jax import specs
 from mlspecqd_jax.loading import find, models
+from mlspecqd_jax.text import tokenizer_files
 from mlspecqd_jax.text.card import Card
 
 HERE = pathlib.Path(mlsd.__file__).parent
@@ -170,9 +171,9 @@ def test_what_is_no_file_is_passed_over(tmp_path):
 
 def test_a_template_of_its_own_file_comes_first(tmp_path):
     folder = folders.write_tokenizer(tmp_path, "from the config")
-    assert models.tokenizer_files.read_tokenizer(folder).chat_template == "from the config"
+    assert tokenizer_files.read_tokenizer(folder).chat_template == "from the config"
     (folder / "chat_template.jinja").write_text("from the file", encoding="utf-8")
-    assert models.tokenizer_files.read_tokenizer(folder).chat_template == "from the file"
+    assert tokenizer_files.read_tokenizer(folder).chat_template == "from the file"
 
 
 @pytest.mark.parametrize(
@@ -180,7 +181,7 @@ def test_a_template_of_its_own_file_comes_first(tmp_path):
     [([{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}], "d"), ([], None), (None, None)],
 )
 def test_of_several_templates_the_default_is_taken(tmp_path, template, expected):
-    assert models.tokenizer_files.read_tokenizer(folders.write_tokenizer(tmp_path, template)).chat_template == expected
+    assert tokenizer_files.read_tokenizer(folders.write_tokenizer(tmp_path, template)).chat_template == expected
 
 
 @pytest.mark.parametrize(
@@ -201,4 +202,4 @@ def test_a_tokenizer_config_of_other_types_is_refused(tmp_path, settings, words)
     config = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(json.dumps(config | settings))
     with refused("tokenizer_config.json", *words):
-        models.tokenizer_files.read_tokenizer(folder)
+        tokenizer_files.read_tokenizer(folder)

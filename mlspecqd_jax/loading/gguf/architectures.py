@@ -39,7 +39,6 @@ OWN = {  # where zero stands for none
 }
 READ_ELSEWHERE = (
     "attention.value_length",
-    "attention.sliding_window_pattern",
     "rope.dimension_count",
     "rope.scaling.type",
     "rope.scaling.factor",
@@ -56,7 +55,8 @@ ALLOWED: dict[str, Any] = {
     "attention.clamp_kqv": 0,
     "pooling_type": 0,
 }
-PATTERN = {"gemma2": 2, "gemma3": 6}  # every so manieth layer attends to all positions
+PATTERN = {"gemma2": 2, "gemma3": 6}  # of so many layers the last attends to all positions, where no key says it
+PATTERN_KEY = "attention.sliding_window_pattern"
 LARGEST = {"gemma2": 46, "gemma3": 62}  # layers of the size whose scores are scaled by the width of a head as if heads filled it
 
 
@@ -121,7 +121,7 @@ def _check(file: GGUF, kind: str, keys: dict[str, Any], names: dict[str, str]) -
             raise InputError(f"{file.path}: {kind}.{key} is {brief(value)}, which is not supported; only {ALLOWED[key]} is")
         if key in names and not KEYS[names[key]].allows(value):
             raise InputError(f"{file.path}: {kind}.{key} is {brief(value)}, but must be {KEYS[names[key]]} for all layers")
-        if key not in (*names, *READ_ELSEWHERE, *WITHOUT_EFFECT, *ALLOWED):
+        if key not in (*names, *READ_ELSEWHERE, *WITHOUT_EFFECT, *ALLOWED) and not (key == PATTERN_KEY and kind in GEMMAS):
             said = f"{file.path} has the key {brief(f'{kind}.{key}')}"
             raise InputError(f"{said}, whose effect on the model is not known; use the original checkpoint")
 
@@ -130,13 +130,13 @@ def _gemma(file: GGUF, kind: str, keys: dict[str, Any], config: dict[str, Any]) 
     """Return what Gemma's config.json has beside, by llama.cpp's rules for what no key says."""
     layers = config["num_hidden_layers"]
     scalar = config["hidden_size"] // config["num_attention_heads"] if layers == LARGEST[kind] else config["head_dim"]
-    pattern = keys.get("attention.sliding_window_pattern", PATTERN[kind])
+    pattern = keys.get(PATTERN_KEY, PATTERN[kind])
     if type(pattern) is int and pattern >= 1:
         local = [i % pattern < pattern - 1 for i in range(layers)]
     elif isinstance(pattern, list) and len(pattern) == layers:
         local = [bool(here) for here in pattern]
     else:
-        said = f"{file.path}: {kind}.attention.sliding_window_pattern is {brief(pattern)}"
+        said = f"{file.path}: {kind}.{PATTERN_KEY} is {brief(pattern)}"
         raise InputError(f"{said}, but must say which of {layers} layers have a sliding window; convert the model again")
     if kind == "gemma3" and "sliding_window" not in config:
         local = [False] * layers

@@ -67,7 +67,7 @@ def _llama3(file: GGUF, divisors: np.ndarray, base: float) -> dict[str, Any] | N
         if 1 + CLOSE < divisor < factor * (1 - CLOSE):
             smooth = (1 / divisor - 1 / factor) / (1 - 1 / factor)
             candidates.append(round((LOW + smooth * (HIGH - LOW)) * 2 * math.pi / frequency))
-    for positions in candidates if factor > 1 else ():
+    for positions in candidates if 1 < factor < math.inf else ():
         smooth = np.clip((positions * frequencies / (2 * math.pi) - LOW) / (HIGH - LOW), 0, 1)
         if np.allclose(1 / ((1 - smooth) / factor + smooth), divisors, rtol=CLOSE, atol=0):
             kind = {"rope_type": "llama3", "factor": factor, "low_freq_factor": LOW, "high_freq_factor": HIGH}
