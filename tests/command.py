@@ -2,6 +2,7 @@
 
 import pathlib
 
+import cpu_kernels
 from mlspecqd_jax import cli
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -12,6 +13,8 @@ PLAIN = [*SHORT, "--draft", "none"]
 
 def run(capsys, *arguments):
     """Return (exit code, stdout, stderr) of the command in this process."""
+    cpu_kernels.isas("matmul")  # compiled before, if need be, since that says a line
+    capsys.readouterr()
     try:
         code = cli.main([str(a) for a in arguments])
     except SystemExit as leaving:

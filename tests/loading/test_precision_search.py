@@ -50,6 +50,7 @@ def test_text_of_its_own_is_likely_to_it(model, tokens):
     assert np.asarray(other != tokens).any()
 
 
+@pytest.mark.slow
 def test_costs_are_the_divergences_that_casting_makes(model, tokens):
     """To second order and within sampling's error; positions count as independent, which those of keys are not."""
     found = costs(model.network, model.params, tokens, ("mxfp4", "int8"), "mse", jax.random.key(2))
@@ -62,6 +63,7 @@ def test_costs_are_the_divergences_that_casting_makes(model, tokens):
     assert all(each["int8"] < each["mxfp4"] / 20 for each in found.values())
 
 
+@pytest.mark.slow
 def test_a_budget_makes_a_twin_of_so_many_bits_that_differs_less_than_one_format(tmp_path, monkeypatch, model):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     twin = model.quantized(bits=4.5)

@@ -34,7 +34,7 @@ def quantized_leaves(model):
     return [leaf for leaf in model.params.values() if isinstance(leaf, QuantizedArray)]
 
 
-QUICK = ("gptq act-order", "gptq v2 with zeros", "awq", "int8", "fp8 tiles", "nvfp4", "mxfp4", "quark int4")
+QUICK = ("gptq act-order", "awq", "fp8 tiles", "nvfp4")
 
 
 @pytest.mark.parametrize("layout", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in made.LAYOUTS])
