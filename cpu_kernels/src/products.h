@@ -11,6 +11,8 @@
 #include "attention.h"
 #include "dense.h"
 #include "four_bits.h"
+#include "four_bits_avx2.h"
+#include "four_bits_avx512.h"
 #include "int8.h"
 #include "mx8.h"
 #include "norm.h"
