@@ -73,7 +73,6 @@ class Model:
             exceptions.
           scale_rule: floor, mse (of a few scales the one of least squared error), or, of MX formats, ceil, rceil or even
             (`cast.quantize`).
-
           bits: in place of all these: a format for each weight, so that they take so many bits a weight on average, and the
             twin's probabilities move least from the model's. What each weight costs in each format is measured, once, on text that
             the model writes (`precision_search`).

@@ -59,7 +59,7 @@ def arrange(
     if reason is not None:
         raise NotImplementedError(reason)
     record = named(product)
-    specs = array_specs(record, leaf.spec, record.axes)
+    specs = array_specs(record.axes, leaf.spec, record.axes)
     placed = None if mesh is None else {role: NamedSharding(mesh, at) for role, at in specs.items()}
     run = jax.jit(record.arrange, static_argnames=("along_n", "along_k"), out_shardings=placed)
     arrays = run(**leaf.core, along_n=along_n, along_k=along_k)

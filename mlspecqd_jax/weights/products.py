@@ -4,7 +4,7 @@ Notation: M rows of activations, N outputs, K contracted.
 """
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import jax
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
@@ -86,16 +86,16 @@ def _multiply_arranged(x, leaf, interpret):
     return jax.shard_map(
         part,
         mesh=mesh,
-        in_specs=(PartitionSpec(None, along_k), array_specs(product, leaf.spec, leaf.core)),
+        in_specs=(PartitionSpec(None, along_k), array_specs(product.axes, leaf.spec, leaf.core)),
         out_specs=PartitionSpec(None, along_n),
         check_vma=False,
     )(x, leaf.core)
 
 
-def array_specs(product: Product, spec: PartitionSpec, roles: Iterable[str]) -> dict[str, PartitionSpec]:
-    """Return how these arrays of a product are split where N and K are split as `spec` says."""
+def array_specs(axes: Mapping[str, tuple[str | None, ...]], spec: PartitionSpec, roles: Iterable[str]) -> dict[str, PartitionSpec]:
+    """Return how arrays with these roles and axes (`Product.axes`) are split where N and K are split as `spec` says."""
     along = dict(zip(("n", "k"), spec, strict=True)) | {None: None}
-    return {role: PartitionSpec(*(along[axis] for axis in product.axes[role])) for role in roles}
+    return {role: PartitionSpec(*(along[axis] for axis in axes[role])) for role in roles}
 
 
 def parts_along(mesh: Mesh | AbstractMesh, axis: str | None) -> int:

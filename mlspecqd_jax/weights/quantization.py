@@ -19,7 +19,7 @@ from mlspecqd_jax.weights.placement import weight_sharding
 from mlspecqd_jax.weights.products import array_specs
 from mlspecqd_jax.weights.quantized_array import Leaf, QuantizedArray
 from mlspecqd_jax.weights.tensors import EMBEDDING, HEAD, Tensor
-from pallas_kernels.xla import DECODED as STORED_PRODUCT
+from pallas_kernels.product import STORED_AXES
 
 TIED_HEAD = "mxfp8_e4m3"  # of a twin in MXFP4, on CPU
 
@@ -114,9 +114,11 @@ def place_quantized(
         leaf = jax.device_put(leaf)
     else:
         f, (n, groups) = format_of(leaf.format), leaf.arrays["scales"].shape
-        n, groups = 1 if leaf.shape[0] % f.rows else n, 1 if "order" in leaf.arrays else groups
+        k = leaf.arrays["codes"].shape[1] * f.codes_per_byte
+        n = 1 if leaf.shape[0] % f.rows else n
+        groups = 1 if "order" in leaf.arrays or k % (f.group or k) else groups
         spec = weight_sharding(axes, (n, groups), mesh).spec
-        specs = array_specs(STORED_PRODUCT, spec, leaf.core) | {role: PartitionSpec(None) for role in leaf.around}
+        specs = array_specs(STORED_AXES, spec, leaf.core) | {role: PartitionSpec(None) for role in leaf.around}
         arrays = jax.device_put(leaf.arrays, {role: NamedSharding(mesh, at) for role, at in specs.items()})
         leaf = dataclasses.replace(leaf, arrays=arrays, spec=spec)
     return leaf if dtype is None else for_device(leaf, dtype=dtype, mesh=mesh)
