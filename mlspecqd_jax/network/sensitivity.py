@@ -13,6 +13,7 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+from tqdm.auto import tqdm
 
 from mlspecqd_jax.network.network import Network
 from mlspecqd_jax.weights.cast import dequantize, quantize
@@ -42,7 +43,7 @@ def costs(
     """
     weights = weights_of(network, params)
     found: dict[str, dict[str, float]] = {name: {} for name in weights}
-    for format in formats:
+    for format in tqdm(formats, desc="Measuring precision", unit="format", disable=None, leave=False):
         changes = {name: _change(w, format, rule_of(format, scale_rule)) for name, w in weights.items()}
         for name, cost in _costs(network, dict(params), changes, tokens, key).items():
             found[name][format] = float(cost)
