@@ -37,7 +37,18 @@ LONG_PROMPT = 512
 PROMPTS = Path(__file__).resolve().parent.parent / "examples" / "prompts.jsonl"
 DEMO_PROMPTS = 6
 TRAINED_PROMPTS = 9
-TRAINED_STACKS = ([], ["mxfp4:3"], ["mxfp4:5"], ["mxfp4:5", "ngram:3"], ["mxfp8_e4m3:5"], ["ngram:3"], ["ngram:4"], ["ngram:6"])
+TRAINED_STACKS = (
+    [],
+    ["mxfp4:3"],
+    ["mxfp4:5"],
+    ["nvfp4:4"],
+    ["int8:3"],
+    ["int8:5"],
+    ["int8:7"],
+    ["int8:7", "ngram:3"],
+    ["ngram:3"],
+    ["ngram:4"],
+)
 DEMO_STACKS = ([], ["mxfp4:5"], ["mxfp4:5", "demo-small@mxfp4:3"], ["demo-small@mxfp4:4"], ["ngram:4"])
 # Name: draft_len of the twin, of look-up below it, and the rates at which coins accept.
 STACKS = {

@@ -59,6 +59,7 @@ def plot(costs: Costs, file: str) -> None:
     matplotlib.use("agg")
     from matplotlib import pyplot
     from matplotlib.colors import LogNorm
+    from matplotlib.ticker import MaxNLocator
 
     formats = list(next(iter(costs.values())))
     inner = {name: each for name, each in costs.items() if layer_of(name) is not None}
@@ -76,6 +77,7 @@ def plot(costs: Costs, file: str) -> None:
         axis.set_title(f"{format}: {sum(each[format] for each in costs.values()):.2g} nats a token in all; {heads}", fontsize=9)
         axis.set_yticks(range(len(kinds)), kinds, fontsize=7)
         axis.tick_params(axis="x", labelsize=7)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes[-1, 0].set_xlabel("layer", fontsize=8)
     figure.colorbar(image, ax=axes[:, 0].tolist(), label="nats a token", fraction=0.03)
     figure.savefig(file)
