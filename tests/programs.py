@@ -51,7 +51,7 @@ def twin(config: Config, mesh, dtype=jnp.bfloat16):
 
 def on_mesh(leaf, mesh):
     """Return an arranged leaf's arrays where its spec says that they lie."""
-    specs = array_specs(named(leaf.product), leaf.spec)
+    specs = array_specs(named(leaf.product).axes, leaf.spec, leaf.core)
     arrays = {
         role: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=NamedSharding(mesh, specs[role]))
         for role, array in leaf.arrays.items()
