@@ -59,7 +59,8 @@ def arrange(
     if reason is not None:
         raise NotImplementedError(reason)
     record = named(product)
-    specs = array_specs(record.axes, leaf.spec, record.axes)
+    made = jax.eval_shape(functools.partial(record.arrange, along_n=along_n, along_k=along_k), **leaf.core)
+    specs = array_specs(record.axes, leaf.spec, made)
     placed = None if mesh is None else {role: NamedSharding(mesh, at) for role, at in specs.items()}
     run = jax.jit(record.arrange, static_argnames=("along_n", "along_k"), out_shardings=placed)
     arrays = run(**leaf.core, along_n=along_n, along_k=along_k)
