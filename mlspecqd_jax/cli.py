@@ -24,8 +24,8 @@ MODEL_HELP = "folder, .gguf file, owner/name or owner/name/FILE.gguf id"
 DRAFT_HELP = (
     "BASE[:LEN], what drafts for the model, repeated for what drafts for the draft; BASE is a format such as mxfp4 (the same "
     "weights in it; auto4.5: a format for each weight, 4.5 bits on average), MODEL[@FORMAT] (one that is quantized already drafts "
-    "as it is stored), ngram, or none (plain decoding); the "
-    "default is what was found to pay for models of this size on this device: ngram for small ones, mxfp4 for large ones on CPU"
+    "as it is stored), ngram, or none (plain decoding); the default is what was found to pay for models of this size on this "
+    "device: ngram for small ones, mxfp4 for large ones on CPU"
 )
 
 PROMPT_FILE_HELP = (
@@ -152,7 +152,7 @@ def _generate(a: argparse.Namespace) -> None:
 
     load = functools.cache(functools.partial(models.load, dtype=a.dtype))
     specs.parse(a.draft)  # refused before anything is loaded
-    target = load(a.model, dequantize=a.dequantize)
+    target = load(a.model, dequantize=True) if a.dequantize else load(a.model)  # as drafts are: one name is loaded once
     drafts = a.draft or planner.default_drafts(target)
     drafters = specs.drafters(specs.parse(drafts), target, load)
     stack = stacks.stack(target, *drafters, exact=not a.inexact, share_cache=not a.own_cache)

@@ -11,6 +11,7 @@ from command import DEMO, PLAIN, SHORT, run
 import cpu_kernels
 import mlspecqd_jax as mlsd
 from mlspecqd_jax import generation, report
+from mlspecqd_jax.loading import models
 
 
 def test_generate_prints_text_to_stdout_and_the_rest_to_stderr(capsys):
@@ -145,3 +146,11 @@ def test_what_is_no_number_is_null_in_json(capsys, monkeypatch):
     assert code == 0
     value = json.loads(out, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
     assert (value["logprobs"], value["report"]) == ([[None]], {"a": [None, {"b": None}], "c": 1.5})
+
+
+def test_a_model_that_is_target_and_draft_is_loaded_once(capsys, monkeypatch):
+    loaded, load = [], models.load
+    monkeypatch.setattr(models, "load", lambda name, **settings: loaded.append(name) or load(name, **settings))
+    code, _, _ = run(capsys, "generate", "demo-small", *SHORT, "--draft", "demo-small:2")
+    assert code == 0
+    assert loaded == ["demo-small"]
