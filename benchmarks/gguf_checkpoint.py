@@ -12,29 +12,7 @@ from pathlib import Path
 import numpy as np
 from safetensors import safe_open
 
-NAMES = {
-    "model.embed_tokens": "token_embd",
-    "model.norm": "output_norm",
-    "lm_head": "output",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
-
-
-def gguf_name(name: str) -> str:
-    """Return llama.cpp's name of a tensor."""
-    stem, _, kind = name.rpartition(".")
-    if stem.startswith("model.layers."):
-        layer, _, rest = stem.removeprefix("model.layers.").partition(".")
-        return f"blk.{layer}.{NAMES[rest]}.{kind}"
-    return f"{NAMES[stem]}.{kind}"
+from mlspecqd_jax.loading.gguf.names import gguf_name
 
 
 def interleaved(w: np.ndarray, heads: int) -> np.ndarray:
@@ -70,12 +48,12 @@ def write_gguf(folder: Path, out: Path) -> None:
             for name in tensors.keys():
                 w = tensors.get_tensor(name)
                 if w.ndim == 1:
-                    writer.add_tensor(gguf_name(name), w.astype(np.float32))
+                    writer.add_tensor(gguf_name(name, "llama"), w.astype(np.float32))
                     continue
                 if name.endswith(("q_proj.weight", "k_proj.weight")):
                     w = interleaved(w, heads if "q_proj" in name else kv_heads)
                 raw = np.ascontiguousarray(w).view(np.uint8)
-                writer.add_tensor(gguf_name(name), raw, raw_dtype=gguf.GGMLQuantizationType.BF16)
+                writer.add_tensor(gguf_name(name, "llama"), raw, raw_dtype=gguf.GGMLQuantizationType.BF16)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

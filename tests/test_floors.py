@@ -17,6 +17,7 @@ GROUND = (
     "jax_settings",
     "json_files",
     "prompt_files",
+    "user_cache",
 )  # files, not rooms: they import each other alone
 # What a room may import beside itself, the ground and what those rooms may; on the left are folders and files of the package.
 BELOW = {

@@ -20,6 +20,7 @@ from mlspecqd_jax.loading.quantized.params import decoded, packed
 from mlspecqd_jax.network.network import Network
 from mlspecqd_jax.text import chat
 from mlspecqd_jax.text.card import Card
+from mlspecqd_jax.user_cache import cache_folder
 from mlspecqd_jax.weights.formats import FORMATS, check_format
 from mlspecqd_jax.weights.placement import usable_mesh
 from mlspecqd_jax.weights.quantization import Policy, Recipe, default_policy, quantize_params
@@ -296,6 +297,5 @@ def convert(
 def enable_compilation_cache() -> None:
     """Keep compiled programs in the user's cache folder, unless jax was told where to keep them (or not to)."""
     if jax.config.values["jax_compilation_cache_dir"] is None:
-        base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-        jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(base) / "mlspecqd-jax" / "xla"))
+        jax.config.update("jax_compilation_cache_dir", str(cache_folder("xla")))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)

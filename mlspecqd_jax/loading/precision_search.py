@@ -16,6 +16,7 @@ from mlspecqd_jax.errors import InputError
 from mlspecqd_jax.network.network import Network
 from mlspecqd_jax.network.own_text import own_text
 from mlspecqd_jax.network.sensitivity import costs, weights_of
+from mlspecqd_jax.user_cache import cache_folder
 from mlspecqd_jax.weights.cast import SEARCH, quantize
 from mlspecqd_jax.weights.precision import assign
 
@@ -39,7 +40,7 @@ def sensitivity(network: Network, params: Mapping[str, jax.Array], first: int) -
     """
     platform = next(iter(next(iter(params.values())).devices())).platform
     formats = ON_CPU if platform == "cpu" else ELSEWHERE
-    file = _cache_file(_key(network, params, formats, first))
+    file = cache_folder("sensitivity") / f"{_key(network, params, formats, first)}.json"
     if file.is_file():
         try:
             return json.loads(file.read_text(encoding="utf-8"))
@@ -90,11 +91,6 @@ def _key(network, params, formats, first) -> str:
     dtype = next(iter(params.values())).dtype.name
     said = [VERSION, repr(network.config), dtype, formats, SCALE_RULE, TEXTS, POSITIONS, first, digests]
     return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:32]
-
-
-def _cache_file(key: str) -> pathlib.Path:
-    base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-    return pathlib.Path(base) / "mlspecqd-jax" / "sensitivity" / f"{key}.json"
 
 
 def _keep(file: pathlib.Path, found: Costs) -> None:

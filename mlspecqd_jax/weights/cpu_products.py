@@ -16,11 +16,9 @@ def _why_not(chip, dtype, n, k, along_n, along_k, *, dtypes=("bfloat16",), unit=
         return f"takes {', '.join(dtypes)} alone"
     if along_n * along_k > 1:
         return "cannot be split, since XLA would gather the operands of a foreign call on each device"
-    return (
-        None
-        if cpu_kernels.usable(unit or dtype)
-        else "needs the C++ kernels, which take a compiler, and run outside of a mesh alone"
-    )
+    if not cpu_kernels.usable(unit or dtype):
+        return "needs the C++ kernels, which take a compiler, and run outside of a mesh alone"
+    return None
 
 
 def _every_row_by_itself(chip, dtype):

@@ -40,10 +40,7 @@ def encode(w: jax.Array, f: Format, scale_rule: str) -> tuple[dict[str, jax.Arra
     if scale_rule == "mse":
         scale = _best(magnitude, scale, element)
     codes = _element(magnitude, scale, element) | (bits < 0).astype(jnp.int32) << f.bits - 1
-    codes = codes.reshape(n, -1)
-    if f.codes_per_byte == 2:  # as a sum: XLA:CPU takes ten times as long to join two strided slices
-        codes = jnp.sum(codes.reshape(n, -1, 2) << jnp.array([[[0, 4]]]), axis=2)
-    return {"codes": codes.astype(jnp.uint8), "scales": scale[:, :, 0].astype(jnp.uint8)}, jnp.all(amax < 0x7F800000)
+    return {"codes": stored_codes(codes.reshape(n, -1), f), "scales": scale[:, :, 0].astype(jnp.uint8)}, jnp.all(amax < 0x7F800000)
 
 
 def _scale(amax, f: Element, scale_rule: str):
@@ -71,6 +68,13 @@ def _best(magnitude, scale, f: Element):
 
     best = jnp.argmin(jax.lax.map(error, candidates), axis=0)[None]
     return jnp.take_along_axis(candidates, best, axis=0)[0]
+
+
+def stored_codes(codes: jax.Array, f: Format) -> jax.Array:
+    """Return int32 codes [N, K32] as they are stored, uint8 [N, K32 / codes_per_byte]."""
+    if f.codes_per_byte == 2:  # as a sum: XLA:CPU takes ten times as long to join two strided slices
+        codes = jnp.sum(codes.reshape(len(codes), -1, 2) << jnp.array([[[0, 4]]]), axis=2)
+    return codes.astype(jnp.uint8)
 
 
 def element_codes(values: jax.Array, f: Element) -> jax.Array:

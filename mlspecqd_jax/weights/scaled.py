@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from mlspecqd_jax.weights.formats import E4M3, STEP, Format, Integer
-from mlspecqd_jax.weights.mx import element_codes
+from mlspecqd_jax.weights.mx import element_codes, stored_codes
 from pallas_kernels import group_values, number_of_scale
 
 FACTORS = tuple(0.70 + 0.025 * i for i in range(17))  # 0.7 to 1.1
@@ -38,9 +38,7 @@ def encode(w: jax.Array, f: Format, search: bool) -> tuple[dict[str, jax.Array],
     codes = codes.reshape(codes.shape[0] * codes.shape[1], -1)[:n, : k + -k % STEP]
     filler = jnp.arange(codes.shape[1]) >= k
     codes = jnp.where(filler, getattr(f.element, "offset", 0), codes)
-    if f.codes_per_byte == 2:
-        codes = jnp.sum(codes.reshape(n, -1, 2) << jnp.array([[[0, 4]]]), axis=2)
-    stored = {"codes": codes.astype(jnp.uint8), "scales": scales[:, 0]}
+    stored = {"codes": stored_codes(codes, f), "scales": scales[:, 0]}
     if minima is not None:
         stored["minima"] = minima[:, 0]
     return stored | around, finite

@@ -14,6 +14,7 @@ import ml_dtypes  # noqa: F401  (registers the small floats with numpy)
 import numpy as np
 
 from mlspecqd_jax.weights.formats import Format, Integer, format_of
+from mlspecqd_jax.weights.halves import halves
 
 AT_ONCE = 2**18  # elements that are decoded together, in a processor's cache
 FLOATS = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
@@ -60,10 +61,8 @@ def packed(block: Block, raw: np.ndarray) -> tuple[str, dict[str, np.ndarray]] |
     arrays = {"codes": codes[:, ::2] | codes[:, 1::2] << 4 if format.codes_per_byte == 2 else codes}
     if format.scale == "e8m0":
         return block.format, arrays | {"scales": np.ascontiguousarray(raw[..., 0])}
-    grouped = {"scales": scales}
-    if pieces[0].minima is not None:
-        grouped["minima"] = np.concatenate([piece.minima for piece in pieces])
-    return block.format, arrays | _halves_of(grouped)
+    least = [piece.minima for piece in pieces if piece.minima is not None]
+    return block.format, arrays | halves(scales, np.concatenate(least) if least else None)
 
 
 def _pieces(raw: np.ndarray, block: Block) -> Iterator[slice]:
@@ -91,19 +90,6 @@ def _elements(format: Format, codes: np.ndarray) -> np.ndarray:
     if isinstance(format.element, Integer):
         return np.subtract(codes, np.float32(format.element.offset), dtype=np.float32)
     return codes.view(np.dtype(format.element.dtype)).astype(np.float32)
-
-
-def _halves_of(grouped: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Return scales and minima as float16, and the power of two that all were divided by, if any was not exact."""
-    with np.errstate(over="ignore"):
-        exact = {role: array.astype(np.float16) for role, array in grouped.items()}
-    if all(np.array_equal(exact[role], array, equal_nan=True) for role, array in grouped.items()):
-        return exact
-    largest = max(float(np.abs(array).max()) for array in grouped.values())
-    if not np.isfinite(largest):
-        return exact
-    power = np.float32(2.0 ** (np.frexp(largest)[1] - 14))  # the largest becomes 2^13 or more, which leaves most room below
-    return {role: (array / power).astype(np.float16) for role, array in grouped.items()} | {"tensor_scale": power.reshape(1)}
 
 
 def _f16(raw: np.ndarray) -> np.ndarray:

@@ -28,8 +28,13 @@ class Vocabulary(NamedTuple):
     @property
     def ids(self) -> dict[str, int]:
         """The id of each token that text can have; those that only fill the embedding up are left out."""
-        fill = ((token, kind) for token, kind in zip(self.tokens, self.types, strict=True))
-        return {token: i for i, (token, kind) in enumerate(fill) if kind != UNUSED or not token.startswith("[PAD")}
+        return {self.tokens[i]: i for i in self.real}
+
+    @property
+    def real(self) -> list[int]:
+        """The ids that have a token, and do not only fill the embedding up."""
+        pairs = zip(self.tokens, self.types, strict=True)
+        return [i for i, (token, kind) in enumerate(pairs) if kind != UNUSED or not token.startswith("[PAD")]
 
 
 def read_tokenizer(file: GGUF):
@@ -95,7 +100,7 @@ def _vocabulary(file: GGUF) -> Vocabulary:
     if len(types) != size or len(scores) != size:
         raise InputError(f"{file.path} has not as many token types and scores as tokens; convert the model again")
     found = Vocabulary(tokens, types, scores)
-    if len(found.ids) != sum(kind != UNUSED or not token.startswith("[PAD") for token, kind in zip(tokens, types, strict=True)):
+    if len(found.ids) != len(found.real):
         raise InputError(
             f"{file.path}: a token stands twice in {PREFIX}tokens, which is not supported; use the original checkpoint"
         )

@@ -8,7 +8,7 @@ Notation: N outputs, K contracted; Kp is K rounded up to whole 32s.
 
 import numpy as np
 
-BLOCK = 32  # codes, to whole numbers of which rows are filled up
+from mlspecqd_jax.weights.formats import STEP
 
 
 def bytes_of(words: np.ndarray) -> np.ndarray:
@@ -34,7 +34,7 @@ def joined(codes: np.ndarray, bits: int) -> np.ndarray:
 
 def filled(packed: np.ndarray, bits: int, k: int) -> np.ndarray:
     """Bytes of at least K codes a row to bytes as they are stored [N, Kp * bits / 8], zero from code K on."""
-    width, size = -(-k * bits // 8), -(-k // BLOCK) * BLOCK * bits // 8
+    width, size = -(-k * bits // 8), -(-k // STEP) * STEP * bits // 8
     packed = np.pad(packed[:, :width], ((0, 0), (0, size - width)))
     if bits == 4 and k % 2:
         packed[:, width - 1] &= 15

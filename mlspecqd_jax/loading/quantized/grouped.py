@@ -14,6 +14,7 @@ import numpy as np
 from mlspecqd_jax.arguments import brief
 from mlspecqd_jax.errors import InputError
 from mlspecqd_jax.loading.quantized.module import Module, Packed
+from mlspecqd_jax.weights.halves import halves
 
 BITS = (4, 8)
 MULTIPLE = 16  # of which groups are
@@ -109,25 +110,9 @@ def packed(
         return Packed("int8", {"codes": codes, "scales": scales, **moved})
     if group is None:  # nothing is rounded so: float16 holds the zeros
         arrays = {"codes": codes, "scales": np.ones(scales.shape, np.float16), "row_scale": scales[:, 0]}
-        minima = None if zeros is None else -zeros.astype(np.float16)
+        arrays |= {} if zeros is None else {"minima": -zeros.astype(np.float16)}
     else:
-        exact, minima, factor = halved(scales, None if zeros is None else -scales * zeros)
-        arrays = {"codes": codes, "scales": exact} | ({} if factor is None else {"tensor_scale": factor})
-    if minima is not None:
-        return Packed(f"uint{bits}_g{width}", {**arrays, "minima": minima, **moved})
+        arrays = {"codes": codes} | halves(scales, None if zeros is None else -scales * zeros)
+    if "minima" in arrays:
+        return Packed(f"uint{bits}_g{width}", {**arrays, **moved})
     return Packed("int4" if (bits, width) == (4, 32) else f"int{bits}_g{width}", {**arrays, **moved})
-
-
-def halved(scales: np.ndarray, minima: np.ndarray | None):
-    """Return scales and minima in float16, and the power of two, f32 [1], that is divided out, or None where it is not needed.
-
-    It is needed where float16 does not hold the scales or the range of the minima; then the largest comes to lie in [2^14, 2^15).
-    """
-    largest = max(float(np.abs(x).max()) for x in (scales, minima) if x is not None)
-    factor = None
-    with np.errstate(over="ignore", under="ignore"):
-        exact = largest < np.finfo(np.float16).max and (scales.astype(np.float16) == scales).all()
-    if not exact:
-        factor = np.ldexp(np.ones(1, np.float32), np.frexp(largest)[1] - 15)
-        scales, minima = scales / factor, None if minima is None else minima / factor
-    return scales.astype(np.float16), None if minima is None else minima.astype(np.float16), factor
