@@ -45,9 +45,7 @@ IN_TURN = 16  # products of a loop's body, so that what the host does for one ro
 CACHES = 2**27  # bytes: copies of a weight are more than what caches hold, if `IN_TURN` of them can be
 ACCEPTANCE = (0.8, 0.9, 0.95)  # of the twin's tokens; 0.6 of the look-up's that draft for it
 WHILE = "--xla_gpu_enable_command_buffer=+WHILE,+CONDITIONAL"
-APART = "--xla_gpu_dot_merger_threshold_mb=0"  # else XLA joins the small weights that multiply the same x, in every pass
 PARTS = {"kernels": "", "programs": "", "exactness": "", "programs, loops in command buffers": WHILE}
-PARTS |= {"programs, no products joined": APART, "exactness, no products joined": APART}
 PROMPTS = (  # of at most 16 tokens, so that one width of prefill serves all
     "The capital of France is",
     "def fibonacci(n):",
@@ -350,7 +348,7 @@ def main() -> None:
     versions = machine.describe()["versions"]
     result = {"command": shlex.join(["python", "benchmarks/accelerator.py", *sys.argv[1:]]), "device": None, "versions": versions}
     for name in options.parts:
-        if PARTS[name] and any(part.get("platform", "gpu") != "gpu" for part in measured(result)):
+        if PARTS[name] == WHILE and any(part.get("platform", "gpu") != "gpu" for part in measured(result)):
             continue
         result[name] = in_a_process(name.partition(",")[0], PARTS[name])
         result["device"] = result[name].get("device", result["device"])

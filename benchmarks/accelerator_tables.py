@@ -1,8 +1,12 @@
 """The tables of one accelerator: products, generation with random weights, and exactness of a real model."""
 
-# By part of the result: which algorithms its products had.
-ALGORITHMS = {"exactness, algorithms timed": "timed", "exactness": "cuBLAS, one a shape"}
-PROGRAMS = {"programs": "joined", "programs, no products joined": "apart"}  # by part of the result: the products that share an x
+# By part of the result: how its exact stacks were compiled, now and in earlier versions.
+ALGORITHMS = {
+    "exactness, algorithms timed": "timed",
+    "exactness, products joined": "cuBLAS, products of one x joined",
+    "exactness": "cuBLAS",
+}
+PROGRAMS = {"programs, products joined": "joined", "programs": "apart"}
 
 
 def measured(result: dict) -> str:
@@ -23,10 +27,14 @@ def products(part: dict) -> str:
     return "\n".join([*lines, "", note])
 
 
+def program_runs(result: dict) -> list[tuple[str, dict]]:
+    """Return the runs of whole programs, each with whether exact stacks had products of one x joined."""
+    return [(joined, run) for name, joined in PROGRAMS.items() for run in result.get(name, {"runs": []})["runs"]]
+
+
 def fastest_plain(result: dict) -> dict:
     """Return the run of plain decoding that made the most tokens a second, exact or not, whatever XLA's settings."""
-    runs = [run for name in PROGRAMS for run in result[name]["runs"]]
-    return max((run for run in runs if run["stack"] == "plain"), key=lambda run: run["tokens_per_second"])
+    return max((run for _, run in program_runs(result) if run["stack"] == "plain"), key=lambda run: run["tokens_per_second"])
 
 
 def generation(result: dict) -> str:
@@ -36,11 +44,12 @@ def generation(result: dict) -> str:
         "| stack | exact | products of one x | coins accept | tokens/s | over the fastest plain | a round | first call, compiling |"
     )
     lines = [head, "|---" * 8 + "|"]
-    for products, run in [(PROGRAMS[name], run) for name in PROGRAMS for run in result[name]["runs"]]:
+    for joined, run in program_runs(result):
         coins = ", ".join(map(str, run["acceptance"] or []))
+        exact, products = ("yes", joined) if run["exact"] else ("no", "joined")
         ratio = run["tokens_per_second"] / plain["tokens_per_second"]
         lines.append(
-            f"| {run['stack']} | {'yes' if run['exact'] else 'no'} | {products} | {coins} | {run['tokens_per_second']:.0f} | "
+            f"| {run['stack']} | {exact} | {products} | {coins} | {run['tokens_per_second']:.0f} | "
             f"{ratio:.2f} x | {1e3 * run['seconds_a_round']:.1f} ms | {run['seconds_with_compiling']:.0f} s |"
         )
     moved, rate = result["programs"]["weight_bytes_of_a_pass"], result["kernels"]["read_gb_per_second"]
@@ -65,5 +74,6 @@ def exactness(result: dict) -> str:
             cells = (run["stack"], "timed" if timed else algorithms, run["batch"], f"{run['temperature']:g}", run["rows"])
             cells += (run["unlike_plain"], run["unlike_plain_alone"], accepted, f"{run['tokens_per_second']:.0f}")
             lines.append(f"| {' | '.join(map(str, cells))} |")
-    note = f"{result['exactness']['model']}, bfloat16, 100 new tokens a row."
+    model = next(result[name]["model"] for name in reversed(ALGORITHMS) if name in result)
+    note = f"{model}, bfloat16, 100 new tokens a row."
     return "\n".join([*lines, "", note])

@@ -1,6 +1,6 @@
 """The README's four headline rows, from the results that the tables are made from."""
 
-from accelerator_tables import PROGRAMS, fastest_plain
+from accelerator_tables import fastest_plain, program_runs
 from cpu_tables import over_plain
 
 ACCEPTANCE = 0.9  # of the coins, where weights are random and nothing could be accepted
@@ -37,7 +37,7 @@ def small(result: dict) -> tuple[str, ...]:
 
 def gpu(result: dict) -> tuple[str, ...]:
     """Return the row of a GPU: what the twin and look-up below it make of a large model."""
-    judged = [run for name in PROGRAMS for run in result[name]["runs"] if run["exact"] and run["acceptance"]]
+    judged = [run for _, run in program_runs(result) if run["exact"] and run["acceptance"]]
     runs = {(run["stack"], *run["acceptance"]): run["tokens_per_second"] for run in judged}  # as compiled today where both were run
     plain = fastest_plain(result)["tokens_per_second"]
     nested = next(key for key in runs if key[:2] == ("nested", ACCEPTANCE))
