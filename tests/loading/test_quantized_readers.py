@@ -1,14 +1,18 @@
 """Every layout of others' weights as it is read: the values that the formulas give, from random codes and from rounded weights."""
 
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
 import quantized_layouts as layouts
 from quantized_layouts import Grouped, decode
 
+from mlspecqd_jax.loading.quantized import floats, grouped
+from mlspecqd_jax.loading.quantized.codes import joined
 from mlspecqd_jax.loading.quantized.method import METHODS
 from mlspecqd_jax.loading.quantized.module import Module, Stored
 from mlspecqd_jax.weights.cast import dequantize
+from mlspecqd_jax.weights.products import multiply
 from mlspecqd_jax.weights.quantized_array import QuantizedArray
 
 N, K = 48, 192
@@ -256,3 +260,25 @@ def test_quark_integers(dtype):
     config = quark(dtype, qscheme="per_group", group_size=32)
     _, values = read("quark", config, layouts.quark_int4(a, dtype == "int4"), (N, K))
     close(values, a)
+
+
+@pytest.mark.parametrize(("group", "bits"), [(16, 4), (16, 8), (48, 4), (None, 4), (None, 8)])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_inputs_that_are_no_multiple_of_32_are_filled_up_with_their_groups(group, bits, symmetric):
+    """So that the weight is dequantized and multiplied as any other."""
+    a = codes(bits=bits, group=group or 48, k=48, symmetric=symmetric, n=6)
+    q, z, s = a.q, a.z, a.s
+    scales, width = s.astype(np.float32), group or 48
+    stored = grouped.packed(joined(q.astype(np.uint8), bits), scales, z.astype(np.uint8), bits, group, 48)
+    leaf = QuantizedArray({role: jnp.asarray(array) for role, array in stored.arrays.items()}, (6, 48), stored.format)
+    exact = (q - z.repeat(width, 1)) * scales.repeat(width, 1)
+    np.testing.assert_allclose(dequantize(leaf, jnp.float32), exact, atol=2e-3 * np.abs(exact).max())
+    x = np.random.default_rng(1).standard_normal((3, 48)).astype(np.float32)
+    np.testing.assert_allclose(multiply(jnp.asarray(x), leaf), x @ exact.T, atol=5e-3 * np.abs(exact).max() * 48)
+
+
+def test_nvfp4_of_48_inputs():
+    tensors = {"codes": np.full((6, 24), 0x42, np.uint8), "scales": np.ones((6, 3), ml_dtypes.float8_e4m3fn)}
+    found = floats.nvfp4(module(tensors, (6, 48)), "codes", "scales", np.float32(2))
+    leaf = QuantizedArray({role: jnp.asarray(array) for role, array in found.arrays.items()}, (6, 48), found.format)
+    np.testing.assert_array_equal(dequantize(leaf, jnp.float32), np.tile([2.0, 4.0], (6, 24)))

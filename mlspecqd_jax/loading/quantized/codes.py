@@ -39,3 +39,9 @@ def filled(packed: np.ndarray, bits: int, k: int) -> np.ndarray:
     if bits == 4 and k % 2:
         packed[:, width - 1] &= 15
     return packed
+
+
+def every_group(numbers: np.ndarray, group: int, k: int) -> np.ndarray:
+    """Numbers of the groups of K codes [N, ceil(K / group)] to those of Kp codes, zero for groups of none but filled-up codes."""
+    groups = -(-(-(-k // STEP) * STEP) // group)
+    return np.pad(numbers, ((0, 0), (0, groups - numbers.shape[1])))

@@ -8,7 +8,7 @@ Notation: N outputs, K contracted.
 import numpy as np
 
 from mlspecqd_jax.errors import InputError
-from mlspecqd_jax.loading.quantized.codes import filled
+from mlspecqd_jax.loading.quantized.codes import every_group, filled
 from mlspecqd_jax.loading.quantized.module import FLOATS, Module, Packed
 
 TILE = 128
@@ -30,7 +30,8 @@ def nvfp4(module: Module, codes: str, scales: str, factor: np.float32) -> Packed
     found = _e4m3(module, scales, (n, -(-k // 16)))
     if (found > 127).any() or not found.any(axis=1).all():
         raise InputError(f"tensor {module.tensors[scales].name} holds a negative scale or a row of zeros; use an intact checkpoint")
-    return Packed("nvfp4", {"codes": _pairs(module, codes), "scales": found, "tensor_scale": np.full(1, factor, np.float32)})
+    arrays = {"codes": _pairs(module, codes), "scales": every_group(found, 16, k)}
+    return Packed("nvfp4", arrays | {"tensor_scale": np.full(1, factor, np.float32)})
 
 
 def fp8(module: Module, codes: str, scales: str, tiled: bool) -> Packed:

@@ -13,7 +13,9 @@ import numpy as np
 
 from mlspecqd_jax.arguments import brief
 from mlspecqd_jax.errors import InputError
+from mlspecqd_jax.loading.quantized.codes import every_group
 from mlspecqd_jax.loading.quantized.module import Module, Packed
+from mlspecqd_jax.weights.formats import STEP
 from mlspecqd_jax.weights.halves import halves
 
 BITS = (4, 8)
@@ -105,14 +107,15 @@ def packed(
     half = 1 << bits - 1
     zeros = None if zeros is None or (zeros == half).all() else zeros
     moved = {} if order is None else {"order": order.astype(np.int32)}
-    width = -(-k // MULTIPLE) * MULTIPLE if group is None else group
+    width = -(-k // STEP) * STEP if group is None else group
     if group is None and bits == 8 and zeros is None:
         return Packed("int8", {"codes": codes, "scales": scales, **moved})
     if group is None:  # nothing is rounded so: float16 holds the zeros
         arrays = {"codes": codes, "scales": np.ones(scales.shape, np.float16), "row_scale": scales[:, 0]}
         arrays |= {} if zeros is None else {"minima": -zeros.astype(np.float16)}
     else:
-        arrays = {"codes": codes} | halves(scales, None if zeros is None else -scales * zeros)
+        minima = None if zeros is None else every_group(-scales * zeros, group, k)
+        arrays = {"codes": codes} | halves(every_group(scales, group, k), minima)
     if "minima" in arrays:
         return Packed(f"uint{bits}_g{width}", {**arrays, **moved})
     return Packed("int4" if (bits, width) == (4, 32) else f"int{bits}_g{width}", {**arrays, **moved})
