@@ -68,13 +68,16 @@ def _(isa, primals, tangents):
     return dense_matmul(x, w, isa), plain(dx, w) + plain(x, dw)
 
 
-def rms_norm(x: jax.Array, weight: jax.Array, eps: float, isa: str | None = None) -> jax.Array:
-    """x / sqrt(mean(x^2) + eps) * weight in f32; a row's squares are added in one fixed order, whatever M and the threads.
+def rms_norm(x: jax.Array, weight: jax.Array, eps: float, offset: float = 0.0, isa: str | None = None) -> jax.Array:
+    """x / sqrt(mean(x^2) + eps) * (offset + weight) in f32.
+
+    A row's squares are added in one fixed order, whatever M and the number of threads.
 
     Args:
       x: [M, K], bfloat16, float16 or float32.
       weight: [K], in x's dtype.
       eps: what is added to the mean.
+      offset: what is added to the weight, in f32.
       isa: one of `isas("rms_norm", dtype)`; None is the first.
 
     Returns:
@@ -82,7 +85,9 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float, isa: str | None = None
     """
     if x.dtype != weight.dtype or x.dtype.name not in DTYPES or x.shape[1:] != weight.shape:
         raise ValueError(f"x {x.dtype}{list(x.shape)} and weight {weight.dtype}{list(weight.shape)} should be [M, K] and [K]")
-    return _call("rms_norm", isa, jax.ShapeDtypeStruct(x.shape, x.dtype), x, weight, eps=jnp.dtype(jnp.float32).type(eps))
+    f32 = jnp.dtype(jnp.float32).type
+    constants = {"eps": f32(eps), "offset": f32(offset or -0.0)}  # -0 + w is w, also where that is -0
+    return _call("rms_norm", isa, jax.ShapeDtypeStruct(x.shape, x.dtype), x, weight, **constants)
 
 
 def mxfp4_matmul(x: jax.Array, packed: jax.Array, scales: jax.Array, isa: str | None = None) -> jax.Array:
@@ -177,26 +182,44 @@ def mx8_matmul(
     return _call("mx8_matmul", isa, jax.ShapeDtypeStruct((len(x), n), jnp.float32), x, codes, scales, elements=elements)
 
 
-def attention(q: jax.Array, k: jax.Array, v: jax.Array, first: jax.Array, last: jax.Array, isa: str | None = None) -> jax.Array:
-    """softmax(q k^T / sqrt(D)) v, each query over its own range of slots, in f32.
+def attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    first: jax.Array,
+    last: jax.Array,
+    sinks: jax.Array | None = None,
+    *,
+    scale: float | None = None,
+    cap: float | None = None,
+    isa: str | None = None,
+) -> jax.Array:
+    """softmax(cap tanh(scale q k^T / cap)) v, each query over its own range of slots, in f32.
 
     A row's bits depend neither on other rows nor on S: the slots that it sees are gone through in order.
 
     Args:
       q: [B, H, W, D], bfloat16, float16 or float32.
-      k, v: [B, Hkv, S, D] in q's dtype, H a multiple of Hkv.
+      k, v: [B, Hkv, S, D] and [B, Hkv, S, Dv] in q's dtype, H a multiple of Hkv.
       first, last: int32 [B, W]; the query at [b, w] sees the slots from first[b, w] to last[b, w], both included.
+      sinks: [H], a logit of each head that the softmax sums too, and whose probability goes to no value; or None.
+      scale: of the products; None is 1 / sqrt(D).
+      cap: bound of the logits' magnitude, softly; None leaves them as they are.
       isa: one of `isas("attention", dtype)`; None is the first.
 
     Returns:
-      f32 [B, W, H, D].
+      f32 [B, W, H, Dv].
     """
     batch, heads, window, depth = q.shape
     of_one = len({array.dtype for array in (q, k, v)}) == 1 and q.dtype.name in DTYPES
     if not of_one or {str(array.dtype) for array in (first, last)} != {"int32"}:
         raise ValueError(f"q, k and v should be of one dtype of {', '.join(DTYPES)}, first and last int32")
-    result = jax.ShapeDtypeStruct((batch, window, heads, depth), jnp.float32)
-    return _call("attention", isa, result, q, k, v, first, last)
+    f32 = jnp.dtype(jnp.float32).type
+    scale = f32(1) / f32(depth**0.5) if scale is None else scale
+    sinks = jnp.full(heads, -jnp.inf, jnp.float32) if sinks is None else sinks.astype(jnp.float32)
+    result = jax.ShapeDtypeStruct((batch, window, heads, v.shape[-1]), jnp.float32)
+    scores = {"scale": f32(scale), "cap": f32(cap or 0)}
+    return _call("attention", isa, result, q, k, v, first, last, sinks, **scores)
 
 
 def angles(positions: jax.Array, frequencies: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -1,7 +1,8 @@
-// attention: softmax(q k^T / sqrt(D)) v over a range of slots for each query, of bfloat16, float16 or float32 to f32, once for each
-// instruction set.
+// attention: softmax(cap tanh(scale q k^T / cap)) v over a range of slots for each query, of bfloat16, float16 or float32 to f32,
+// once for each instruction set.
 //
-// Notation: B batch, W window, S slots, H query heads in groups over Hkv key/value heads, D head size.
+// Notation: B batch, W window, S slots, H query heads in groups over Hkv key/value heads, D size of a query's and a key's head, Dv
+// of a value's.
 
 #pragma once
 
@@ -19,12 +20,23 @@ namespace mlspecqd::attention {
 constexpr int kTile = 32;  // slots
 constexpr int kMostLanes = 16;
 
+// Of a query's and a key's head, and of a value's.
+struct Depths {
+  int64_t key, value;
+};
+
+// What becomes of a product of a query and a key.
+struct Scores {
+  float scale;
+  float cap;  // bounds their magnitude, softly; 0 leaves them as they are
+};
+
 // One instruction set's attention of up to `lanes` query rows over one head; the arguments are `attend`'s in attention.inc.
 template <class Element>
 struct Kernel {
   int lanes;
-  void (*attend)(const float* q, const Element* k, const Element* v, const int32_t* first, const int32_t* last, int64_t slots,
-                 int64_t depth, float scale, float* tile, float* weights, float* out);
+  void (*attend)(const float* q, const Element* k, const Element* v, const int32_t* first, const int32_t* last, const float* sinks,
+                 int64_t slots, Depths depth, Scores scores, float* tile, float* weights, float* out);
 };
 
 namespace portable {
@@ -84,45 +96,49 @@ TARGET inline __attribute__((always_inline)) Lanes multiply_add(const Lanes& a, 
 #endif  // MLSPECQD_X86
 
 struct Shape {
-  int64_t batch, heads, kv_heads, window, slots, depth;
+  int64_t batch, heads, kv_heads, window, slots;
+  Depths depth;
 };
 
-// out [B, W, H, D] from q [B, H, W, D] and k, v [B, Hkv, S, D]; the query at [b, w] sees the slots from first[b, w] to
-// last[b, w], both included.
+// out [B, W, H, Dv] from q [B, H, W, D], k [B, Hkv, S, D] and v [B, Hkv, S, Dv]; the query at [b, w] sees the slots from first[b,
+// w] to last[b, w], both included, and a logit of its head, sinks [H], which has no value; -infinity is none.
 template <class Element, class Pool>
 void attention(const Kernel<Element>& kernel, Pool& pool, const Element* q, const Element* k, const Element* v,
-               const int32_t* first, const int32_t* last, float* out, const Shape& s) {
+               const int32_t* first, const int32_t* last, const float* sinks, float* out, Scores scores, const Shape& s) {
   const int lanes = kernel.lanes;
   const int64_t rows = s.heads / s.kv_heads * s.window, blocks = (rows + lanes - 1) / lanes, heads = s.batch * s.kv_heads;
-  const float scale = 1 / std::sqrt(static_cast<float>(s.depth));
   int64_t most = 0;  // slots that any query sees
   for (int64_t i = 0; i < s.batch * s.window; ++i) most = std::max(most, std::min<int64_t>(int64_t{last[i]} + 1, s.slots));
-  const int64_t floats = (2 * s.depth + rounded_up(most, kTile)) * lanes + kTile * s.depth;
+  const int64_t floats =
+      (s.depth.key + s.depth.value + rounded_up(most, kTile)) * lanes + kTile * std::max(s.depth.key, s.depth.value);
   const auto block = [&](int64_t chunk, char* memory) noexcept {
     const int64_t head = chunk / blocks, begin = chunk % blocks * lanes, batch = head / s.kv_heads;
     const int there = static_cast<int>(std::min<int64_t>(lanes, rows - begin));
     alignas(64) int32_t from[kMostLanes] = {}, to[kMostLanes] = {};
+    alignas(64) float sink[kMostLanes] = {};
+    const auto query_head = [&](int lane) { return head % s.kv_heads * (s.heads / s.kv_heads) + (begin + lane) / s.window; };
     int64_t slots = 0;
     for (int lane = 0; lane < there; ++lane) {
       const int64_t at = batch * s.window + (begin + lane) % s.window;
       from[lane] = std::max<int32_t>(first[at], 0);
       to[lane] = static_cast<int32_t>(std::min<int64_t>(int64_t{last[at]} + 1, s.slots));
+      sink[lane] = sinks[query_head(lane)];
       slots = std::max<int64_t>(slots, to[lane]);
     }
     float* const queries = reinterpret_cast<float*>(memory);
-    float *const result = queries + s.depth * lanes, *const weights = result + s.depth * lanes;
+    float *const result = queries + s.depth.key * lanes, *const weights = result + s.depth.value * lanes;
     float* const tile = weights + rounded_up(slots, kTile) * lanes;
-    std::memset(queries, 0, s.depth * lanes * sizeof(float));
+    std::memset(queries, 0, s.depth.key * lanes * sizeof(float));
     for (int lane = 0; lane < there; ++lane) {
-      const Element* const row = q + (head * rows + begin + lane) * s.depth;
-      for (int64_t d = 0; d < s.depth; ++d) queries[d * lanes + lane] = widened(row[d]);
+      const Element* const row = q + (head * rows + begin + lane) * s.depth.key;
+      for (int64_t d = 0; d < s.depth.key; ++d) queries[d * lanes + lane] = widened(row[d]);
     }
-    const int64_t cache = head * s.slots * s.depth;
-    kernel.attend(queries, k + cache, v + cache, from, to, slots, s.depth, scale, tile, weights, result);
+    const int64_t cache = head * s.slots;
+    kernel.attend(queries, k + cache * s.depth.key, v + cache * s.depth.value, from, to, sink, slots, s.depth, scores, tile,
+                  weights, result);
     for (int lane = 0; lane < there; ++lane) {
-      const int64_t row = begin + lane, h = head % s.kv_heads * (s.heads / s.kv_heads) + row / s.window;
-      float* const to_row = out + ((batch * s.window + row % s.window) * s.heads + h) * s.depth;
-      for (int64_t d = 0; d < s.depth; ++d) to_row[d] = result[d * lanes + lane];
+      float* const to_row = out + ((batch * s.window + (begin + lane) % s.window) * s.heads + query_head(lane)) * s.depth.value;
+      for (int64_t d = 0; d < s.depth.value; ++d) to_row[d] = result[d * lanes + lane];
     }
   };
   for_each_chunk(pool, heads * blocks, floats * static_cast<int64_t>(sizeof(float)), block);

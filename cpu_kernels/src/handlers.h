@@ -45,9 +45,13 @@ using Slots = Matrix<ffi::S32>;
 using Slot = Row<ffi::S32>;
 using Thirds = ffi::Buffer<ffi::F32, 3>;
 
-inline constexpr char kIsa[] = "isa", kEps[] = "eps", kElements[] = "elements";
+inline constexpr char kIsa[] = "isa", kEps[] = "eps", kOffset[] = "offset", kElements[] = "elements", kScale[] = "scale",
+                      kCap[] = "cap";
 using Isa = ffi::Attr<std::string_view, kIsa>;  // of the instruction set; the best for an empty one
 using Eps = ffi::Attr<float, kEps>;
+using Offset = ffi::Attr<float, kOffset>;
+using Scale = ffi::Attr<float, kScale>;                   // of scores
+using Cap = ffi::Attr<float, kCap>;                       // of scores; 0 is none
 using Elements = ffi::Attr<std::string_view, kElements>;  // the format's exponent and mantissa bits, as in "e4m3"
 
 template <ffi::DataType type, size_t rank>
@@ -72,12 +76,14 @@ ffi::Error dense_handler(ffi::ThreadPool pool, Isa isa, Matrix<type> x, Matrix<t
 }
 
 template <ffi::DataType type>
-ffi::Error norm_handler(ffi::ThreadPool pool, Isa isa, Eps eps, Matrix<type> x, Row<type> weight, ffi::Result<Matrix<type>> y) {
+ffi::Error norm_handler(ffi::ThreadPool pool, Isa isa, Eps eps, Offset offset, Matrix<type> x, Row<type> weight,
+                        ffi::Result<Matrix<type>> y) {
   const auto a = x.dimensions(), b = weight.dimensions(), c = y->dimensions();
   if (a[1] != b[0] || !std::equal(a.begin(), a.end(), c.begin())) return unfitting();
   const auto* kernel = choose(norm_choices<Element<type>>(), *isa);
   if (kernel == nullptr) return unsupported(*isa);
-  norm::rms_norm(*kernel, pool, elements(x), elements(weight), *eps, reinterpret_cast<Element<type>*>(y->typed_data()), a[0], a[1]);
+  norm::rms_norm(*kernel, pool, elements(x), elements(weight), {*eps, *offset}, reinterpret_cast<Element<type>*>(y->typed_data()),
+                 a[0], a[1]);
   return ffi::Error::Success();
 }
 
@@ -92,21 +98,19 @@ ffi::Error rotate_handler(ffi::ThreadPool pool, Heads<type> x, Thirds cos, Third
 }
 
 template <ffi::DataType type>
-ffi::Error attention_handler(ffi::ThreadPool pool, Isa isa, Heads<type> q, Heads<type> k, Heads<type> v, Slots first, Slots last,
-                             ffi::Result<HeadsOut> y) {
+ffi::Error attention_handler(ffi::ThreadPool pool, Isa isa, Scale scale, Cap cap, Heads<type> q, Heads<type> k, Heads<type> v,
+                             Slots first, Slots last, Row<ffi::F32> sinks, ffi::Result<HeadsOut> y) {
   const auto a = q.dimensions(), b = k.dimensions(), c = v.dimensions(), f = first.dimensions(), l = last.dimensions();
   const auto out = y->dimensions();
-  const attention::Shape shape = {a[0], a[1], b[1], a[2], b[2], a[3]};
+  const attention::Shape shape = {a[0], a[1], b[1], a[2], b[2], {a[3], c[3]}};
   const bool windows = f[0] == a[0] && f[1] == a[2] && l[0] == a[0] && l[1] == a[2];
-  const bool result = out[0] == a[0] && out[1] == a[2] && out[2] == a[1] && out[3] == a[3];
-  if (!std::equal(b.begin(), b.end(), c.begin()) || b[0] != a[0] || b[3] != a[3] || b[1] == 0 || a[1] % b[1] || !windows ||
-      !result) {
-    return unfitting();
-  }
+  const bool result = out[0] == a[0] && out[1] == a[2] && out[2] == a[1] && out[3] == c[3];
+  const bool cache = std::equal(b.begin(), b.begin() + 3, c.begin()) && b[0] == a[0] && b[3] == a[3] && b[1] != 0;
+  if (!cache || a[1] % b[1] || sinks.dimensions()[0] != a[1] || !windows || !result) return unfitting();
   const auto* kernel = choose(attention_choices<Element<type>>(), *isa);
   if (kernel == nullptr) return unsupported(*isa);
-  attention::attention(*kernel, pool, elements(q), elements(k), elements(v), first.typed_data(), last.typed_data(), y->typed_data(),
-                       shape);
+  attention::attention(*kernel, pool, elements(q), elements(k), elements(v), first.typed_data(), last.typed_data(),
+                       sinks.typed_data(), y->typed_data(), {*scale, *cap}, shape);
   return ffi::Error::Success();
 }
 

@@ -1,4 +1,4 @@
-// rms_norm: x / sqrt(mean(x^2) + eps) * weight, row by row, in f32.
+// rms_norm: x / sqrt(mean(x^2) + eps) * (offset + weight), row by row, in f32.
 //
 // A row's squares are added in sixteen lanes, each in order, and the lanes in one fixed order, so that its bits depend on nothing
 // else: neither on other rows, nor on the instruction set, since no multiply-add is fused.
@@ -18,10 +18,15 @@ namespace mlspecqd::norm {
 constexpr int kLanes = 16;
 typedef float Lanes __attribute__((vector_size(4 * kLanes)));
 
+struct Constants {
+  float eps;
+  float offset;  // -0 is none: it leaves every weight as it is, -0 too
+};
+
 #define ALWAYS inline __attribute__((always_inline))
 
 template <class Element>
-ALWAYS void row(const Element* x, const Element* weight, int64_t k, float eps, Element* out) {
+ALWAYS void row(const Element* x, const Element* weight, int64_t k, Constants constants, Element* out) {
   Lanes sums = {};
   for (int64_t at = 0; at < k; at += kLanes) {
     const int there = k - at < kLanes ? static_cast<int>(k - at) : kLanes;
@@ -36,23 +41,25 @@ ALWAYS void row(const Element* x, const Element* weight, int64_t k, float eps, E
   for (int half = kLanes / 2; half > 0; half /= 2) {
     for (int i = 0; i < half; ++i) sums[i] += sums[i + half];
   }
-  const float factor = 1 / std::sqrt(sums[0] / static_cast<float>(k) + eps);
-  for (int64_t i = 0; i < k; ++i) out[i] = narrowed<Element>(widened(x[i]) * factor * widened(weight[i]));
+  const float factor = 1 / std::sqrt(sums[0] / static_cast<float>(k) + constants.eps);
+  for (int64_t i = 0; i < k; ++i) out[i] = narrowed<Element>(widened(x[i]) * factor * (constants.offset + widened(weight[i])));
 }
 
 template <class Element>
-ALWAYS void rows(const Element* x, const Element* weight, int64_t begin, int64_t end, int64_t k, float eps, Element* out) {
-  for (int64_t m = begin; m < end; ++m) row(x + m * k, weight, k, eps, out + m * k);
+ALWAYS void rows(const Element* x, const Element* weight, int64_t begin, int64_t end, int64_t k, Constants constants,
+                 Element* out) {
+  for (int64_t m = begin; m < end; ++m) row(x + m * k, weight, k, constants, out + m * k);
 }
 
 template <class Element>
-using Rows = void (*)(const Element* x, const Element* weight, int64_t begin, int64_t end, int64_t k, float eps, Element* out);
+using Rows = void (*)(const Element* x, const Element* weight, int64_t begin, int64_t end, int64_t k, Constants constants,
+                      Element* out);
 
 namespace portable {
 
 template <class Element>
-void kernel(const Element* x, const Element* weight, int64_t begin, int64_t end, int64_t k, float eps, Element* out) {
-  rows(x, weight, begin, end, k, eps, out);
+void kernel(const Element* x, const Element* weight, int64_t begin, int64_t end, int64_t k, Constants constants, Element* out) {
+  rows(x, weight, begin, end, k, constants, out);
 }
 
 template <class Element>
@@ -66,8 +73,8 @@ namespace avx2 {
 
 template <class Element>
 __attribute__((target("avx2,f16c"))) void kernel(const Element* x, const Element* weight, int64_t begin, int64_t end, int64_t k,
-                                                 float eps, Element* out) {
-  rows(x, weight, begin, end, k, eps, out);
+                                                 Constants constants, Element* out) {
+  rows(x, weight, begin, end, k, constants, out);
 }
 
 template <class Element>
@@ -79,8 +86,9 @@ namespace avx512 {
 
 template <class Element>
 __attribute__((target("avx512f,avx512dq,avx512bw,avx512vl"))) void kernel(const Element* x, const Element* weight, int64_t begin,
-                                                                          int64_t end, int64_t k, float eps, Element* out) {
-  rows(x, weight, begin, end, k, eps, out);
+                                                                          int64_t end, int64_t k, Constants constants,
+                                                                          Element* out) {
+  rows(x, weight, begin, end, k, constants, out);
 }
 
 template <class Element>
@@ -96,12 +104,12 @@ constexpr int64_t kLeastElements = 16 << 10;  // of a chunk: some microseconds o
 
 // out [M, K] from x [M, K] and weight [K].
 template <class Element, class Pool>
-void rms_norm(Rows<Element> kernel, Pool& pool, const Element* x, const Element* weight, float eps, Element* out, int64_t m,
-              int64_t k) {
+void rms_norm(Rows<Element> kernel, Pool& pool, const Element* x, const Element* weight, Constants constants, Element* out,
+              int64_t m, int64_t k) {
   const int64_t each = kLeastElements / (k > 0 ? k : 1) + 1;
   for_each_chunk(pool, (m + each - 1) / each, 0, [&](int64_t chunk, char*) noexcept {
     const int64_t begin = chunk * each, end = begin + each < m ? begin + each : m;
-    kernel(x, weight, begin, end, k, eps, out);
+    kernel(x, weight, begin, end, k, constants, out);
   });
 }
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mlspecqd_jax.folds import BLOCK, ordered_softmax
+from mlspecqd_jax.folds import ordered_softmax
 
 
 class KVCache(NamedTuple):
@@ -67,53 +67,6 @@ def _weights(scores, visible, sinks, scale, cap):
     if cap is not None:
         scores = cap * jnp.tanh(scores / cap)
     return ordered_softmax(jnp.where(visible, scores, -jnp.inf), None if sinks is None else sinks.astype(jnp.float32))
-
-
-def attend_by_query(q, k, v, first, last, sinks=None, *, scale: float, cap: float | None = None):
-    """`attend` for XLA:CPU, one query after another and the slots in blocks, so that all products are of one shape.
-
-    XLA:CPU adds up a product in an order that its sizes decide, so one over a window, or over all slots of a buffer, would make a
-    query's bits depend on both. Blocks that a query does not see are not read.
-    """
-    batch, heads, window, _ = q.shape
-    kv, slots = k.shape[1:3]
-    fill = ((0, 0), (0, 0), (0, -slots % BLOCK), (0, 0))
-    k, v = (array if slots % BLOCK == 0 else jnp.pad(array, fill) for array in (k, v))
-    q = q.reshape(batch, kv, heads // kv, window, -1)
-    sinks = None if sinks is None else sinks.reshape(kv, -1)
-
-    def block(array, row, i):
-        # Else XLA:CPU, which slices no 16-bit floats, makes an f32 copy of the whole cache before the loop (`moves.rows`).
-        array, i = jax.lax.optimization_barrier((array, i))
-        sizes = (1, kv, BLOCK, array.shape[3])
-        return jax.lax.dynamic_slice(array, (row, 0, i * BLOCK, 0), sizes)[0]
-
-    def one(at):
-        row, w = at // window, at % window
-        begin, end = first[row, w], last[row, w]
-        blocks = jnp.maximum(begin, 0) // BLOCK, jnp.minimum(end, slots - 1) // BLOCK + 1
-        query = q[row, :, :, w]
-
-        def score(i, scores):
-            return jax.lax.dynamic_update_slice(scores, _dot(query, block(k, row, i), 2), (0, 0, i * BLOCK))
-
-        scores = jax.lax.fori_loop(*blocks, score, jnp.zeros((kv, heads // kv, k.shape[2]), jnp.float32))
-        slot = jnp.arange(k.shape[2])[None, None, :]
-        weights = _weights(scores, (begin <= slot) & (slot <= end), sinks, scale, cap)
-
-        def add(i, out):
-            return out + _dot(jax.lax.dynamic_slice_in_dim(weights, i * BLOCK, BLOCK, 2), block(v, row, i), 1)
-
-        return jax.lax.fori_loop(*blocks, add, jnp.zeros((kv, heads // kv, v.shape[3]), jnp.float32))
-
-    out = jax.lax.map(one, jnp.arange(batch * window))  # [B * W, Hkv, H / Hkv, Dv]
-    return out.reshape(batch, window, -1).astype(q.dtype)
-
-
-def _dot(a, b, axis):
-    """Contract the last axis of a [H, R, X] with `axis` of b [H, ...] to f32 [H, R, ...]."""
-    dimensions = (((2,), (axis,)), ((0,), (0,)))
-    return jax.lax.dot_general(a.astype(jnp.float32), b.astype(jnp.float32), dimensions, precision=jax.lax.Precision.HIGHEST)
 
 
 def _product(a: jax.Array, b: jax.Array, axis: int) -> jax.Array:

@@ -46,11 +46,9 @@ def linear(x: jax.Array, w: Leaf, *, out_dtype: jnp.dtype | None = None) -> jax.
 def rms_norm(x: jax.Array, weight: jax.Array, norm: Norm) -> jax.Array:
     """`norms.rms_norm` of x [..., K] with its weight [K]."""
     in_xla = functools.partial(norms.rms_norm, norm=norm)
-    if norm.offset:
-        return in_xla(x, weight)
 
     def in_cpp(x, weight):
-        return cpu_kernels.rms_norm(x.reshape(-1, x.shape[-1]), weight, norm.eps).reshape(x.shape)
+        return cpu_kernels.rms_norm(x.reshape(-1, x.shape[-1]), weight, norm.eps, norm.offset).reshape(x.shape)
 
     return cpu_kernels.on_cpu(_differentiated_as(in_xla, in_cpp), in_xla, x, weight)
 
@@ -97,18 +95,14 @@ def attend(
     Args:
       q, k, v: [B, H, W, D], [B, Hkv, S, D] and [B, Hkv, S, Dv].
       first, last: int32 [B, W]; query w of row r sees the slots from first[r, w] to last[r, w], both included.
-      sinks: [H], a logit of each head that the softmax sums too, and whose probability goes to no value; or None.
+      sinks: [H] in q's dtype, a logit of each head that the softmax sums too, and whose probability goes to no value; or None.
       scale: None is 1 / sqrt(D).
       cap: bound of the logits' magnitude, softly; None leaves them as they are.
     """
-    usual = q.shape[-1] ** -0.5
-    scale = usual if scale is None else scale
-    in_xla = functools.partial(attention.attend, scale=scale, cap=cap)
-    if scale == usual and cap is None and sinks is None and v.shape[-1] == q.shape[-1]:
-        return cpu_kernels.on_cpu(_differentiated_as(in_xla, _attend_in_cpp), in_xla, q, k, v, first, last)
-    by_query = _differentiated_as(in_xla, functools.partial(attention.attend_by_query, scale=scale, cap=cap))
+    in_xla = functools.partial(attention.attend, scale=q.shape[-1] ** -0.5 if scale is None else scale, cap=cap)
+    in_cpp = functools.partial(_attend_in_cpp, scale=scale, cap=cap)
     given = () if sinks is None else (sinks,)
-    return jax.lax.platform_dependent(q, k, v, first, last, *given, cpu=by_query, default=in_xla)
+    return cpu_kernels.on_cpu(_differentiated_as(in_xla, in_cpp), in_xla, q, k, v, first, last, *given)
 
 
 def row_multiple(weights: Iterable[Leaf], dtype: str, chip: str, mesh: Mesh | None = None) -> int | None:
@@ -162,6 +156,6 @@ def _differentiated_as(form: Callable, function: Callable) -> Callable:
     return run
 
 
-def _attend_in_cpp(q, k, v, first, last):
-    out = cpu_kernels.attention(q, k, v, first, last)
+def _attend_in_cpp(q, k, v, first, last, sinks=None, *, scale, cap):
+    out = cpu_kernels.attention(q, k, v, first, last, sinks, scale=scale, cap=cap)
     return out.reshape(*out.shape[:2], -1).astype(q.dtype)

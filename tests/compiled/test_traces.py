@@ -114,8 +114,8 @@ def test_the_donated_caches_are_updated_where_they_are(program, stack, name):
 
 
 @pytest.mark.parametrize("name", ["feed", "advance"])
-def test_attention_by_queries_reads_the_caches_where_they_are(name):
-    """In blocks: no cache is copied or widened, and the donated ones are updated in place."""
+def test_bounded_attention_reads_the_caches_where_they_are(name):
+    """Gemma 2's: no cache is copied or widened, and the donated ones are updated in place."""
     stack = stacks.stack(random_model(GEMMA, "gemma"))
     tokens, length, limit, sampling = request(stack, max_new_tokens=300)
     size = tokens.shape[1]

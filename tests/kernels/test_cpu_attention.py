@@ -23,53 +23,76 @@ def seen(start, window, slots, width):
     return np.maximum(last - width + 1, 0).astype(np.int32), last.astype(np.int32)
 
 
-def attention_definition(q, k, v, first, last):
+def attention_definition(q, k, v, first, last, sinks=None, scale=None, cap=None):
     q, k, v = (np.asarray(array, np.float64) for array in (q, k, v))
     groups = q.shape[1] // k.shape[1]
-    scores = np.einsum("bhwd,bhsd->bhws", q, k.repeat(groups, 1)) / np.sqrt(q.shape[3])
+    scores = np.einsum("bhwd,bhsd->bhws", q, k.repeat(groups, 1)) * (scale or 1 / np.sqrt(q.shape[3]))
+    scores = cap * np.tanh(scores / cap) if cap else scores
     slots = np.arange(k.shape[2])
     visible = (slots >= first[:, None, :, None]) & (slots <= last[:, None, :, None])
-    weights = np.where(visible, np.exp(scores - np.where(visible, scores, -np.inf).max(-1, keepdims=True)), 0)
-    return np.einsum("bhws,bhsd->bwhd", weights / weights.sum(-1, keepdims=True), v.repeat(groups, 1))
+    greatest = np.where(visible, scores, -np.inf).max(-1, keepdims=True)
+    weights = np.where(visible, np.exp(scores - greatest), 0)
+    total = weights.sum(-1, keepdims=True)
+    if sinks is not None:
+        total += np.exp(np.asarray(sinks, np.float64)[None, :, None, None] - greatest)
+    return np.einsum("bhws,bhsd->bwhd", weights / total, v.repeat(groups, 1))
+
+
+# Beyond the usual softmax: other scales, bounded scores, sinks.
+KINDS = ({}, {"scale": 0.05}, {"cap": 3.0}, {"scale": 0.4, "cap": 20.0, "sinks": True}, {"sinks": True})
+
+
+def made(kind, q_heads):
+    """The arguments of a kind of attention with a sink for each head, one of which is none."""
+    given = dict(kind)
+    if given.pop("sinks", False):
+        given["sinks"] = heads(q_heads, seed=2).at[0].set(-jnp.inf)
+    return given
 
 
 @pytest.mark.parametrize("isa", cpu_kernels.isas("attention"))
+@pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize(
-    ("batch", "q_heads", "kv_heads", "window", "slots", "depth"),
-    [(1, 32, 4, 2, 70, 64), (2, 6, 3, 5, 37, 10), (1, 8, 2, 19, 50, 24), (2, 4, 4, 1, 7, 6)],
+    ("batch", "q_heads", "kv_heads", "window", "slots", "depth", "value_depth"),
+    [(1, 32, 4, 2, 70, 64, 64), (2, 6, 3, 5, 37, 10, 13), (1, 8, 2, 19, 50, 24, 16), (2, 4, 4, 1, 7, 6, 6)],
 )
-def test_attention_is_its_definition(isa, batch, q_heads, kv_heads, window, slots, depth):
+def test_attention_is_its_definition(isa, kind, batch, q_heads, kv_heads, window, slots, depth, value_depth):
     q, k, v = (
         heads(batch, q_heads, window, depth),
         heads(batch, kv_heads, slots, depth),
-        heads(batch, kv_heads, slots, depth, seed=1),
+        heads(batch, kv_heads, slots, value_depth, seed=1),
     )
+    kind = made(kind, q_heads)
     for width in (slots, 5):
         first, last = seen(np.arange(batch) + slots - window - 1, window, slots, width)
-        y = cpu_kernels.attention(q, k, v, first, last, isa)
-        np.testing.assert_allclose(y, attention_definition(q, k, v, first, last), rtol=1e-4, atol=2e-5)
+        y = cpu_kernels.attention(q, k, v, first, last, isa=isa, **kind)
+        np.testing.assert_allclose(y, attention_definition(q, k, v, first, last, **kind), rtol=1e-4, atol=2e-5)
 
 
 @pytest.mark.parametrize("isa", cpu_kernels.isas("attention"))
-def test_rows_of_attention_depend_on_nothing_else(isa):
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_rows_of_attention_depend_on_nothing_else(isa, kind):
     """Not on the window, on a batch, on how many slots there are, nor on what lies beyond those that a row sees."""
-    window, slots = 9, 60
+    window, slots, kind = 9, 60, made(kind, 6)
     q, k, v = heads(2, 6, window, 12), heads(2, 3, slots, 12), heads(2, 3, slots, 12, seed=1)
     first, last = seen([30, 41], window, slots, 1000)
-    whole = np.asarray(cpu_kernels.attention(q, k, v, first, last, isa))
+    whole = np.asarray(cpu_kernels.attention(q, k, v, first, last, isa=isa, **kind))
     for w in range(window):
         end = int(last[1, w]) + 1
         k_, v_ = (x[1:, :, : end + 3].at[:, :, end:].set(1000) for x in (k, v))
-        alone = cpu_kernels.attention(q[1:, :, w : w + 1], k_, v_, first[1:, w : w + 1], last[1:, w : w + 1], isa)
+        alone = cpu_kernels.attention(q[1:, :, w : w + 1], k_, v_, first[1:, w : w + 1], last[1:, w : w + 1], isa=isa, **kind)
         np.testing.assert_array_equal(alone[0, 0], whole[1, w])
 
 
 @pytest.mark.parametrize("isa", cpu_kernels.isas("attention"))
-def test_attention_passes_on_nan(isa):
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_attention_passes_on_nan(isa, kind):
+    kind = made(kind, 2)
     q, k, v = heads(1, 2, 3, 8), heads(1, 2, 20, 8), heads(1, 2, 20, 8, seed=1)
     first, last = seen([10], 3, 20, 1000)
-    clean = np.asarray(cpu_kernels.attention(q, k, v, first, last, isa))
-    y = np.array(cpu_kernels.attention(q.at[0, 1, 2, 5].set(jnp.nan), k, v, first, last, isa))
+    attend = functools.partial(cpu_kernels.attention, isa=isa, **kind)
+    clean = np.asarray(attend(q, k, v, first, last))
+    y = np.array(attend(q.at[0, 1, 2, 5].set(jnp.nan), k, v, first, last))
     assert np.isnan(y[0, 2, 1]).all()
     y[0, 2, 1] = clean[0, 2, 1]
     np.testing.assert_array_equal(y, clean)

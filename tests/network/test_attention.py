@@ -57,7 +57,7 @@ def test_attention_is_its_formula(monkeypatch, platform, scale, cap, sinks, size
     assert error(ours, expected.reshape(2, 4, -1)) <= 1e-5
 
 
-def test_attention_by_queries_has_the_derivatives_of_its_formula():
+def test_attention_has_the_derivatives_of_its_formula():
     random = np.random.RandomState(2)
     q, k, v = (random.standard_normal(n).astype(np.float32) for n in ((1, 2, 3, 4), (1, 1, 5, 4), (1, 1, 5, 4)))
     last = np.array([[2, 3, 4]], np.int32)
