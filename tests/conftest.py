@@ -1,5 +1,6 @@
 """Settings for every test: no network, a compilation cache of this run's own."""
 
+import gc
 import os
 import pathlib
 import tempfile
@@ -19,6 +20,13 @@ if "MLSPECQD_TESTS_CACHE" not in os.environ:  # the workers of a run share one, 
 os.environ["XDG_CACHE_HOME"] = os.environ["MLSPECQD_TESTS_CACHE"]
 os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ["MLSPECQD_TESTS_CACHE"] + "/xla"
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
+
+
+def pytest_collection_finish():
+    """Look for garbage less often: jax keeps millions of objects, which a whole collection goes through."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 100)
 
 
 @pytest.fixture(scope="session")

@@ -97,6 +97,7 @@ def test_two_processes_that_start_together_compile_once(tmp_path, stand_in):
     assert runs() == len(TOGETHER)
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_a_cache_that_cannot_be_written_costs_one_compilation_a_process(tmp_path, stand_in):
     compiler, runs = stand_in
@@ -113,7 +114,7 @@ def test_a_cache_that_cannot_be_written_costs_one_compilation_a_process(tmp_path
     [
         ({"PATH": "/nowhere"}, "no C++ compiler found"),
         ({"CXX": "false"}, "cannot be compiled, so XLA's own products run, which are slower (exit code 1)"),
-        ({build.SWITCH: "0"}, None),
+        pytest.param({build.SWITCH: "0"}, None, marks=pytest.mark.slow),
     ],
 )
 def test_without_a_library_xla_runs_and_that_is_said_once(tmp_path, environment, said):

@@ -107,7 +107,7 @@ def assert_equal(ours, theirs):
         np.testing.assert_array_equal(one, other)
 
 
-@pytest.mark.parametrize(("format", "tied"), [("mxfp4", False), ("mxfp6_e3m2", True)])
+@pytest.mark.parametrize(("format", "tied"), [("mxfp4", False), pytest.param("mxfp6_e3m2", True, marks=pytest.mark.slow)])
 def test_a_stored_draft_comes_back_bit_for_bit(tmp_path, monkeypatch, format, tied):
     config = CONFIG | {"tie_word_embeddings": tied}
     source = mlsd.load(tiny.write_checkpoint(tmp_path / "source", config, tiny.weights(config)))
@@ -136,6 +136,7 @@ def test_a_stored_draft_is_not_read_unless_asked_for(tmp_path, network):
         model.quantized()
 
 
+@pytest.mark.slow
 def test_dtypes_that_a_stored_draft_serves(tmp_path, network):
     """Its own, and float32, in which the weights have the same values and so the same codes."""
     mlsd.convert(tmp_path / "source", tmp_path / "converted", draft="mxfp4")

@@ -38,6 +38,7 @@ def divergence(model, name, format, tokens):
     return (np.exp(p) * (p - q)).sum(-1).mean()
 
 
+@pytest.mark.slow
 def test_text_of_its_own_is_likely_to_it(model, tokens):
     """Drawn from its probabilities: as likely as their entropy says, and another text by another key."""
     logits, _, _ = model.network(model.params, tokens, jnp.zeros(len(tokens), jnp.int32), None)
@@ -50,6 +51,7 @@ def test_text_of_its_own_is_likely_to_it(model, tokens):
     assert np.asarray(other != tokens).any()
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_costs_are_the_divergences_that_casting_makes(model, tokens):
     """To second order and within sampling's error; positions count as independent, which those of keys are not."""

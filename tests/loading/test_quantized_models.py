@@ -34,7 +34,7 @@ def quantized_leaves(model):
     return [leaf for leaf in model.params.values() if isinstance(leaf, QuantizedArray)]
 
 
-QUICK = ("gptq act-order", "awq", "fp8 tiles", "nvfp4")
+QUICK = ("gptq act-order", "nvfp4")
 
 
 @pytest.mark.parametrize("layout", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in made.LAYOUTS])
@@ -54,6 +54,7 @@ def test_logits_are_those_of_the_weights_that_a_folder_stands_for(tmp_path, caps
     assert decoded.recipe is None
 
 
+@pytest.mark.slow
 def test_a_twin_drafts_and_changes_no_token(tmp_path, target):
     folder, _ = write(tmp_path, "gptq")
     twin = mlsd.load(folder, twin_of=target)

@@ -178,7 +178,7 @@ def test_buffers_leave_room_for_a_window():
 
 
 @pytest.mark.parametrize("broken", [np.nan, -np.nan, np.inf, -np.inf], ids=["NaN", "-NaN", "inf", "all -inf"])
-@pytest.mark.parametrize("draft", ["", "own"], ids=["plain", "drafted"])
+@pytest.mark.parametrize("draft", ["", pytest.param("own", marks=pytest.mark.slow)], ids=["plain", "drafted"])
 def test_a_row_ends_where_the_targets_logits_are_no_numbers(draft, broken):
     """Where it is known: after token 1 then 2. Nothing is appended from there on, whatever is drafted, and other rows go on."""
     model = Markov()

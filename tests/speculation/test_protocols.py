@@ -169,6 +169,7 @@ def test_a_drafter_is_lent_the_features_of_its_verifier(twin):
         assert len(missing) <= fed // 3
 
 
+@pytest.mark.slow
 def test_a_window_is_padded_with_minus_one():
     """Contract C13: beyond the draft, in rows that are finished, and beyond the prompts."""
     fed = []
@@ -245,6 +246,7 @@ def test_what_is_no_control_is_refused():
         mlsd.init(Level(Counting(), jnp.int32(1)), tokens, jnp.array([1]), sampling, control=3)
 
 
+@pytest.mark.slow
 def test_the_example_of_an_own_drafter():
     """It is short, runs as it is, and prints what plain decoding gives."""
     assert len(EXAMPLE.read_text(encoding="utf-8").splitlines()) < 40

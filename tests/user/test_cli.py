@@ -76,6 +76,7 @@ def test_logprobs_compare_and_none(capsys):
     assert value["report"]["exact"] is False
 
 
+@pytest.mark.slow
 def test_quantized_weights_draft_as_they_are_stored_or_are_decoded(capsys, tmp_path):
     config = quantized_folders.CONFIG | {"num_hidden_layers": 1}
     plain = quantized_folders.weights(config=config)
@@ -148,6 +149,7 @@ def test_what_is_no_number_is_null_in_json(capsys, monkeypatch):
     assert (value["logprobs"], value["report"]) == ([[None]], {"a": [None, {"b": None}], "c": 1.5})
 
 
+@pytest.mark.slow
 def test_a_model_that_is_target_and_draft_is_loaded_once(capsys, monkeypatch):
     loaded, load = [], models.load
     monkeypatch.setattr(models, "load", lambda name, **settings: loaded.append(name) or load(name, **settings))

@@ -38,6 +38,7 @@ def test_a_stop_string_ends_the_text_before_it(stack, offset):
     assert streamed.generation.tokens == out.tokens
 
 
+@pytest.mark.slow
 def test_positions_limit_the_text(demo, stack):
     positions = demo.card.max_positions
     ids = [[5] * (positions - 3)]

@@ -54,7 +54,7 @@ def test_a_stack_built_again_is_not_traced_again(demo, stack):
     assert [f._cache_size() for f in generation.programs(stack)] == before
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=[pytest.mark.slow, pytest.mark.exhaustive])])
 def test_sixteen_bits_generate(dtype):
     model = mlsd.load("demo", dtype=dtype)
     assert {leaf.dtype.name for leaf in model.params.values()} == {dtype}
@@ -63,6 +63,7 @@ def test_sixteen_bits_generate(dtype):
     assert len(out.tokens[0]) == 8 or out.finish_reason == ["stop"]
 
 
+@pytest.mark.slow
 def test_inexact_differs_in_the_window_alone(demo, stack):
     fast = mlsd.stack(demo, exact=False)
     assert (fast.level.window(), stack.level.window()) == (1, 1)  # the C++ kernels compute every row by itself
@@ -197,6 +198,7 @@ def test_a_model_that_leaves_float16_is_refused_in_one_sentence_and_runs_in_bflo
     assert [len(set(row)) > 1 for row in out.tokens] == [True, True]
 
 
+@pytest.mark.slow
 def test_broken_weights_are_told_from_a_narrow_dtype(small):
     params = small.params | {"model.norm.weight": small.params["model.norm.weight"] * np.nan}
     with pytest.raises(ValueError, match=r"row 0: after 0 new tokens .* gives logits .* its weights are broken.*float32"):

@@ -38,6 +38,7 @@ def test_the_command_prints_it_or_json(capsys, measured):
     assert (code, json.loads(out)) == (0, COSTS)
 
 
+@pytest.mark.slow
 def test_the_picture_is_drawn(capsys, measured, tmp_path):
     pytest.importorskip("matplotlib")
     code, _, err = run(capsys, "sensitivity", "demo-small", "--plot", tmp_path / "found.svg")

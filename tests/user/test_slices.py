@@ -39,6 +39,7 @@ def test_a_slice_takes_about_its_time():
     assert generation._next(64, 0.001, 16) == 16
 
 
+@pytest.mark.slow
 def test_a_long_prompt_is_fed_in_slices(small, monkeypatch):
     monkeypatch.setattr(requests, "PREFILL_WIDTHS", (16,))
     monkeypatch.setattr(generation, "SLICE_SECONDS", 1e9)

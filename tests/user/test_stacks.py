@@ -168,6 +168,7 @@ def cache_bytes(stack):
     return sum(leaf.size * leaf.dtype.itemsize for leaf in caches)
 
 
+@pytest.mark.slow
 def test_a_twin_adds_no_cache_unless_asked_to(demo, other):
     plain = cache_bytes(mlsd.stack(demo))
     fine, coarse = demo.quantized("mxfp8_e4m3"), demo.quantized()

@@ -83,9 +83,9 @@ def test_a_token_is_of_what_proposed_it_first(script):
 )
 def test_a_short_run_draws_the_passes_that_the_report_counts(script, tmp_path, drafts):
     pytest.importorskip("matplotlib")
-    options = ["--new-tokens", "12", "--runs", "1", "--plot", str(tmp_path / "plot")]
+    options = ["--model", "demo-small", "--new-tokens", "12", "--runs", "1", "--plot", str(tmp_path / "plot")]
     run, plain = script.main([*options, *(word for spec in drafts for word in ("--draft", spec))])
-    model = mlsd.load("demo")
+    model = mlsd.load("demo-small")
     stack = mlsd.stack(model, *script.specs.drafters(script.specs.parse(drafts), model, mlsd.load))
     real = mlsd.generate(stack, script.PROMPT, max_new_tokens=12)
     assert run.new == plain.new == real.tokens[0]

@@ -225,6 +225,7 @@ def test_a_work_folder_of_another_run_is_refused(run, capsys):
     assert "other settings" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_data_of_another_vocabulary_or_too_few_tokens_is_refused(run, tmp_path, capsys):
     assert run("out", "--stop-at", "1") == 0
     assert run("next", "--vocab", "320") == 2
@@ -235,6 +236,7 @@ def test_data_of_another_vocabulary_or_too_few_tokens_is_refused(run, tmp_path, 
     assert "manifest.json" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_data_is_prepared_once_and_not_from_other_files(script, run, sources, tmp_path, capsys):
     assert run("out", "--stop-at", "1") == 0
     (sources / "package" / "m00.py").write_text("another = 1\n")

@@ -197,7 +197,9 @@ def test_no_second_model_in_memory(untied, monkeypatch):
     assert len(made) == sum(map(is_quantized, twin.params.values())) == 7 * 2 + 1
 
 
-@pytest.mark.parametrize("format", list(FORMATS))
+@pytest.mark.parametrize(
+    "format", [pytest.param(name, marks=() if name in ("mxfp4", "uint4_g128", "int8") else pytest.mark.slow) for name in FORMATS]
+)
 def test_logits_are_those_of_the_target_with_decoded_weights(untied, format):
     twin = untied.quantized(format)
     decoded = {name: dequantize(leaf, jnp.float32) if is_quantized(leaf) else leaf for name, leaf in twin.params.items()}

@@ -9,7 +9,11 @@ import pytest
 from mlspecqd_jax.weights.cast import dequantize, quantize
 from mlspecqd_jax.weights.formats import FORMATS, SCALED, format_of
 
+QUICK = ("nvfp4", "int4", "uint4_g32", "int8")
 formats = pytest.mark.parametrize("format", [format.name for format in SCALED])
+quick_formats = pytest.mark.parametrize(
+    "format", [pytest.param(format.name, marks=() if format.name in QUICK else pytest.mark.slow) for format in SCALED]
+)
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
 E4M3 = np.arange(127, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float64)
 
@@ -48,7 +52,7 @@ def parts(a):
 
 
 @formats
-@pytest.mark.parametrize(("rule", "n", "k"), [("floor", 130, 160), ("mse", 3, 70)])
+@pytest.mark.parametrize(("rule", "n", "k"), [("floor", 130, 160), pytest.param("mse", 3, 70, marks=pytest.mark.slow)])
 def test_every_element_is_the_nearest_that_its_scale_allows(format, rule, n, k):
     w = weight(n, k)
     a = quantize(w, format, rule)
@@ -81,7 +85,7 @@ def test_the_scale_comes_from_the_largest(format):
     assert np.all(values[w == 0][:32] == 0) or f.minimum
 
 
-@formats
+@quick_formats
 def test_a_search_is_never_worse_and_mostly_better(format):
     w = weight(16, 512, dtype=jnp.bfloat16)
     f = FORMATS[format]
@@ -122,7 +126,7 @@ def test_zeros_stay_zeros_and_what_is_not_finite_is_refused(format):
             quantize(jnp.ones((3, 70)).at[1, 69].set(bad), format)
 
 
-@formats
+@quick_formats
 def test_under_jit_it_is_the_same(format):
     w = weight(7, 200, dtype=jnp.bfloat16)
     one, other = quantize(w, format), jax.jit(lambda w: quantize(w, format))(w)
