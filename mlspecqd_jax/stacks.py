@@ -1,15 +1,22 @@
 """`stack`: a target and its drafters, outermost first, checked against each other and built into one `Stack`."""
 
-from typing import Any
+import math
+from typing import Any, NamedTuple
 
-from mlspecqd_jax import jax_settings
+from jax.sharding import NamedSharding, PartitionSpec
+
+from mlspecqd_jax import console, jax_settings
 from mlspecqd_jax.arguments import brief, flag, instance
 from mlspecqd_jax.errors import InputError
 from mlspecqd_jax.loading.models import Model
 from mlspecqd_jax.speculation.drafters.prompt_lookup import PromptLookup
 from mlspecqd_jax.speculation.level import Level
+from mlspecqd_jax.speculation.protocols import Scorer
 from mlspecqd_jax.speculation.stack import Stack
+from mlspecqd_jax.speculation.translated import Dictionary, Translated, TranslatedParams
 from mlspecqd_jax.text.card import first_difference
+from mlspecqd_jax.text.token_map import TokenMap, token_map
+from mlspecqd_jax.weights.placement import place
 from pallas_kernels.product import ONE_WIDTH
 
 
@@ -21,7 +28,7 @@ def stack(target: Model, *drafters: Any, exact: bool = True, share_cache: bool =
       target: the model whose output is wanted.
       *drafters: outermost first, each (drafter, draft_len) or a drafter alone (5 tokens, 3 if it drafts for a draft, 4 for prompt
         look-up). A drafter is a `Model`, such as the level's own twin `target.quantized()`, or `prompt_lookup()`, which must be
-        the last.
+        the last. A model of another tokenizer drafts what its tokens and the target's have in common; stderr says how much.
       exact: pad every window of the target to a multiple of rows at which a row's result does not depend on the window, so that
         all stacks give the same tokens in the weights' dtype (CPU: 2 rows, or none where the C++ products run; GPU and TPU: 16,
         hence draft_len <= 15). False drops the padding: fastest, and equal up to rounding.
@@ -34,11 +41,13 @@ def stack(target: Model, *drafters: Any, exact: bool = True, share_cache: bool =
     exact, share_cache = flag("exact", exact), flag("share_cache", share_cache)
     pairs = [_pair(drafter, nested=i > 0) for i, drafter in enumerate(drafters)]
     rows = exact_rows(target, pairs[0][1] if pairs else 0) if exact else 1
-    models = [target]
+    models, scorers = [target], [_Scorer(target.network, target.params)]
+    translations: dict[Any, _Translation] = {}
     for i, (drafter, _) in enumerate(pairs):
         if isinstance(drafter, Model):
             _check_fits(drafter, target)
             models.append(drafter)
+            scorers.append(_scorer(drafter, target, translations))
         elif i + 1 < len(pairs):
             raise InputError(f"{name_of(drafter)} has no weights that {name_of(pairs[i + 1][0])} could draft for; put it last")
     innermost = None if not pairs or isinstance(pairs[-1][0], Model) else pairs[-1][0]
@@ -47,8 +56,7 @@ def stack(target: Model, *drafters: Any, exact: bool = True, share_cache: bool =
     def level(i: int) -> Level:
         model, last = models[i], i + 1 == len(models)
         return Level(
-            model.network,
-            model.params,
+            *scorers[i],
             innermost if last else level(i + 1),
             lengths[i],
             window_multiple=1 if i else rows,
@@ -124,10 +132,45 @@ def _check_fits(draft: Model, target: Model) -> None:
         raise InputError(
             f"{draft.card.name} and {target.card.name} are on different meshes or devices; load both with the same mesh"
         )
+
+
+class _Scorer(NamedTuple):
+    model: Scorer
+    params: Any
+
+
+class _Translation(NamedTuple):
+    dictionary: Dictionary
+    stretch: float
+
+
+def _scorer(draft: Model, target: Model, translations: dict[Any, _Translation]) -> _Scorer:
+    """Return what scores the target's tokens by a draft: its network, or a translation, kept for the tokenizer's other models."""
     difference = first_difference(draft.card, target.card)
-    if difference is not None:
-        token, of_draft, of_target = difference
-        raise InputError(
-            f"the tokenizers of {draft.card.name} and {target.card.name} differ: token {token} is {of_draft!r} in the one and "
-            f"{of_target!r} in the other; draft with a model of the target's tokenizer"
+    if difference is None:
+        return _Scorer(draft.network, draft.params)
+    if draft.tokenizer not in translations:
+        try:
+            found = token_map(target.card, draft.card)
+        except InputError as error:
+            token, of_draft, of_target = difference
+            raise InputError(
+                f"the tokenizers of {draft.card.name} and {target.card.name} differ: token {token} is {of_draft!r} in the one and "
+                f"{of_target!r} in the other; and {error}; draft with a model of the target's tokenizer"
+            ) from error
+        console.say(
+            f"{draft.card.name}: a draft of another tokenizer; {found.shared:,} of its {found.tokens:,} tokens are tokens of "
+            f"{target.card.name}"
         )
+        translations[draft.tokenizer] = _placed(found, draft)
+    dictionary, stretch = translations[draft.tokenizer]
+    scorer = Translated(draft.network, target.network.vocab_size, stretch, draft.card.max_positions)
+    return _Scorer(scorer, TranslatedParams(draft.params, dictionary))
+
+
+def _placed(found: TokenMap, draft: Model) -> _Translation:
+    """Put a token map where a draft is, and count with a few more of its tokens than spell one of the target on average."""
+    mesh = draft.network.mesh
+    everywhere = None if mesh is None else NamedSharding(mesh, PartitionSpec())
+    arrays = (found.first, found.ids, found.counterpart, found.opening)
+    return _Translation(Dictionary(*(place(array, everywhere) for array in arrays)), math.ceil(4 * found.stretch) / 4)
