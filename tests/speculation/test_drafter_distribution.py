@@ -1,4 +1,4 @@
-"""Rejection with a drafter that is no level keeps the joint distribution of plain decoding."""
+"""Rejection with drafters that are no levels of the target's tokens keeps the joint distribution of plain decoding."""
 
 import itertools
 
@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from frequencies import count_sequences, g_test
 from oracles import filtered_oracle, softmax
+from other_tokens import dictionary_of, translated
 from toys import Toy, ToyDrafter, level, quick_jit, ragged
 
 from mlspecqd_jax.speculation.level import SLACK
@@ -28,7 +29,14 @@ def joint_case(batch, seed=0):
             longer |= {(*so_far, x): p * given[x] for x in range(4)}
         probs = longer
     expected = np.array([probs[key] for key in itertools.product(range(4), repeat=4)])
-    stacks = {"plain": level(small, target), "drafted": level(small, target, ToyDrafter(draft, small), 2)}
+    # Of other tokens, one of which is never meant: its draft's distribution is over three of the four.
+    other = Toy(6, order=2)
+    foreign = translated(other, other.table(12, scale=1.0), dictionary_of([(1,), (2, 3), (4,), (0,)], opening=(2,)), 4, stretch=2.0)
+    stacks = {
+        "plain": level(small, target),
+        "drafted": level(small, target, ToyDrafter(draft, small), 2),
+        "translated": level(small, target, foreign, 2),
+    }
     tokens = jnp.broadcast_to(ragged([prompt], SLACK + 8)[0], (batch, SLACK + 8))
     sampling = Sampling.create(batch, 4, temperature=0.8, rule="rejection", seed=seed)
     return stacks, (tokens, jnp.full((batch,), 2, jnp.int32), jnp.full((batch,), 6, jnp.int32), sampling), expected
@@ -41,9 +49,9 @@ def joint_counts(stack, arguments):
     return count_sequences(np.asarray(tokens)[:, 2:6], 4), state
 
 
-def check_joint(batch, seed):
+def check_joint(batch, seed, name="drafted"):
     stacks, arguments, expected = joint_case(batch, seed)
-    counts, state = joint_counts(stacks["drafted"], arguments)
+    counts, state = joint_counts(stacks[name], arguments)
     assert g_test(counts, expected) > 1e-3
     off = expected**1.05
     assert g_test(counts, off / off.sum()) < 1e-3  # the test sees a little more certainty
@@ -55,8 +63,9 @@ def check_joint(batch, seed):
 
 
 @pytest.mark.slow
-def test_rejection_keeps_the_joint_distribution_of_plain_decoding():
-    check_joint(30_000, seed=0)
+@pytest.mark.parametrize("name", ["drafted", "translated"])
+def test_rejection_keeps_the_joint_distribution_of_plain_decoding(name):
+    check_joint(30_000, 0, name)
 
 
 @pytest.mark.exhaustive
