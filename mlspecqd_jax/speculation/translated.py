@@ -106,7 +106,7 @@ class Translated:
 
     def _slots(self, slots: int, params: TranslatedParams) -> int:
         """Return the size of the scorer's cache for so many slots of the target's: whole blocks, as the loop's buffers have."""
-        wanted = math.ceil(slots * self.stretch) + params.dictionary.opening.shape[0]
+        wanted = min(math.ceil(slots * self.stretch) + params.dictionary.opening.shape[0], self.max_positions)
         return wanted + -wanted % CACHE_BLOCK
 
 

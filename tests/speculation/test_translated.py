@@ -2,6 +2,7 @@
 
 import itertools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -112,6 +113,20 @@ def test_limits_of_drafts_hold():
     assert ours == plainly(limits, sampling)
     assert (np.asarray(state.counts.judged) > 0).sum(axis=1).tolist() == most
     assert state.counts.accepted.sum() == state.counts.drafted.sum()
+
+
+@pytest.mark.slow
+def test_prompts_are_fed_without_logits():
+    """Law 8: a piece of a prompt reads no head, in any of the passes that it takes."""
+    draft, start = stutters(BEFORE), jnp.zeros((B,), jnp.int32)
+    cache = draft.model.init_cache(draft.params, B, S)
+
+    def text(function):
+        return jax.jit(function).lower(draft, jnp.zeros((B, 8), jnp.int32), start, cache).compile().as_text()
+
+    logits = [f"f32[{B},{width},{V + 1}]" for width in (8, 12)]  # of the window, and of what is fed at once
+    assert all(shape in text(lambda *given: given[0].score(*given[1:])) for shape in logits)
+    assert not any(shape in text(lambda *given: given[0].score(*given[1:]).cache) for shape in logits)
 
 
 @pytest.mark.slow
