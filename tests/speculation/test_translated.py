@@ -124,9 +124,9 @@ def test_prompts_are_fed_without_logits():
     def text(function):
         return jax.jit(function).lower(draft, jnp.zeros((B, 8), jnp.int32), start, cache).compile().as_text()
 
-    logits = [f"f32[{B},{width},{V + 1}]" for width in (8, 12)]  # of the window, and of what is fed at once
-    assert all(shape in text(lambda *given: given[0].score(*given[1:])) for shape in logits)
-    assert not any(shape in text(lambda *given: given[0].score(*given[1:]).cache) for shape in logits)
+    logits = f"f32[{B},8,{V + 1}]"  # the draft's own, which the loop would carry
+    assert logits in text(lambda *given: given[0].score(*given[1:]))
+    assert logits not in text(lambda *given: given[0].score(*given[1:]).cache)
 
 
 @pytest.mark.slow
