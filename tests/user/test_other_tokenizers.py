@@ -34,6 +34,7 @@ def renumbered(model, name="renumbered"):
     return dataclasses.replace(model, params=params, card=card)
 
 
+@pytest.mark.slow
 def test_the_same_weights_renumbered_draft_as_they_do(quick, other, capsys):
     """Law 4, greedy and with noise: the target accepts as many of the draft's tokens, row by row."""
     arguments = {"max_new_tokens": NEW, "temperature": [0, 0.8, 1.2], "seed": 3}
