@@ -13,14 +13,15 @@ from cpu_kernels.build import library_paths
 
 DTYPES = ("bfloat16", "float16", "float32")
 OF_ANY_DTYPE = ("matmul", "rms_norm", "attention", "rotate")  # for each of DTYPES
-OF_BFLOAT16 = ("mxfp4_matmul", "mx8_matmul")
+OF_BFLOAT16 = ("mxfp4_matmul", "mxfp6_matmul", "mx8_matmul")
 OF_NUMBERS = ("nvfp4_matmul", "int4_matmul", "uint4_matmul", "int8_matmul")  # scales that are no powers of two
 OF_POSITIONS = ("angles", "put_window")
 # What each library holds, as `build` names them.
 UNITS = {dtype: tuple(f"{product}_{dtype}" for product in OF_ANY_DTYPE) for dtype in DTYPES}
 UNITS |= {"mx": OF_BFLOAT16, "grouped": OF_NUMBERS, "positions": OF_POSITIONS}
 TOGETHER = ("bfloat16", "mx", "positions")  # what a model in bfloat16 and its twin run is compiled side by side
-ELEMENTS = ("e4m3", "e5m2", "e2m3", "e3m2")  # of mx8_matmul: exponent and mantissa bits
+ELEMENTS = ("e4m3", "e5m2")  # of mx8_matmul: exponent and mantissa bits
+SIX_BITS = {2: "e2m3", 3: "e3m2"}  # of mxfp6_matmul, by exponent bits
 
 
 @functools.cache
@@ -117,6 +118,35 @@ def mxfp4_matmul(x: jax.Array, packed: jax.Array, scales: jax.Array, isa: str | 
     return _call("mxfp4_matmul", isa, jax.ShapeDtypeStruct((len(x), n), jnp.float32), x, packed, scales)
 
 
+def mxfp6_matmul(x: jax.Array, codes: jax.Array, scales: jax.Array, exponent_bits: int, isa: str | None = None) -> jax.Array:
+    """x @ decoded.T for a weight in MXFP6, with x rounded and sums added as `mxfp4_matmul` does.
+
+    Args:
+      x: bfloat16 [M, K], K a multiple of 32.
+      codes: uint8 [N, 3K/4]: of each 32 elements 24 bytes. 16 hold the lower four bits of the codes, element i in the low half of
+        byte i and i + 16 in the high half; 8 their upper two bits, element 8f + i in bits 2f and 2f + 1 of byte i.
+      scales: uint8 [N, K/32]; byte s is 2^(s - 127), and 0 is read as scale 0.
+      exponent_bits: of an element: 2 with three bits of mantissa, or 3 with two.
+      isa: one of `isas("mxfp6_matmul")`; None is the first.
+
+    Returns:
+      f32 [M, N].
+    """
+    dtypes = tuple(str(array.dtype) for array in (x, codes, scales))
+    if dtypes != ("bfloat16", "uint8", "uint8"):
+        raise ValueError(f"x, codes and scales are {', '.join(dtypes)}, but should be bfloat16, uint8, uint8")
+    if exponent_bits not in SIX_BITS:
+        raise ValueError(f"elements have {exponent_bits} bits of exponent, but should have 2 or 3")
+    k, n = x.shape[-1], codes.shape[0]
+    if k % 32 or x.ndim != 2 or codes.shape != (n, k * 6 // 8) or scales.shape != (n, k // 32):
+        raise ValueError(
+            f"x {list(x.shape)}, codes {list(codes.shape)} and scales {list(scales.shape)} do not belong together; "
+            "give x [M, K], codes [N, 3K/4] and scales [N, K/32], with K padded to whole blocks"
+        )
+    result = jax.ShapeDtypeStruct((len(x), n), jnp.float32)
+    return _call("mxfp6_matmul", isa, result, x, codes, scales, elements=SIX_BITS[exponent_bits])
+
+
 def grouped_matmul(
     x: jax.Array, codes: jax.Array, scales: jax.Array, minima: jax.Array | None = None, isa: str | None = None
 ) -> jax.Array:
@@ -160,9 +190,9 @@ def mx8_matmul(
 
     Args:
       x: bfloat16 [M, K], K a multiple of 32.
-      codes: uint8 [N, K], an element a byte, in the low bits.
+      codes: uint8 [N, K], an element a byte.
       scales: uint8 [N, K/32]; byte s is 2^(s - 127), and 0 is read as scale 0.
-      exponent_bits, mantissa_bits: of an element: 4 and 3, 5 and 2, 2 and 3, or 3 and 2.
+      exponent_bits, mantissa_bits: of an element: 4 and 3, or 5 and 2.
       isa: one of `isas("mx8_matmul")`; None is the first.
 
     Returns:

@@ -40,7 +40,7 @@ def mx_matmul(x: jax.Array, codes: jax.Array, scales: jax.Array, exponent_bits: 
 
     Args:
       x: activations [M, K], bfloat16, float16 or float32.
-      codes: uint8 [N, K], or [N, K/2] for elements of four bits, two to a byte.
+      codes: uint8 [N, K * bits / 8], as `unpacked` reads them.
       scales: uint8 [N, K/32].
       exponent_bits: of an element.
       mantissa_bits: of an element.
@@ -62,7 +62,7 @@ def mx_decode(codes: jax.Array, scales: jax.Array, exponent_bits: int, mantissa_
     number: those that FP8 sets aside for infinity and NaN never stand for a weight.
 
     Args:
-      codes: uint8 [N, K], or [N, K/2] for elements of four bits: element 2i in the low half of byte i.
+      codes: uint8 [N, K * bits / 8], as `unpacked` reads them.
       scales: uint8 [N, K/32].
       exponent_bits: of an element; its exponent bias is 2^(exponent_bits - 1) - 1.
       mantissa_bits: of an element.
@@ -74,9 +74,7 @@ def mx_decode(codes: jax.Array, scales: jax.Array, exponent_bits: int, mantissa_
     # float4_e2m1fn, f32 arithmetic), and free of the platform's ways with subnormal numbers.
     n, blocks = scales.shape
     bias = 2 ** (exponent_bits - 1) - 1
-    if exponent_bits + mantissa_bits == 3:
-        codes = codes[:, :, None] >> jnp.array([[[0, 4]]], jnp.uint8) & 15  # [N, K/2, 2]
-    codes = codes.reshape(n, blocks, BLOCK).astype(jnp.int32)
+    codes = unpacked(codes, 1 + exponent_bits + mantissa_bits).reshape(n, blocks, BLOCK)
     scales = scales[:, :, None].astype(jnp.int32)
     magnitude = codes & (1 << exponent_bits + mantissa_bits) - 1
     bits = magnitude << 7 - mantissa_bits  # a bfloat16 has 7 bits of mantissa
@@ -99,7 +97,7 @@ def decode(arrays: Mapping[str, jax.Array], format: Any, dtype: jax.typing.DType
     if format.scale == "e8m0":
         bits = (format.element.exponent_bits, format.element.mantissa_bits)
         return mx_decode(arrays["codes"], arrays["scales"], *bits).astype(dtype)
-    codes = unpacked(arrays["codes"], format)
+    codes = unpacked(arrays["codes"], format.bits)
     n, k = codes.shape
     group = format.group or k
     codes = jnp.pad(codes, ((0, -n % format.rows), (0, -k % group)))
@@ -109,10 +107,21 @@ def decode(arrays: Mapping[str, jax.Array], format: Any, dtype: jax.typing.DType
     return values.reshape(codes.shape[0] * codes.shape[1], -1)[:n, :k].astype(dtype)
 
 
-def unpacked(codes: jax.Array, format: Any) -> jax.Array:
-    """Return one code an element, int32 [N, K32], of codes as they are stored."""
-    if format.bits == 4:
-        codes = (codes[:, :, None] >> jnp.array([[[0, 4]]], jnp.uint8) & 15).reshape(codes.shape[0], -1)
+def unpacked(codes: jax.Array, bits: int) -> jax.Array:
+    """Return one code an element, int32 [N, K], of codes of 4, 6 or 8 bits as they are stored, uint8 [N, K * bits / 8].
+
+    Element 2i of four bits lies in the low half of byte i. 32 elements of six bits lie in 24 bytes: 16 with their lower four bits,
+    element i in the low half of byte i and i + 16 in the high half, and 8 with their upper two, element 8f + i in bits 2f and
+    2f + 1 of byte i.
+    """
+    n, k = codes.shape[0], codes.shape[1] * 8 // bits
+    if bits == 6:
+        blocks = codes.reshape(n, k // BLOCK, 24)
+        lower = blocks[:, :, None, :16] >> jnp.array([[0], [4]], jnp.uint8) & 15
+        upper = blocks[:, :, None, 16:] >> jnp.array([[0], [2], [4], [6]], jnp.uint8) & 3
+        codes = lower.reshape(n, k) | upper.reshape(n, k) << 4
+    if bits == 4:
+        codes = (codes[:, :, None] >> jnp.array([[[0, 4]]], jnp.uint8) & 15).reshape(n, k)
     return codes.astype(jnp.int32)
 
 
@@ -154,7 +163,7 @@ def check_decoded_shapes(x: jax.Array, arrays: Mapping[str, jax.Array], format: 
     """Raise a ValueError unless activations and the arrays of a stored weight belong together."""
     n, k = arrays["codes"].shape[0], x.shape[1]
     groups = (-(-n // format.rows), -(-k // (format.group or k)))
-    wanted = {"codes": (n, k // (8 // format.bits if format.bits == 4 else 1)), "scales": groups}
+    wanted = {"codes": (n, k * format.bits // 8), "scales": groups}
     wanted |= {"minima": groups} if format.minimum else {}
     found = {role: array.shape for role, array in arrays.items()}
     if found != wanted or k % BLOCK:
@@ -167,10 +176,11 @@ def check_decoded_shapes(x: jax.Array, arrays: Mapping[str, jax.Array], format: 
 
 def check_shapes(x: jax.Array, codes: jax.Array, scales: jax.Array, exponent_bits: int, mantissa_bits: int) -> None:
     """Raise a ValueError unless activations and the arrays of an MX weight belong together."""
-    per_byte = 2 if exponent_bits + mantissa_bits == 3 else 1
+    bits = 1 + exponent_bits + mantissa_bits
+    width = {4: "K/2", 6: "3K/4", 8: "K"}[bits]
     n, blocks = scales.shape
-    if codes.shape != (n, blocks * BLOCK // per_byte) or x.shape[1:] != (blocks * BLOCK,):
+    if codes.shape != (n, blocks * BLOCK * bits // 8) or x.shape[1:] != (blocks * BLOCK,):
         raise ValueError(
             f"x {list(x.shape)}, codes {list(codes.shape)} and scales {list(scales.shape)} do not belong together; "
-            f"give x [M, K], codes [N, K{'/2' if per_byte == 2 else ''}] and scales [N, K/{BLOCK}], with K padded to whole blocks"
+            f"give x [M, K], codes [N, {width}] and scales [N, K/{BLOCK}], with K padded to whole blocks"
         )

@@ -65,7 +65,7 @@ def decoded_matmul(x: jax.Array, arrays: Mapping[str, jax.Array], format: Any, p
     arrays[held] = jax.lax.platform_dependent(x, arrays[held], cpu=after, default=lambda x, array: array)
     if format.group is not None:
         return product(x, decode(arrays, format, x.dtype))
-    return product(x, code_values(unpacked(arrays["codes"], format), format.element).astype(x.dtype)) * arrays["scales"].T
+    return product(x, code_values(unpacked(arrays["codes"], format.bits), format.element).astype(x.dtype)) * arrays["scales"].T
 
 
 def rows(table: jax.Array, index: jax.Array) -> jax.Array:

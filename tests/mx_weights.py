@@ -27,7 +27,7 @@ def random(n: int, k: int, m: int, dtype=jnp.bfloat16, format="mxfp4"):
     scales = np.where(r.rand(n, k // 32) < 0.1, 0, r.randint(118, 127, (n, k // 32)))
     x = r.standard_normal((m, k)) * np.exp2(r.randint(-6, 7, (m, 1)))
     f = FORMATS[format]
-    codes = r.randint(0, 256, (n, k // f.codes_per_byte)) & 2 ** (f.bits * f.codes_per_byte) - 1
+    codes = r.randint(0, 256, (n, f.code_bytes(k)))
     if f.bits == 8:
         codes = np.where(codes & 0x7C == 0x7C, 0, codes)  # among them infinities and NaN, which stand for no weight
     return jnp.asarray(x, dtype), jnp.asarray(codes, jnp.uint8), jnp.asarray(scales, jnp.uint8)

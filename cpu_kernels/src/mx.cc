@@ -17,6 +17,18 @@ static ffi::Error mxfp4_handler(ffi::ThreadPool pool, Isa isa, X x, Bytes packed
   return ffi::Error::Success();
 }
 
+static ffi::Error mxfp6_handler(ffi::ThreadPool pool, Isa isa, Elements elements, X x, Bytes codes, Bytes scales,
+                                ffi::Result<Y> y) {
+  const auto a = x.dimensions(), b = codes.dimensions(), s = scales.dimensions(), c = y->dimensions();
+  if (8 * b[1] != 6 * a[1] || six_bits::kBlock * s[1] != a[1] || s[0] != b[0] || c[0] != a[0] || c[1] != b[0]) return unfitting();
+  const bool e2m3 = *elements == "e2m3";
+  const auto* kernel = choose(e2m3 ? six_bits_choices<six_bits::E2m3>() : six_bits_choices<six_bits::E3m2>(), *isa);
+  if (kernel == nullptr) return unsupported(*isa);
+  const six_bits::Weight w = {codes.typed_data(), scales.typed_data(), nullptr, b[0], 1};
+  six_bits_matmul(*kernel, pool, x.typed_data(), w, y->typed_data(), a[0], b[0], a[1]);
+  return ffi::Error::Success();
+}
+
 static ffi::Error mx8_handler(ffi::ThreadPool pool, Isa isa, Elements elements, X x, Bytes codes, Bytes scales, ffi::Result<Y> y) {
   const auto a = x.dimensions(), b = codes.dimensions(), s = scales.dimensions(), c = y->dimensions();
   if (b[1] != a[1] || mx8::kBlock * s[1] != a[1] || s[0] != b[0] || c[0] != a[0] || c[1] != b[0]) return unfitting();
@@ -30,4 +42,5 @@ static ffi::Error mx8_handler(ffi::ThreadPool pool, Isa isa, Elements elements, 
 }  // namespace mlspecqd
 
 MLSPECQD_PRODUCT(mxfp4_matmul, mxfp4_handler, four_bits_choices<mlspecqd::four_bits::Mxfp4>)
+MLSPECQD_PRODUCT(mxfp6_matmul, mxfp6_handler, six_bits_choices<mlspecqd::six_bits::E2m3>)
 MLSPECQD_PRODUCT(mx8_matmul, mx8_handler, mx8_choices)

@@ -1,5 +1,5 @@
-// mx8_matmul: x [M, K] bfloat16 by w [N, K] in an MX format of one element a byte to f32 [M, N], K a multiple of 32, once for each
-// instruction set. Six-bit elements lie in the low bits of their bytes.
+// mx8_matmul: x [M, K] bfloat16 by w [N, K] in an MX format of eight bits to f32 [M, N], K a multiple of 32, once for each
+// instruction set.
 //
 // Nothing is rounded but the sums: an element times its block's scale is a number of f32, and so is that times a bfloat16. On x86
 // an element is put into a float16 of the same sign, exponent field and leading mantissa bits, which the processor widens,

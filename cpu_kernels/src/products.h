@@ -19,6 +19,9 @@
 #include "parallel.h"
 #include "rotary.h"
 #include "scratch.h"
+#include "six_bits.h"
+#include "six_bits_avx2.h"
+#include "six_bits_avx512.h"
 
 #if defined(MLSPECQD_X86)
 #include <cpuid.h>
@@ -121,6 +124,12 @@ const auto& four_bits_choices() {
   return choices;
 }
 
+template <class Form>
+const auto& six_bits_choices() {
+  static const auto choices = choices_of_bytes<six_bits::Kernel>(MLSPECQD_THREE_OF_BYTES(six_bits, kernel<Form>));
+  return choices;
+}
+
 inline const auto& int8_choices() {
   static const auto choices = choices_of_bytes(MLSPECQD_THREE_OF_BYTES(int8, kernel));
   return choices;
@@ -194,16 +203,29 @@ void dense_matmul(const dense::Kernel& kernel, Pool& pool, const Element* x, con
       });
 }
 
-template <class Pool>
-void four_bits_matmul(const four_bits::Kernel& kernel, Pool& pool, const uint16_t* x, const four_bits::Weight& w, float* out,
-                      int64_t m, int64_t n, int64_t k) {
+// Of a weight whose codes have so many bits, with a kernel for it.
+template <int bits, class Pool>
+void packed_matmul(const four_bits::Kernel& kernel, Pool& pool, const uint16_t* x, const four_bits::Weight& w, float* out,
+                   int64_t m, int64_t n, int64_t k) {
   const int64_t prepared = (k + kernel.group - 1) / kernel.group * kernel.group_bytes;
   blocked(
-      pool, m, n, k, k / 2, kernel.rows, prepared,
+      pool, m, n, k, k * bits / 8, kernel.rows, prepared,
       [&](int64_t at, int rows, char* block) { kernel.prepare(x + at * k, rows, k, block); },
       [&](int64_t at, int rows, const char* block, int64_t begin, int64_t end) {
         kernel.product(block, rows, w, k, begin, end, out + at * n, n);
       });
+}
+
+template <class Pool>
+void four_bits_matmul(const four_bits::Kernel& kernel, Pool& pool, const uint16_t* x, const four_bits::Weight& w, float* out,
+                      int64_t m, int64_t n, int64_t k) {
+  packed_matmul<4>(kernel, pool, x, w, out, m, n, k);
+}
+
+template <class Pool>
+void six_bits_matmul(const four_bits::Kernel& kernel, Pool& pool, const uint16_t* x, const four_bits::Weight& w, float* out,
+                     int64_t m, int64_t n, int64_t k) {
+  packed_matmul<6>(kernel, pool, x, w, out, m, n, k);
 }
 
 template <class Pool>

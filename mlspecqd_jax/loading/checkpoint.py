@@ -116,7 +116,7 @@ def _quantized(params: dict[str, Any]) -> dict[str, QuantizedArray]:
 
 def _file(name: str, leaf: QuantizedArray, role: str) -> str:
     """Name of one array of a quantized leaf: `lm_head.weight.packed`, as codes are called on disk that share bytes."""
-    packed = role == "codes" and format_of(leaf.format).codes_per_byte > 1
+    packed = role == "codes" and format_of(leaf.format).bits < 8
     return f"{name}.{'packed' if packed else role}"
 
 
@@ -227,7 +227,7 @@ def restore_draft(folder: pathlib.Path, model: Network, recipe: Recipe, dtype: j
     """Map the quantized leaves of a twin that `save` wrote and put them in their place, for activations of `dtype`.
 
     Raises:
-      InputError: the folder is damaged.
+      InputError: the folder is damaged, or an earlier version wrote codes of six bits to it.
     """
     tensors = with_head(model.tensors())
     weights = {name: jax.ShapeDtypeStruct(tensor.shape, jnp.bfloat16) for name, tensor in model.tensors().items()}
@@ -239,9 +239,21 @@ def restore_draft(folder: pathlib.Path, model: Network, recipe: Recipe, dtype: j
         return dataclasses.replace(leaf, arrays=arrays)
 
     with _damage_named(folder):
-        leaves = {name: mapped(name, leaf) for name, leaf in _quantized(jax.eval_shape(cast, weights)).items()}
+        wanted = _quantized(jax.eval_shape(cast, weights))
+    _refuse_six_bits_in_bytes(folder, recipe, wanted)
+    with _damage_named(folder):
+        leaves = {name: mapped(name, leaf) for name, leaf in wanted.items()}
         placed = {name: place_quantized(tensors[name].axes, leaf, model.mesh, dtype) for name, leaf in leaves.items()}
         return jax.block_until_ready(placed)
+
+
+def _refuse_six_bits_in_bytes(folder: pathlib.Path, recipe: Recipe, leaves: dict[str, QuantizedArray]) -> None:
+    for name, leaf in leaves.items():
+        if format_of(leaf.format).bits == 6 and (folder / DRAFTS / recipe.format / f"{name}.codes").exists():
+            raise InputError(
+                f"{folder} holds {name} in {leaf.format} with a byte for each code of six bits, as earlier versions wrote it; "
+                "convert the model again"
+            )
 
 
 @contextlib.contextmanager

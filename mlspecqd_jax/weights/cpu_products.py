@@ -29,6 +29,10 @@ def _run_mxfp4(x, arrays, *, n, chip, format, interpret):
     return cpu_kernels.mxfp4_matmul(whole_blocks(x), arrays["codes"], arrays["scales"])
 
 
+def _run_mxfp6(x, arrays, *, n, chip, format, interpret):
+    return cpu_kernels.mxfp6_matmul(whole_blocks(x), **arrays, exponent_bits=format.element.exponent_bits)
+
+
 def _run_grouped(x, arrays, *, n, chip, format, interpret):
     return cpu_kernels.grouped_matmul(whole_blocks(x), **arrays)
 
@@ -53,7 +57,8 @@ _MXFP4 = Product("cpp mxfp4", MX[:1], _why_not, as_stored, STORED_AXES, _run_mxf
 CPU_PRODUCTS = (
     _MXFP4,
     _MXFP4._replace(name="cpp grouped", formats=GROUPED, why_not=functools.partial(_why_not, unit="grouped"), run=_run_grouped),
-    _MXFP4._replace(name="cpp mx8", formats=MX[1:], run=_run_mx8),
+    _MXFP4._replace(name="cpp mxfp6", formats=MX[1:3], run=_run_mxfp6),
+    _MXFP4._replace(name="cpp mx8", formats=MX[3:], run=_run_mx8),
     _MXFP4._replace(name="cpp decoded", formats=None, why_not=_why_not_of_any_dtype, run=_run_decoded),
     Product("cpp dense", (PLAIN,), _why_not_of_any_dtype, as_stored, DOT.axes, _run_dense, _every_row_by_itself),
 )

@@ -5,6 +5,10 @@ an element, scale s and minimum m of its group, what is stored stands for
 
     element(q) * s + m
 
+A code of eight bits lies in a byte. Two of four bits share one, element 2i in the low half of byte i. 32 codes of six bits lie in
+24 bytes: 16 with their lower four bits, element i in the low half of byte i and element i + 16 in the high half, and 8 with their
+upper two, element 8f + i in bits 2f and 2f + 1 of byte i. `mx.stored_codes` writes this, `pallas_kernels.unpacked` reads it.
+
 Sources: OCP Microscaling Formats (MX) v1.0, section 5, for the formats with "mx"; NVIDIA's NVFP4, small floats in groups of 16
 whose scales are E4M3, times one number for the whole weight; and integers in groups, as GPTQ, AWQ and llama.cpp have them.
 """
@@ -55,10 +59,9 @@ class Format(NamedTuple):
         """Of a code."""
         return self.element.bits
 
-    @property
-    def codes_per_byte(self) -> int:
-        """Two codes of four bits share a byte, element 2i in its low half; others take one each, in the low bits."""
-        return 2 if self.bits == 4 else 1
+    def code_bytes(self, k: int) -> int:
+        """Return how many bytes the codes of k elements of a row take, k a multiple of `STEP`."""
+        return k * self.bits // 8
 
 
 SCALE_DTYPES = {"e8m0": "uint8", "e4m3": "uint8", "float16": "float16", "float32": "float32"}

@@ -12,7 +12,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from mlspecqd_jax.weights.formats import Element, Format
+from mlspecqd_jax.weights.formats import STEP, Element, Format
 from pallas_kernels import element_values
 
 SCALE_RULES = ("floor", "ceil", "rceil", "even")
@@ -71,9 +71,14 @@ def _best(magnitude, scale, f: Element):
 
 
 def stored_codes(codes: jax.Array, f: Format) -> jax.Array:
-    """Return int32 codes [N, K32] as they are stored, uint8 [N, K32 / codes_per_byte]."""
-    if f.codes_per_byte == 2:  # as a sum: XLA:CPU takes ten times as long to join two strided slices
-        codes = jnp.sum(codes.reshape(len(codes), -1, 2) << jnp.array([[[0, 4]]]), axis=2)
+    """Return int32 codes [N, K32] as they are stored (`formats`), uint8 [N, K32 * bits / 8]."""
+    n, k = codes.shape
+    if f.bits == 4:  # as a sum: XLA:CPU takes ten times as long to join two strided slices
+        codes = jnp.sum(codes.reshape(n, k // 2, 2) << jnp.array([[[0, 4]]]), axis=2)
+    elif f.bits == 6:
+        lower = jnp.sum((codes & 15).reshape(n, k // STEP, 2, 16) << jnp.array([[0], [4]]), axis=2)
+        upper = jnp.sum((codes >> 4).reshape(n, k // STEP, 4, 8) << jnp.array([[0], [2], [4], [6]]), axis=2)
+        codes = jnp.concatenate([lower, upper], axis=2).reshape(n, f.code_bytes(k))
     return codes.astype(jnp.uint8)
 
 

@@ -114,7 +114,7 @@ def place_quantized(
         leaf = jax.device_put(leaf)
     else:
         f, (n, groups) = format_of(leaf.format), leaf.arrays["scales"].shape
-        k = leaf.arrays["codes"].shape[1] * f.codes_per_byte
+        k = leaf.arrays["codes"].shape[1] * 8 // f.bits
         n = 1 if leaf.shape[0] % f.rows else n
         groups = 1 if "order" in leaf.arrays or k % (f.group or k) else groups
         spec = weight_sharding(axes, (n, groups), mesh).spec

@@ -27,9 +27,10 @@ AROUND = ("order", "row_scale", "tensor_scale", "change", "amount")
 class QuantizedArray:
     """A weight [N, K] in some format, as it is stored or as one product reads it, possibly split over a mesh.
 
-    As stored, `arrays` holds "codes", uint8 [N, K32 / codes_per_byte], "scales" [ceil(N / rows), G] in the format's type, and, if
-    the format has them, "minima", float16 [N, G]. A weight of any format may also have "order", int32 [K] (codes of column j belong
-    to column order[j] of the weight), "row_scale", float32 [N], and "tensor_scale", float32 [1], of which all is a multiple.
+    As stored, `arrays` holds "codes", uint8 [N, K32 * bits / 8], as `formats` says, "scales" [ceil(N / rows), G] in the format's
+    type, and, if the format has them, "minima", float16 [N, G]. A weight of any format may also have "order", int32 [K] (codes of
+    column j belong to column order[j] of the weight), "row_scale", float32 [N], and "tensor_scale", float32 [1], of which all is a
+    multiple.
     """
 
     arrays: dict[str, jax.Array]  # by role

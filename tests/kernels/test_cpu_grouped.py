@@ -42,7 +42,7 @@ def random_leaf(n, k, format, seed=0):
     """Return a weight of any bytes: every code, scales of both signs where there are any, and zeros among them."""
     f, r = format_of(format), np.random.RandomState(seed)
     groups = 1 if f.group is None else -(-k // f.group)
-    codes = r.randint(0, 256, (n, k // f.codes_per_byte)).astype(np.uint8)
+    codes = r.randint(0, 256, (n, f.code_bytes(k))).astype(np.uint8)
     if f.scale == "e4m3":
         scales = np.where(r.rand(n, groups) < 0.1, 0, r.randint(1, 0x7F, (n, groups))).astype(np.uint8)
     else:

@@ -225,15 +225,17 @@ from mlspecqd_jax.weights.cast import quantize
 
 random = np.random.RandomState(0)
 w = jnp.asarray(random.standard_normal((1500, 416)), jnp.bfloat16)
-leaf, fine, digest = quantize(w), quantize(w, "mxfp6_e2m3"), hashlib.sha256()
+leaf, six, fine, digest = quantize(w), quantize(w, "mxfp6_e3m2"), quantize(w, "mxfp8_e4m3"), hashlib.sha256()
 for m in (1, 5, 64):
     x = jnp.asarray(random.standard_normal((m, 416)), jnp.bfloat16)
     for isa in cpu_kernels.isas("matmul"):
         digest.update(np.asarray(cpu_kernels.dense_matmul(x, w, isa)).tobytes())
     for isa in cpu_kernels.isas("mxfp4_matmul"):
         digest.update(np.asarray(cpu_kernels.mxfp4_matmul(x, leaf.arrays["codes"], leaf.arrays["scales"], isa)).tobytes())
+    for isa in cpu_kernels.isas("mxfp6_matmul"):
+        digest.update(np.asarray(cpu_kernels.mxfp6_matmul(x, six.arrays["codes"], six.arrays["scales"], 3, isa)).tobytes())
     for isa in cpu_kernels.isas("mx8_matmul"):
-        digest.update(np.asarray(cpu_kernels.mx8_matmul(x, fine.arrays["codes"], fine.arrays["scales"], 2, 3, isa)).tobytes())
+        digest.update(np.asarray(cpu_kernels.mx8_matmul(x, fine.arrays["codes"], fine.arrays["scales"], 4, 3, isa)).tobytes())
 print(digest.hexdigest())
 """
 

@@ -21,7 +21,7 @@ CHIPS = mx_weights.CHIPS | {product.name: "cpu" for product in CPU_PRODUCTS}
 EVERY = (*PRODUCTS, *CPU_PRODUCTS)
 MX_NAMES = tuple(format.name for format in MX)
 # Products of an MX weight by its definition: those in C++ that round activations have tests of their own.
-ROUNDING = ("cpp mxfp4", "cpp grouped")
+ROUNDING = ("cpp mxfp4", "cpp mxfp6", "cpp grouped")
 EXACT = [product for product in EVERY if PLAIN not in (product.formats or ()) and product.name not in ROUNDING]
 assert {product.name for product in EVERY if PLAIN not in (product.formats or ())} == CHIPS.keys() - {"cpp dense"}
 

@@ -117,7 +117,7 @@ def test_packed_arrays_hold_the_same_weight(kind):
     raw = random_blocks(kind, seed=1)
     name, arrays = blocks.packed(NAMED[kind], raw)
     format, n, k = format_of(name), 5, raw.shape[1] * NAMED[kind].elements
-    assert (arrays["codes"].dtype, arrays["codes"].shape) == (np.uint8, (n, k // format.codes_per_byte))
+    assert (arrays["codes"].dtype, arrays["codes"].shape) == (np.uint8, (n, format.code_bytes(k)))
     assert (arrays["scales"].dtype, arrays["scales"].shape) == (SCALE_DTYPES[format.scale], (n, k // format.group))
     assert ("minima" in arrays) == format.minimum
     expected, found = slow(kind, raw), unpacked(name, arrays, (n, k))

@@ -6,15 +6,16 @@ import ml_dtypes
 import mx_oracle as oracle
 import numpy as np
 import pytest
+import six_bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from mlspecqd_jax.weights.cast import dequantize, quantize
 from mlspecqd_jax.weights.formats import MX
-from mlspecqd_jax.weights.mx import SCALE_RULES
+from mlspecqd_jax.weights.mx import SCALE_RULES, stored_codes
 from mlspecqd_jax.weights.quantized_array import QuantizedArray
-from pallas_kernels import mx_decode
+from pallas_kernels import mx_decode, unpacked
 
 FORMATS = {format.name: format for format in MX}
 formats = pytest.mark.parametrize("format", list(FORMATS))
@@ -36,6 +37,8 @@ def blocks_of(values: np.ndarray) -> np.ndarray:
 def codes_of(a) -> np.ndarray:
     """Codes [N, K32], one a byte."""
     codes = np.asarray(a.arrays["codes"])
+    if FORMATS[a.format].bits == 6:
+        return six_bits.split(codes)
     return np.stack([codes & 15, codes >> 4], axis=-1).reshape(len(codes), -1) if a.format == "mxfp4" else codes
 
 
@@ -125,7 +128,7 @@ def test_padding(k):
         a, whole = assert_as_the_oracle(w, format, "floor"), quantize(padded, format)
         assert a.shape == (5, k)
         assert a.size == 5 * k
-        assert a.nbytes == (padded.size // 2 if format == "mxfp4" else padded.size) + padded.size // 32
+        assert a.nbytes == padded.size * FORMATS[format].bits // 8 + padded.size // 32
         np.testing.assert_array_equal(codes_of(a), codes_of(whole))
         np.testing.assert_array_equal(dequantize(a), dequantize(whole)[:, :k])
         assert dequantize(a).dtype == jnp.bfloat16
@@ -139,6 +142,7 @@ def test_every_code_at_every_scale(format):
     codes = np.resize(codes, (255, 256)).astype(np.uint8)
     scales = np.arange(255, dtype=np.uint8)[:, None].repeat(8, 1)
     stored = codes[:, 0::2] | codes[:, 1::2] << 4 if format == "mxfp4" else codes
+    stored = six_bits.joined(codes) if format.startswith("mxfp6") else stored
     f = FORMATS[format].element
     decoded = mx_decode(jnp.asarray(stored), jnp.asarray(scales), f.exponent_bits, f.mantissa_bits)
     expected = oracle.dequantize(codes, scales, format)
@@ -219,13 +223,33 @@ def test_under_jit_and_as_pytrees():
 
 
 def test_formats_are_those_of_the_specification():
-    """Section 5.2: groups of 32, scales in E8M0, and elements of these sizes; codes of four bits alone share a byte."""
+    """Section 5.2: groups of 32, scales in E8M0, and elements of these sizes; codes take no bits but their own."""
     for name, f in FORMATS.items():
         assert (f.name, f.group, f.scale) == (name, 32, "e8m0")
         assert f.bits == ml_dtypes.finfo(oracle.ELEMENTS[name][0]).bits
         assert f.element.largest == oracle.table(name)[-1]
         assert f.element.mantissa_bits == oracle.ELEMENTS[name][1]
-        assert f.codes_per_byte == (2 if f.bits == 4 else 1)
+        assert f.code_bytes(96) * 8 == 96 * f.bits
+
+
+@pytest.mark.parametrize("format", ["mxfp6_e2m3", "mxfp6_e3m2"])
+def test_codes_of_six_bits_are_packed_and_unpacked(format):
+    """Every code in every place; the bytes are those of the layout, and those of a block depend on that block alone."""
+    codes = (np.arange(64)[:, None] + np.arange(96)).astype(np.uint8) % 64
+    stored = stored_codes(jnp.asarray(codes, jnp.int32), FORMATS[format])
+    assert stored.dtype == jnp.uint8
+    np.testing.assert_array_equal(stored, six_bits.joined(codes))
+    np.testing.assert_array_equal(six_bits.split(np.asarray(stored)), codes)
+    np.testing.assert_array_equal(unpacked(stored, 6), codes)
+    np.testing.assert_array_equal(stored_codes(jnp.asarray(codes[:, 32:64], jnp.int32), FORMATS[format]), stored[:, 24:48])
+
+
+def test_a_block_of_six_bits_by_hand():
+    """Element 0 is the sign alone, element 1 the exponent's first bit, element 9 both, element 31 all ones, the others zero."""
+    codes = np.zeros((1, 32), np.int32)
+    codes[0, [0, 1, 9, 31]] = 0b100000, 0b010000, 0b110000, 0b111111
+    expected = [0] * 15 + [0xF0] + [0b10, 0b1101, 0, 0, 0, 0, 0, 0b11000000]
+    assert stored_codes(jnp.asarray(codes), FORMATS["mxfp6_e3m2"])[0].tolist() == expected
 
 
 def test_temporaries_are_small():

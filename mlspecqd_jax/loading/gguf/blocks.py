@@ -58,7 +58,7 @@ def packed(block: Block, raw: np.ndarray) -> tuple[str, dict[str, np.ndarray]] |
     with np.errstate(over="ignore", invalid="ignore"):
         pieces = [block.decode(np.asarray(raw[rows])) for rows in _pieces(raw, block)]
     codes, scales = (np.concatenate([getattr(piece, role) for piece in pieces]) for role in ("codes", "scales"))
-    arrays = {"codes": codes[:, ::2] | codes[:, 1::2] << 4 if format.codes_per_byte == 2 else codes}
+    arrays = {"codes": codes[:, ::2] | codes[:, 1::2] << 4 if format.bits == 4 else codes}
     if format.scale == "e8m0":
         return block.format, arrays | {"scales": np.ascontiguousarray(raw[..., 0])}
     least = [piece.minima for piece in pieces if piece.minima is not None]
