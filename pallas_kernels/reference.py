@@ -117,8 +117,8 @@ def unpacked(codes: jax.Array, bits: int) -> jax.Array:
     n, k = codes.shape[0], codes.shape[1] * 8 // bits
     if bits == 6:
         blocks = codes.reshape(n, k // BLOCK, 24)
-        lower = blocks[:, :, None, :16] >> jnp.array([[0], [4]], jnp.uint8) & 15
-        upper = blocks[:, :, None, 16:] >> jnp.array([[0], [2], [4], [6]], jnp.uint8) & 3
+        lower = blocks[:, :, None, :16] >> jnp.array([[[[0], [4]]]], jnp.uint8) & 15
+        upper = blocks[:, :, None, 16:] >> jnp.array([[[[0], [2], [4], [6]]]], jnp.uint8) & 3
         codes = lower.reshape(n, k) | upper.reshape(n, k) << 4
     if bits == 4:
         codes = (codes[:, :, None] >> jnp.array([[[0, 4]]], jnp.uint8) & 15).reshape(n, k)

@@ -137,8 +137,8 @@ def implementation(chip: str) -> str:
         return "XLA dot, at least two rows"
     mx8 = cpu_kernels.isas("mx8_matmul")
     return (
-        f"C++ for bfloat16 ({bf16[0]}), float16 and float32, for mxfp4 and mxfp6 ({mxfp4[0]}, activations in 8 bits) and for mxfp8 "
-        f"({mx8[0]})"
+        f"C++ for bfloat16 ({bf16[0]}), float16 and float32, for mxfp4 ({mxfp4[0]}, activations in 8 bits), for mxfp6 likewise and "
+        f"for mxfp8 ({mx8[0]})"
     )
 
 
