@@ -19,7 +19,7 @@ namespace avx2 {
 
 #define TARGET __attribute__((target("avx2,fma")))
 
-constexpr int kRows = 4;
+constexpr int kRows = 8;
 constexpr int64_t kNear = 8192;  // bytes: rows follow each other, and the processor fetches ahead in pages of 4096 alone
 
 // Sixteen numbers times a factor, rounded to integers.
@@ -119,7 +119,7 @@ TARGET inline __attribute__((always_inline)) void add(const Group* x, const uint
       upper = _mm256_add_epi8(upper, upper);
       upper = _mm256_add_epi8(upper, upper);
     }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int m = 0; m < MT; ++m) {
       const auto* q = reinterpret_cast<const __m256i*>(x[m].elements[2 * half]);
       const __m256i a = _mm256_sign_epi8(_mm256_load_si256(q), e[0].sign);
@@ -134,7 +134,7 @@ TARGET inline __attribute__((always_inline)) void add(const Group* x, const uint
       totals[m] = half == 1 ? total : _mm256_add_epi32(totals[m], total);
     }
   }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
   for (int m = 0; m < MT; ++m) {
     const __m256 sum = _mm256_mul_ps(_mm256_cvtepi32_ps(totals[m]), _mm256_load_ps(x[m].factor));
     sums[m] = _mm256_fmadd_ps(sum, scale, sums[m]);
@@ -177,7 +177,7 @@ TARGET void columns(const Group* x, const Weight& w, int64_t blocks, int64_t beg
       }
       add<Form, MT>(group, codes, _mm256_castsi256_ps(_mm256_and_si256(scales_of(scales), there)), sums);
     }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int m = 0; m < MT; ++m) out[m * stride + n] = lane_sum(sums[m]);
   }
 }
