@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import itertools
 import re
+from collections.abc import Iterator
 from typing import cast
 
 import jax
@@ -138,14 +139,20 @@ class Network:
         Returns:
           (logits f32 [B, W, V], updated cache or None, features [B, W, K] or None).
         """
+        with self.module(params) as module:
+            logits, cache, hidden = module(tokens, start, cache)
+        return logits, cache, hidden if features else None
+
+    @contextlib.contextmanager
+    def module(self, params) -> Iterator[Transformer]:
+        """Hand out the layers with their parameters, to be applied in this context alone."""
         graphdef, leaves = _skeleton(self.config)
         head = params.get(HEAD, params[EMBEDDING])
         state = nnx.from_flat_state([(_path(name), nnx.Param(head if name == HEAD else params[name])) for name in leaves])
         # What is traced here sees by this context that its weights are split.
         partitioned = contextlib.nullcontext() if self.mesh is None else jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh)
         with partitioned:
-            logits, cache, hidden = nnx.merge(graphdef, state)(tokens, start, cache)
-        return logits, cache, hidden if features else None
+            yield nnx.merge(graphdef, state)
 
 
 @functools.lru_cache(maxsize=64)

@@ -28,19 +28,41 @@ def encode(w: jax.Array, f: Format, scale_rule: str) -> tuple[dict[str, jax.Arra
     rounded to the element's mantissa bits; `mse` is of `floor`, one less and one more the one of least squared error. Exponents
     below -127 become -127.
     """
-    element, group = f.element, f.group
-    assert isinstance(element, Element), "no format of integers has such scales"
+    group = f.group
+    assert isinstance(f.element, Element), "no format of integers has such scales"
     assert group is not None, "a whole row shares none"
     n, k = w.shape
-    w = jnp.pad(w.astype(jnp.float32), ((0, 0), (0, -k % group))).reshape(n, -1, group)
-    bits = jax.lax.bitcast_convert_type(w, jnp.int32)
-    magnitude = bits & 0x7FFFFFFF  # ordered as the magnitudes themselves, subnormal ones too
-    amax = jnp.max(magnitude, axis=2, keepdims=True)  # [N, K32 / 32, 1]
+    blocks = jnp.pad(w.astype(jnp.float32), ((0, 0), (0, -k % group))).reshape(n, -1, group)
+    scale = block_scales(blocks, f, scale_rule)  # [N, K32 / 32, 1]
+    codes = block_codes(blocks, scale, f).reshape(n, -1)
+    return {"codes": stored_codes(codes, f), "scales": scale[:, :, 0].astype(jnp.uint8)}, jnp.all(jnp.isfinite(w))
+
+
+def block_scales(blocks: jax.Array, f: Format, scale_rule: str) -> jax.Array:
+    """Return the scale bytes, int32 [..., 1], of blocks f32 [..., 32], by a rule of `encode`."""
+    element = f.element
+    assert isinstance(element, Element)
+    magnitude = _bits(blocks) & 0x7FFFFFFF  # ordered as the magnitudes themselves, subnormal ones too
+    amax = jnp.max(magnitude, axis=-1, keepdims=True)
     scale = _scale(amax, element, "floor" if scale_rule == "mse" else scale_rule)
-    if scale_rule == "mse":
-        scale = _best(magnitude, scale, element)
-    codes = _element(magnitude, scale, element) | (bits < 0).astype(jnp.int32) << f.bits - 1
-    return {"codes": stored_codes(codes.reshape(n, -1), f), "scales": scale[:, :, 0].astype(jnp.uint8)}, jnp.all(amax < 0x7F800000)
+    return _best(magnitude, scale, element) if scale_rule == "mse" else scale
+
+
+def block_codes(values: jax.Array, scale: jax.Array, f: Format) -> jax.Array:
+    """Return codes, int32, of float32 values divided by the scales that these bytes, int32, stand for."""
+    assert isinstance(f.element, Element)
+    bits = _bits(values)
+    return _element(bits & 0x7FFFFFFF, scale, f.element) | (bits < 0).astype(jnp.int32) << f.bits - 1
+
+
+def block_values(codes: jax.Array, scale: jax.Array, f: Format) -> jax.Array:
+    """Return what codes, int32, and scale bytes, int32, stand for in float32."""
+    assert isinstance(f.element, Element)
+    return element_values(codes, f.element.exponent_bits, f.element.mantissa_bits) * _power_of_two(jnp.maximum(scale - 127, -126))
+
+
+def _bits(values):
+    return jax.lax.bitcast_convert_type(values, jnp.int32)
 
 
 def _scale(amax, f: Element, scale_rule: str):
@@ -64,7 +86,7 @@ def _best(magnitude, scale, f: Element):
     def error(scale):
         codes = _element(magnitude, scale, f)
         values = element_values(codes, f.exponent_bits, f.mantissa_bits) * _power_of_two(jnp.maximum(scale - 127, -126))
-        return jnp.sum((values - w) ** 2, axis=2, keepdims=True)
+        return jnp.sum((values - w) ** 2, axis=-1, keepdims=True)
 
     best = jnp.argmin(jax.lax.map(error, candidates), axis=0)[None]
     return jnp.take_along_axis(candidates, best, axis=0)[0]
@@ -87,7 +109,7 @@ def stored_codes(codes: jax.Array, f: Format) -> jax.Array:
 
 def element_codes(values: jax.Array, f: Element) -> jax.Array:
     """Return the codes, int32, of float32 values rounded to a small float: to nearest, ties to even, and saturating."""
-    bits = jax.lax.bitcast_convert_type(values, jnp.int32)
+    bits = _bits(values)
     return _element(bits & 0x7FFFFFFF, jnp.int32(127), f) | (bits < 0).astype(jnp.int32) << f.bits - 1
 
 

@@ -7,6 +7,7 @@ import functools
 from collections.abc import Iterable, Mapping
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from mlspecqd_jax.weights.cpu_products import CPU_PRODUCTS
@@ -47,6 +48,8 @@ def multiply(x: jax.Array, w: jax.Array | QuantizedArray, interpret=False) -> ja
       NotImplementedError: the product for which w is arranged does not take x; one sentence with the shapes.
     """
     leaf = _leaf(w)
+    if "moments" in leaf.arrays:
+        x = _watched(x, leaf.arrays["moments"])
     if "order" in leaf.arrays:
         x = x[:, leaf.arrays["order"]]
     y = _multiply_stored(x, leaf) if leaf.is_stored else _multiply_arranged(x, leaf, interpret)
@@ -56,6 +59,19 @@ def multiply(x: jax.Array, w: jax.Array | QuantizedArray, interpret=False) -> ja
     if "change" in leaf.arrays:
         y = y + leaf.arrays["amount"][:, None] * multiply(x, leaf.arrays["change"])
     return y
+
+
+@jax.custom_vjp
+def _watched(x, moments):
+    return x
+
+
+def _add_up(x, cotangent):
+    x32 = x.astype(jnp.float32)
+    return cotangent, jnp.matmul(x32.T, x32, precision=jax.lax.Precision.HIGHEST)
+
+
+_watched.defvjp(lambda x, moments: (x, x), _add_up)
 
 
 def _multiply_stored(x, leaf):

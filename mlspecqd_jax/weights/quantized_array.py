@@ -16,8 +16,8 @@ from pallas_kernels import PLAIN
 
 STORED, WHOLE = "stored", PartitionSpec(None, None)
 # What a product does not see: K is put into this order before it, its results are multiplied by these numbers, and to them is added
-# an amount of those of another weight (`probe`).
-AROUND = ("order", "row_scale", "tensor_scale", "change", "amount")
+# an amount of those of another weight (`probe`); what it is given is added up (`watch`).
+AROUND = ("order", "row_scale", "tensor_scale", "change", "amount", "moments")
 
 
 @functools.partial(
@@ -86,6 +86,11 @@ def probe(w: jax.Array, change: jax.Array, amount: jax.Array) -> QuantizedArray:
     The derivative by an amount of 0 is what a little of the change would do to a function of that row's result.
     """
     return QuantizedArray({"weight": w, "change": change, "amount": amount}, (w.shape[0], w.shape[1]), PLAIN)
+
+
+def watch(w: jax.Array, moments: jax.Array) -> QuantizedArray:
+    """Return a leaf whose product is x @ w.T. The derivative of whatever is made of it by moments, f32 [K, K], is x.T @ x."""
+    return QuantizedArray({"weight": w, "moments": moments}, (w.shape[0], w.shape[1]), PLAIN)
 
 
 Leaf = jax.Array | QuantizedArray  # what a model's parameters are

@@ -30,11 +30,11 @@ def encode(w: jax.Array, f: Format, search: bool) -> tuple[dict[str, jax.Array],
     finite = jnp.all(jnp.isfinite(w))
     around = {}
     if f.scale == "e4m3":
-        scale = _tensor_scale(w, f)
+        scale = tensor_scale_of(w, f)
         around["tensor_scale"], w = scale[None], w / scale
-    groups = _grouped(w, f)  # [N / rows, rows, G, group]
-    scales, minima = _best(groups, f) if search else _scales(groups, f, 1.0)
-    codes = _codes(groups, scales, minima, f)
+    groups = grouped(w, f)  # [N / rows, rows, G, group]
+    scales, minima = group_scales(groups, f, search)
+    codes = group_codes(groups, scales, minima, f)
     codes = codes.reshape(codes.shape[0] * codes.shape[1], -1)[:n, : k + -k % STEP]
     filler = jnp.arange(codes.shape[1]) >= k
     codes = jnp.where(filler, getattr(f.element, "offset", 0), codes)
@@ -44,17 +44,24 @@ def encode(w: jax.Array, f: Format, search: bool) -> tuple[dict[str, jax.Array],
     return stored | around, finite
 
 
-def _tensor_scale(w, f):
+def tensor_scale_of(w: jax.Array, f: Format) -> jax.Array:
+    """Return the number, f32 [], of which the scales of a whole weight are multiples."""
     largest = jnp.max(jnp.abs(w), initial=0)
     return jnp.where(largest > 0, largest / (f.element.largest * E4M3.largest), 1)
 
 
-def _grouped(w, f):
+def grouped(w: jax.Array, f: Format) -> jax.Array:
+    """Return a weight [N, K], filled up, by groups that share a scale: [N / rows, rows, G, group]."""
     n, k = w.shape[0], w.shape[1] + -w.shape[1] % STEP
     group = f.group or k
     # What is added repeats the last column, so that it changes neither the range of a group nor its largest magnitude.
     w = jnp.pad(jnp.pad(w, ((0, -n % f.rows), (0, 0))), ((0, 0), (0, k + -k % group - w.shape[1])), mode="edge")
     return w.reshape(-1, f.rows, w.shape[1] // group, group)
+
+
+def group_scales(groups: jax.Array, f: Format, search: bool) -> tuple[jax.Array, jax.Array | None]:
+    """Return (scales [N / rows, 1, G], minima or None), as they are stored, of groups f32 [N / rows, rows, G, group]."""
+    return _best(groups, f) if search else _scales(groups, f, 1.0)
 
 
 def _scales(groups, f, factor):
@@ -84,8 +91,8 @@ def _stored_number(value, dtype):
     return jnp.clip(value, -largest, largest).astype(dtype)
 
 
-def _codes(groups, scales, minima, f):
-    """Return codes int32 [N / rows, rows, G, group]."""
+def group_codes(groups: jax.Array, scales: jax.Array, minima: jax.Array | None, f: Format) -> jax.Array:
+    """Return the codes nearest to values f32 [N / rows, rows, G, any], int32 likewise, under scales and minima as they are stored."""
     scale = number_of_scale(scales, f.scale)[..., None]
     if minima is not None:
         groups = groups - minima.astype(jnp.float32)[..., None]
@@ -100,7 +107,7 @@ def _best(groups, f):
     """Return the scales and minima of least squared error."""
 
     def error(scales, minima):
-        values = group_values(_codes(groups, scales, minima, f), scales, minima, f)
+        values = group_values(group_codes(groups, scales, minima, f), scales, minima, f)
         return jnp.sum((values - groups) ** 2, (1, 3))[:, None]  # [N / rows, 1, G]
 
     def better(best, factor):
