@@ -23,6 +23,7 @@ from mlspecqd_jax.speculation.theory import rounds_for, tokens_per_round
 from mlspecqd_jax.weights.formats import FORMATS
 
 CHOICES = {"greedy": {}, "coupled": {"temperature": 0.8}, "rejection": {"temperature": 0.8, "rule": "rejection"}}
+CALIBRATED = ("mxfp4", "nvfp4", "int4")
 HEAD_KEPT = {"lm_head.weight": None}
 
 
@@ -31,6 +32,7 @@ def variants(model, only: list[str] | None) -> dict[str, tuple[list, dict]]:
     twin, lookup = functools.cache(model.quantized), mlsd.prompt_lookup()
     found = {f"{name}:6": lambda name=name: [(twin(name), 6)] for name in FORMATS}
     found |= {f"{name}:6, mse": lambda name=name: [(twin(name, scale_rule="mse"), 6)] for name, f in FORMATS.items() if f.bits == 4}
+    found |= {f"{name}:6, calibrated": lambda name=name: [(twin(name, calibrate=True), 6)] for name in CALIBRATED}
     found |= {f"mxfp4:6, {rule}": lambda rule=rule: [(model.quantized(scale_rule=rule), 6)] for rule in ("ceil", "rceil", "even")}
     found |= {
         "mxfp4:6, lm_head kept": lambda: [(model.quantized(policy=HEAD_KEPT), 6)],

@@ -27,7 +27,10 @@ DRAFT_HELP = (
     "as it is stored), ngram, or none (plain decoding); the default is what was found to pay for models of this size on this "
     "device: ngram for small ones, mxfp4 for large ones on CPU"
 )
-
+CALIBRATE_HELP = (
+    "round the weights of twins in a format so that they make up for each other's errors, on text that the model writes: better "
+    "drafts of the same size, made once and kept"
+)
 PROMPT_FILE_HELP = (
     "UTF-8 text, - is stdin; a file is one prompt (one newline at its end is dropped), a .jsonl file holds one a line"
 )
@@ -87,6 +90,7 @@ def _parser() -> Parser:
     source.add_argument("--prompt", action="append", metavar="TEXT", help="repeat it for a batch")
     source.add_argument("--prompt-file", metavar="F", help=PROMPT_FILE_HELP)
     g.add_argument("--draft", action="append", default=[], metavar="SPEC", help=DRAFT_HELP)
+    g.add_argument("--calibrate", action="store_true", help=CALIBRATE_HELP)
     g.add_argument("--own-cache", action="store_true", help="give twins a cache of their own instead of their verifier's")
     g.add_argument("--inexact", action="store_true", help="do not pad windows: fastest, equal up to rounding")
     g.add_argument("--dtype", default="bfloat16", metavar="D", help="bfloat16 (default), float32 or float16")
@@ -103,6 +107,7 @@ def _parser() -> Parser:
     c.add_argument("out", metavar="OUT", help="a new folder")
     c.add_argument("--dtype", default="bfloat16", metavar="D", help="bfloat16 (default), float32 or float16")
     c.add_argument("--draft", metavar="FORMAT", help="store the weights of the quantized draft too, such as mxfp4")
+    c.add_argument("--calibrate", action="store_true", help=CALIBRATE_HELP)
 
     i = commands.add_parser("info", help="say what a model is and what would run it", allow_abbrev=False)
     i.set_defaults(run=_info)
@@ -151,10 +156,10 @@ def _generate(a: argparse.Namespace) -> None:
     from mlspecqd_jax.loading import models
 
     load = functools.cache(functools.partial(models.load, dtype=a.dtype))
-    specs.parse(a.draft)  # refused before anything is loaded
+    specs.parse(a.draft, a.calibrate)  # refused before anything is loaded
     target = load(a.model, dequantize=True) if a.dequantize else load(a.model)  # as drafts are: one name is loaded once
     drafts = a.draft or planner.default_drafts(target)
-    drafters = specs.drafters(specs.parse(drafts), target, load)
+    drafters = specs.drafters(specs.parse(drafts, a.calibrate), target, load, a.calibrate)
     stack = stacks.stack(target, *drafters, exact=not a.inexact, share_cache=not a.own_cache)
     if a.json or a.compare or len(prompts) > 1:
         out = (generation.compare if a.compare else generation.generate)(stack, prompts, **arguments)
@@ -238,7 +243,7 @@ def _biases(pairs: list[tuple[int, float]]) -> dict[int, float]:
 def _convert(a: argparse.Namespace) -> None:
     from mlspecqd_jax.loading import models
 
-    folder = models.convert(a.model, a.out, dtype=a.dtype, draft=a.draft)
+    folder = models.convert(a.model, a.out, dtype=a.dtype, draft=a.draft, calibrate=a.calibrate)
     console.say(f"wrote {folder}; load it with 'mlspecqd generate {folder}'")
 
 

@@ -32,8 +32,12 @@ class Spec(NamedTuple):
 LOOKUP = Spec(None, None, None)
 
 
-def parse(specs: Sequence[str]) -> list[Spec]:
+def parse(specs: Sequence[str], calibrate: bool = False) -> list[Spec]:
     """Read SPECs; no model is loaded and no network used.
+
+    Args:
+      specs: as written.
+      calibrate: whether twins are to be calibrated, of which there must be one then.
 
     Raises:
       InputError: a SPEC that is none, or a twin where there are no weights to cast.
@@ -41,8 +45,15 @@ def parse(specs: Sequence[str]) -> list[Spec]:
     if NONE in specs:
         if len(specs) > 1:
             raise InputError("--draft none is plain decoding and stands alone; leave the other drafts out")
+        if calibrate:
+            raise InputError("--calibrate rounds twins, and --draft none has none; leave one of the two out")
         return []
-    return [_parse(spec, above) for spec, above in zip(specs, [None, *specs], strict=False)]
+    found = [_parse(spec, above) for spec, above in zip(specs, [None, *specs], strict=False)]
+    if calibrate and specs and not any(spec.format for spec in found):
+        raise InputError(
+            f"--calibrate rounds twins, and {' '.join(specs)} has none; add one, such as --draft mxfp4, or leave it out"
+        )
+    return found
 
 
 def _parse(spec: str, above: str | None) -> Spec:
@@ -71,13 +82,21 @@ def _is_format(name: str) -> bool:
     return name in FORMATS or AUTO.fullmatch(name) is not None
 
 
-def _twin(model: Model, format: str) -> Model:
+def _twin(model: Model, format: str, calibrate: bool) -> Model:
     found = AUTO.fullmatch(format)
-    return model.quantized(format) if found is None else model.quantized(bits=float(found[1]))
+    if found is None:
+        return model.quantized(format, calibrate=calibrate)
+    return model.quantized(bits=float(found[1]), calibrate=calibrate)
 
 
-def drafters(specs: Sequence[Spec], target: Model, load: Callable[..., Model]) -> list[tuple[Any, int]]:
+def drafters(specs: Sequence[Spec], target: Model, load: Callable[..., Model], calibrate: bool = False) -> list[tuple[Any, int]]:
     """Turn specs into the (drafter, draft_len) pairs that `stack` takes; `load` is asked for the models that they name.
+
+    Args:
+      specs: of `parse`.
+      target: what they draft for.
+      load: such as `models.load`.
+      calibrate: of `Model.quantized`, for every twin in a format.
 
     Raises:
       InputError: what `load` raises, or a format for a model that is quantized already.
@@ -94,6 +113,6 @@ def drafters(specs: Sequence[Spec], target: Model, load: Callable[..., Model]) -
             above = above if drafter.network == above.network else drafter  # whose weights, not quantized, are that model's
         else:
             above = above if spec.model is None else load(spec.model)
-            drafter = above if spec.format is None else twins(above, spec.format)
+            drafter = above if spec.format is None else twins(above, spec.format, calibrate)
         pairs.append((drafter, spec.draft_len or default_draft_len(drafter, nested=i > 0)))
     return pairs

@@ -3,7 +3,8 @@
 A folder is a converted checkpoint once it holds `mlspecqd.json`, which is written last; it appears under its name by one rename.
 Orbax writes one file of plain values a tensor (zarr 2, one chunk, no compression), so that loading maps the files instead of
 reading them: on the CPU the parameters are the files' pages, elsewhere they go from there to the device. The quantized leaves of
-a twin, where they are stored, stand apart (`drafts/FORMAT`), are read when asked for, and repeat nothing of the weights.
+a twin, where they are stored, stand apart (`drafts/FORMAT`, or `drafts/FORMAT-calibrated`), are read when asked for, and repeat
+nothing of the weights.
 """
 
 import contextlib
@@ -78,7 +79,7 @@ def save(
             files = {
                 _file(name, leaf, role): array for name, leaf in _quantized(twin).items() for role, array in leaf.arrays.items()
             }
-            _write(temporary / DRAFTS / recipe.format, files)
+            _write(temporary / DRAFTS / recipe.name, files)
         _mark_finished(temporary, params, list(twins or {}))
         temporary.chmod(0o755)  # mkdtemp makes it private
         os.rename(temporary, folder)
@@ -159,8 +160,9 @@ def _mark_finished(folder: pathlib.Path, params: dict[str, jax.Array], drafts: l
     dtypes = sorted({leaf.dtype.name for leaf in params.values()})
     marker: dict[str, Any] = {"format": VERSION, "dtypes": dtypes, "bytes": sum(leaf.nbytes for leaf in params.values())}
     marker |= {
-        "drafts": [recipe.format for recipe in drafts],
-        "policies": {recipe.format: dict(recipe.policy) for recipe in drafts},
+        "drafts": [recipe.format for recipe in drafts if not recipe.calibrated],
+        "calibrated": [recipe.format for recipe in drafts if recipe.calibrated],  # unknown to earlier versions
+        "policies": {recipe.name: dict(recipe.policy) for recipe in drafts},
     }
     (folder / MARKER).write_text(json.dumps(marker, indent=1) + "\n", encoding="utf-8")
 
@@ -212,15 +214,21 @@ def drafts(folder: pathlib.Path, dtype: str) -> tuple[Recipe, ...]:
     the same values; in any other the weights are rounded, and their twin is another one.
     """
     marker = read_json(folder / MARKER)
-    formats = marker.get("drafts", [])
-    if not isinstance(formats, list) or not all(isinstance(format, str) and format in FORMATS for format in formats):
-        raise InputError(f"{folder} is damaged (drafts is {brief(formats)} in {MARKER}); convert the model again")
+    plain, calibrated = (_formats(folder, marker, kind) for kind in ("drafts", "calibrated"))
     same_values = dtype == "float32" or marker.get("dtypes") == [dtype]
     policies = marker.get("policies", {})  # earlier versions made no exceptions
     if not isinstance(policies, dict) or not all(isinstance(policy, dict) for policy in policies.values()):
         raise InputError(f"{folder} is damaged (policies is {brief(policies)} in {MARKER}); convert the model again")
-    found = tuple(Recipe(format, tuple(policies.get(format, {}).items())) for format in formats)
-    return found if same_values else ()
+    found = [Recipe(format) for format in plain] + [Recipe(format, calibrated=True) for format in calibrated]
+    found = [dataclasses.replace(recipe, policy=tuple(policies.get(recipe.name, {}).items())) for recipe in found]
+    return tuple(found) if same_values else ()
+
+
+def _formats(folder, marker, kind):
+    formats = marker.get(kind, [])
+    if not isinstance(formats, list) or not all(isinstance(format, str) and format in FORMATS for format in formats):
+        raise InputError(f"{folder} is damaged ({kind} is {brief(formats)} in {MARKER}); convert the model again")
+    return formats
 
 
 def restore_draft(folder: pathlib.Path, model: Network, recipe: Recipe, dtype: jnp.dtype) -> dict[str, QuantizedArray]:
@@ -234,7 +242,7 @@ def restore_draft(folder: pathlib.Path, model: Network, recipe: Recipe, dtype: j
     cast = functools.partial(quantize_params, tensors=tensors, format=recipe.format, policy=dict(recipe.policy))
 
     def mapped(name, leaf):
-        files = {role: folder / DRAFTS / recipe.format / _file(name, leaf, role) for role in leaf.arrays}
+        files = {role: folder / DRAFTS / recipe.name / _file(name, leaf, role) for role in leaf.arrays}
         arrays = {role: np.asarray(_map(file, leaf.arrays[role].shape), leaf.arrays[role].dtype) for role, file in files.items()}
         return dataclasses.replace(leaf, arrays=arrays)
 

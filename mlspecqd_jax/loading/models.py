@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from mlspecqd_jax import arguments, console, jax_settings
 from mlspecqd_jax.errors import InputError
 from mlspecqd_jax.loading import checkpoint, precision_search
+from mlspecqd_jax.loading.calibrating import calibrated_weights
 from mlspecqd_jax.loading.find import find, is_path
 from mlspecqd_jax.loading.origin import origin
 from mlspecqd_jax.loading.quantized.method import Quantization, find_quantization
@@ -21,9 +22,10 @@ from mlspecqd_jax.network.network import Network
 from mlspecqd_jax.text import chat
 from mlspecqd_jax.text.card import Card
 from mlspecqd_jax.user_cache import cache_folder
+from mlspecqd_jax.weights.cast import check_scale_rule
 from mlspecqd_jax.weights.formats import FORMATS, check_format
 from mlspecqd_jax.weights.placement import usable_mesh
-from mlspecqd_jax.weights.quantization import Policy, Recipe, default_policy, quantize_params
+from mlspecqd_jax.weights.quantization import CALIBRATED, Policy, Recipe, default_policy, formats_of, quantize_params
 from mlspecqd_jax.weights.quantized_array import Leaf
 from mlspecqd_jax.weights.tensors import EMBEDDING, HEAD, parameters
 
@@ -61,7 +63,13 @@ class Model:
 
     @jax_settings.held
     def quantized(
-        self, format: str = "mxfp4", policy: Policy | None = None, scale_rule: str = "floor", *, bits: float | None = None
+        self,
+        format: str = "mxfp4",
+        policy: Policy | None = None,
+        scale_rule: str = "floor",
+        *,
+        bits: float | None = None,
+        calibrate: bool = False,
     ) -> "Model":
         """Return the twin: this model with its linear layers and lm_head in `format`, sharing every other array.
 
@@ -74,34 +82,47 @@ class Model:
             exceptions.
           scale_rule: floor, mse (of a few scales the one of least squared error), or, of MX formats, ceil, rceil or even
             (`cast.quantize`).
-          bits: in place of all these: a format for each weight, so that they take so many bits a weight on average, and the
+          bits: in place of these three: a format for each weight, so that they take so many bits a weight on average, and the
             twin's probabilities move least from the model's. What each weight costs in each format is measured, once, on text that
             the model writes (`precision_search`).
+          calibrate: round each weight so that its columns make up for each other's errors, by what it multiplies in text that the
+            model writes (`weights.calibration`): better drafts of the same bytes. It takes its time once, and goes on where it was
+            if interrupted.
 
         Raises:
           InputError: an unknown format, rule or glob, too few bits, bits beside the others, or a model that is quantized in another
             way.
         """
         arguments.recipe(format, policy, scale_rule)
+        arguments.flag("calibrate", calibrate)
         if bits is not None:
-            return self._of_bits(format, policy, scale_rule, bits)
-        recipe = self._recipe(format, policy, scale_rule)
+            return self._of_bits(format, policy, scale_rule, bits, calibrate)
+        recipe = self._recipe(format, policy, scale_rule, calibrate)
         if recipe == self.recipe:
             return self
         if self.recipe is not None:
             raise InputError(
                 f"{self.card.name} is quantized already (format {self.recipe.format}, scale rule {self.recipe.scale_rule}, "
-                f"policy {dict(self.recipe.policy)}); quantize the original model instead"
+                f"policy {dict(self.recipe.policy)}{', calibrated' * self.recipe.calibrated}); quantize the original model instead"
             )
         dtype = self.embedding.dtype
         if recipe in self.drafts:
             params = self.params | checkpoint.restore_draft(self.folder, self.network, recipe, dtype)
         else:
-            arrays = cast(dict[str, jax.Array], self.params)  # as without a recipe
-            tensors, mesh = self.network.tensors(), self.network.mesh
-            params = quantize_params(arrays, tensors, format, dict(recipe.policy), scale_rule, mesh, dtype)
-        card = dataclasses.replace(self.card, name=f"{self.card.name}@{format}")
+            params = self._made(recipe, dtype)
+        card = dataclasses.replace(self.card, name=f"{self.card.name}@{recipe.name}")
         return dataclasses.replace(self, params=params, card=card, recipe=recipe)
+
+    def _made(self, recipe: Recipe, dtype: jnp.dtype | None = None) -> dict[str, Leaf]:
+        """The parameters of a twin, for activations of `dtype`, or None as they are stored."""
+        arrays = cast(dict[str, jax.Array], self.params)  # as without a recipe
+        tensors, (format, policy, scale_rule) = self.network.tensors(), (recipe.format, dict(recipe.policy), recipe.scale_rule)
+        rounded = {}
+        if recipe.calibrated:
+            check_scale_rule(scale_rule, format)
+            wanted = formats_of(tensors, format, policy)
+            rounded = calibrated_weights(self.network, arrays, self._first, wanted, scale_rule)
+        return quantize_params(arrays, tensors, format, policy, scale_rule, self.network.mesh, dtype, rounded)
 
     def sensitivity(self) -> precision_search.Costs:
         """Return, by weight and format, how far casting the one to the other moves the model's probabilities, in nats a token.
@@ -119,7 +140,7 @@ class Model:
         begins = getattr(self.tokenizer, "bos_token_id", None)
         return begins if begins is not None else (*self.card.eos_token_ids, 0)[0]
 
-    def _of_bits(self, format, policy, scale_rule, bits):
+    def _of_bits(self, format, policy, scale_rule, bits, calibrate):
         if (format, policy, scale_rule) != ("mxfp4", None, "floor"):
             raise InputError("bits finds the formats by itself; leave format, policy and scale_rule out")
         bits = arguments.number("bits", bits)
@@ -127,14 +148,15 @@ class Model:
             raise InputError(f"{self.card.name} is quantized already; quantize the original model instead")
         params = cast(dict[str, jax.Array], self.params)
         found = precision_search.policy_for(self.network, params, self._first, bits)
-        twin = self.quantized(format, found, precision_search.SCALE_RULE)
-        return dataclasses.replace(twin, card=dataclasses.replace(twin.card, name=f"{self.card.name}@auto{bits:g}"))
+        twin = self.quantized(format, found, precision_search.SCALE_RULE, calibrate=calibrate)
+        name = f"{self.card.name}@auto{bits:g}{CALIBRATED * calibrate}"
+        return dataclasses.replace(twin, card=dataclasses.replace(twin.card, name=name))
 
-    def _recipe(self, format: str, policy: Policy | None = None, scale_rule: str = "floor") -> Recipe:
+    def _recipe(self, format: str, policy: Policy | None = None, scale_rule: str = "floor", calibrate: bool = False) -> Recipe:
         if policy is None:
             platform = next(iter(self.embedding.devices())).platform
             policy = default_policy(format, self.network.config.tied, platform)
-        return Recipe(format, tuple(policy.items()), scale_rule)
+        return Recipe(format, tuple(policy.items()), scale_rule, calibrate)
 
 
 @jax_settings.held
@@ -264,7 +286,12 @@ def describe(model: str | os.PathLike) -> dict[str, Any]:
 
 @jax_settings.held
 def convert(
-    model: str | os.PathLike, folder: str | os.PathLike, *, dtype: str = "bfloat16", draft: str | None = None
+    model: str | os.PathLike,
+    folder: str | os.PathLike,
+    *,
+    dtype: str = "bfloat16",
+    draft: str | None = None,
+    calibrate: bool = False,
 ) -> pathlib.Path:
     """Write a model as an orbax checkpoint that `load` reads much faster than it imports the original.
 
@@ -273,12 +300,15 @@ def convert(
       folder: a new name.
       dtype: as for `load`; the weights are stored in it.
       draft: a format, such as mxfp4, in which the twin's quantized weights are stored too, for `Model.quantized` to find.
+      calibrate: store the calibrated twin, which `Model.quantized(format, calibrate=True)` finds, and no other.
 
     Raises:
       InputError: as for `load`, the format is unknown, or the folder exists already or cannot be written.
     """
     if draft is not None:
         check_format(arguments.instance("draft", draft, str, f"one of {', '.join(FORMATS)}, or None"))
+    if arguments.flag("calibrate", calibrate) and draft is None:
+        raise InputError("calibrate is for the weights of a draft, and there is none; give draft (--draft) a format, such as mxfp4")
     if not is_path(folder) or not os.fspath(folder):
         raise InputError(f"folder is {arguments.brief(folder)}, but must be the name of a new folder")
     folder = pathlib.Path(folder)
@@ -286,10 +316,8 @@ def convert(
     loaded = load(model, dtype=dtype)
     twins = {}
     if draft is not None:
-        recipe = loaded._recipe(draft)
-        arrays = cast(dict[str, jax.Array], loaded.params)  # as they are read
-        tensors, mesh = loaded.network.tensors(), loaded.network.mesh
-        twins[recipe] = quantize_params(arrays, tensors, draft, dict(recipe.policy), mesh=mesh)
+        recipe = loaded._recipe(draft, calibrate=calibrate)
+        twins[recipe] = loaded._made(recipe)
     checkpoint.save(folder, loaded.folder, loaded.params, twins)
     return folder
 

@@ -3,16 +3,14 @@
 What was measured of a model is kept in the user's cache, by the weights' own bits, so that another budget takes no time.
 """
 
-import hashlib
 import json
-import os
-import pathlib
 from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 
 from mlspecqd_jax.errors import InputError
+from mlspecqd_jax.loading.keeping import keep, key_of
 from mlspecqd_jax.network.network import Network
 from mlspecqd_jax.network.own_text import own_text
 from mlspecqd_jax.network.sensitivity import costs, weights_of
@@ -49,7 +47,7 @@ def sensitivity(network: Network, params: Mapping[str, jax.Array], first: int) -
     drawn, judged = jax.random.split(jax.random.key(0))
     tokens = own_text(network, dict(params), jnp.full((TEXTS,), first, jnp.int32), POSITIONS, drawn)
     found = costs(network, params, tokens, formats, SCALE_RULE, judged)
-    _keep(file, found)
+    keep(file, lambda opened: opened.write(json.dumps(found).encode()))
     return found
 
 
@@ -78,27 +76,6 @@ def _bits(w: jax.Array, format: str) -> float:
     return 8.0 * sum(array.size * array.dtype.itemsize for array in stored.arrays.values())
 
 
-@jax.jit
-def _digest(w):
-    """Two numbers that change, almost surely, with any bit of a weight."""
-    bits = jax.lax.bitcast_convert_type(w, jnp.uint16 if w.dtype.itemsize == 2 else jnp.uint32).astype(jnp.uint32).ravel()
-    place = jax.lax.iota(jnp.uint32, bits.size) * jnp.uint32(2654435761) + jnp.uint32(1)
-    return jnp.stack([jnp.sum(bits), jnp.sum(bits * place)])
-
-
 def _key(network, params, formats, first) -> str:
-    digests = {name: [int(part) for part in _digest(w)] for name, w in sorted(params.items())}
     dtype = next(iter(params.values())).dtype.name
-    said = [VERSION, repr(network.config), dtype, formats, SCALE_RULE, TEXTS, POSITIONS, first, digests]
-    return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:32]
-
-
-def _keep(file: pathlib.Path, found: Costs) -> None:
-    """Write it whole or not at all; without a cache it is measured again next time."""
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        part = file.with_suffix(f".{os.getpid()}.part")
-        part.write_text(json.dumps(found), encoding="utf-8")
-        part.replace(file)
-    except OSError:
-        return
+    return key_of(params, VERSION, repr(network.config), dtype, formats, SCALE_RULE, TEXTS, POSITIONS, first)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from mlspecqd_jax.network.network import FIRST, Network
 from mlspecqd_jax.network.ops import rotary
 from mlspecqd_jax.weights.quantized_array import watch
-from mlspecqd_jax.weights.tensors import EMBEDDING, HEAD
+from mlspecqd_jax.weights.tensors import HEAD
 
 
 def second_moments(network: Network, params: Mapping[str, jax.Array], tokens: jax.Array) -> Iterator[dict[str, jax.Array]]:

@@ -95,12 +95,11 @@ def _rounded(w, t, unit, f: Format, scale_rule: str):
     columns = jnp.pad(jnp.pad(w, ((0, -n % f.rows), (0, 0))), ((0, 0), (0, whole - k)), mode=mode).T  # [K', N']
     t = jnp.pad(t, (0, whole - k))
 
-    def step(carry, i):
-        errors, codes = carry
+    def step(carry, i):  # of errors f32 and codes uint8, each [K', N']
         first = i * width
         here = jax.lax.dynamic_slice_in_dim(columns, first, width)
         ours = jax.lax.dynamic_slice_in_dim(t, first, width, axis=1)  # [K', width]
-        moved = here + jnp.matmul(ours.T, errors, precision=HIGHEST)
+        moved = here + jnp.matmul(ours.T, carry[0], precision=HIGHEST)
         if mode == "edge" and k % width:
             is_filler = (i == k // width) & (jnp.arange(width) >= k % width)
             moved = jnp.where(is_filler[:, None], moved[k % width - 1][None], moved)

@@ -21,6 +21,7 @@ from mlspecqd_jax.weights.quantized_array import Leaf, QuantizedArray
 from mlspecqd_jax.weights.tensors import EMBEDDING, HEAD, Tensor
 from pallas_kernels.product import STORED_AXES
 
+CALIBRATED = "-calibrated"  # ends the names of calibrated twins
 TIED_HEAD = "mxfp8_e4m3"  # of a twin in MXFP4, on CPU
 
 Policy = Mapping[str, str | None]
@@ -33,6 +34,12 @@ class Recipe:
     format: str = "mxfp4"
     policy: tuple[tuple[str, str | None], ...] = ()
     scale_rule: str = "floor"
+    calibrated: bool = False  # whether its weights were rounded by `calibration`
+
+    @property
+    def name(self) -> str:
+        """What a twin is called, and the folder of a stored one."""
+        return self.format + CALIBRATED * self.calibrated
 
 
 def default_policy(format: str, tied: bool, platform: str) -> Policy:
@@ -52,6 +59,7 @@ def quantize_params(
     scale_rule: str = "floor",
     mesh: Mesh | None = None,
     dtype: jax.typing.DTypeLike | None = None,
+    rounded: Mapping[str, QuantizedArray] | None = None,
 ) -> dict[str, Leaf]:
     """Return the parameters of a model's twin: linear layers and lm_head quantized, everything else the same array objects.
 
@@ -66,13 +74,14 @@ def quantize_params(
       scale_rule: a name of `cast.SCALE_RULES`.
       mesh: where to place the new leaves by their axes; None leaves them where their weights are.
       dtype: of the activations, for which new leaves are arranged as their device wants them; None keeps them as they are stored.
+      rounded: weights that somebody rounded to their formats already, by name, which are placed and not cast.
 
     Raises:
       InputError: an unknown format or scale rule, a glob that matches no quantizable weight, a leaf in another format.
     """
-    tensors = with_head(tensors)
     check_scale_rule(scale_rule, format)
-    wanted = _formats([name for name, tensor in tensors.items() if tensor.linear], format, policy or {}, scale_rule)
+    wanted = formats_of(tensors, format, policy or {})
+    tensors = with_head(tensors)
     quantized: dict[str, Leaf] = dict(params)
     for name, to in wanted.items():
         w = params[name] if name in params else params[EMBEDDING]
@@ -81,7 +90,8 @@ def quantize_params(
         if isinstance(w, QuantizedArray):
             raise InputError(f"{name} is in {w.format} already and cannot become {to}; quantize the original model instead")
         # Waiting for each keeps the temporaries of one weight alive, not of all.
-        leaf = place_quantized(tensors[name].axes, quantize(w, to, rule_of(to, scale_rule)), mesh, dtype)
+        leaf = rounded[name] if rounded and name in rounded else quantize(w, to, rule_of(to, scale_rule))
+        leaf = place_quantized(tensors[name].axes, leaf, mesh, dtype)
         quantized[name] = jax.block_until_ready(leaf)
     return quantized
 
@@ -124,8 +134,13 @@ def place_quantized(
     return leaf if dtype is None else for_device(leaf, dtype=dtype, mesh=mesh)
 
 
-def _formats(names: list[str], format: str, policy: Policy, scale_rule: str) -> dict[str, str | None]:
-    """Return what every weight that can be quantized becomes, or say what is wrong with the request."""
+def formats_of(tensors: Mapping[str, Tensor], format: str, policy: Policy) -> dict[str, str | None]:
+    """Return the format of every weight that can be quantized, by name, None for one that is kept (see `quantize_params`).
+
+    Raises:
+      InputError: an unknown format, or a glob that matches no such weight.
+    """
+    names = [name for name, tensor in with_head(tensors).items() if tensor.linear]
     check_format(format)
     for glob, to in policy.items():
         if to is not None:

@@ -92,7 +92,7 @@ def _stored_number(value, dtype):
 
 
 def group_codes(groups: jax.Array, scales: jax.Array, minima: jax.Array | None, f: Format) -> jax.Array:
-    """Return the codes nearest to values f32 [N / rows, rows, G, any], int32 likewise, under scales and minima as they are stored."""
+    """Return the codes, int32, nearest to values f32 [N / rows, rows, G, any], under scales and minima as they are stored."""
     scale = number_of_scale(scales, f.scale)[..., None]
     if minima is not None:
         groups = groups - minima.astype(jnp.float32)[..., None]

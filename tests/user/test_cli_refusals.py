@@ -45,6 +45,8 @@ from mlspecqd_jax import cli, generation
         (["generate", *SHORT, "--synthetic-acceptance", "1.5"], ["synthetic_acceptance is 1.5"]),
         (["generate", *SHORT, "--synthetic-acceptance", "0.5,0.5,0.5"], ["3 rates", "1 levels"]),
         (["convert", "demo", "out", "--draft", "int3"], ["'int3' is not a format", "mxfp4"]),
+        (["convert", "demo", "out", "--calibrate"], ["calibrate is for the weights of a draft", "(--draft)"]),
+        (["generate", *SHORT, "--calibrate", "--draft", "ngram"], ["--calibrate rounds twins, and ngram has none"]),
         (["generate", *SHORT, "--logprobs"], ["--logprobs needs --json"]),
         (["generate", *SHORT, "--chat"], ["no chat template"]),
         (["generate", "--prompt", ""], ["prompt 0 is empty"]),

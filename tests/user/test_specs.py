@@ -56,6 +56,27 @@ def test_other_specs_are_refused_before_anything_is_loaded(given, message):
     assert "\n" not in str(caught.value)
 
 
+def test_calibration_is_of_every_twin_in_a_format(monkeypatch, demo):
+    asked = []
+
+    def quantized(model, format="mxfp4", **how):
+        asked.append((format, how))
+        return model
+
+    monkeypatch.setattr(mlsd.Model, "quantized", quantized)
+    given = ["mxfp4", "auto4.5", "demo@int4", "demo", "ngram"]
+    specs.drafters(specs.parse(given, calibrate=True), demo, lambda name: demo, calibrate=True)
+    expected = [("mxfp4", {}), ("mxfp4", {"bits": 4.5}), ("int4", {})]
+    assert asked == [(format, how | {"calibrate": True}) for format, how in expected]
+    assert specs.parse([], calibrate=True) == []  # what drafts by default is not known yet
+
+
+@pytest.mark.parametrize("given", [["none"], ["ngram:3"], ["demo-small"]])
+def test_calibration_without_a_twin_is_refused(given):
+    with refused("--calibrate rounds twins", "leave"):
+        specs.parse(given, calibrate=True)
+
+
 def test_a_folder_of_quantized_weights_drafts_for_the_level_above(tmp_path):
     plain = quantized_folders.weights()
     tensors, _ = quantized_folders.quantized("mxfp4", plain)
