@@ -54,7 +54,9 @@ def calibrated_weights(
     if len(done) < len(wanted):
         with tqdm(total=len(wanted), initial=len(done), desc="Calibrating", unit="weight", disable=None, leave=False) as bar:
             tokens = _text(folder / "text.npy", network, params, first)
-            for moments in second_moments(network, params, tokens):
+            # No draft is the first token, in which models keep what is far out of the ordinary (attention's sink).
+            counted = jnp.ones(tokens.shape, jnp.float32).at[:, 0].set(0)
+            for moments in second_moments(network, params, tokens, counted):
                 last = None  # weights that read the same share what is found of it
                 for name in sorted(moments.keys() & wanted.keys() - done.keys()):
                     if last is None or not _equal(last[0], moments[name]):
@@ -81,12 +83,12 @@ def _text(file: pathlib.Path, network, params, first) -> jax.Array:
     return tokens
 
 
-def _rounded(name, w, t, format, scale_rule) -> QuantizedArray:
-    if t is None:
+def _rounded(name, w, found, format, scale_rule) -> QuantizedArray:
+    if found is None:
         console.say(f"{name}: what it reads has no finite second moments; rounded as without calibration")
         leaf = quantize(w, format, scale_rule)
     else:
-        leaf = calibrated(w, t, format, scale_rule)
+        leaf = calibrated(w, found, format, scale_rule)
     return QuantizedArray({role: np.asarray(array) for role, array in leaf.arrays.items()}, leaf.shape, leaf.format)
 
 

@@ -12,6 +12,7 @@ Notation: N outputs, K contracted, K32 is K rounded up to whole 32s. Columns are
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,8 +30,15 @@ ELEMENTS = 2**26  # of a weight that are rounded at once
 HIGHEST = jax.lax.Precision.HIGHEST
 
 
-def influence(h: jax.Array) -> jax.Array | None:
-    """Return T, f32 [K, K] and strictly upper triangular: how much of the error of column l is made up for in column j.
+class Influence(NamedTuple):
+    """What inputs say of the columns that they multiply."""
+
+    spread: jax.Array  # T, f32 [K, K], strictly upper triangular: how much of the error of column l is made up for in column j
+    weights: jax.Array  # R[j, j]^2, f32 [K], the largest 1: what is left of the square of a column's error counts so much
+
+
+def influence(h: jax.Array) -> Influence | None:
+    """Return what second moments say of each column.
 
     Args:
       h: f32 [K, K], the sum of x x^T over inputs. One that is always zero stays by itself.
@@ -39,9 +47,9 @@ def influence(h: jax.Array) -> jax.Array | None:
       None where h is not finite or has no factor, however damped.
     """
     for damping in DAMPINGS:
-        t, is_finite = _influence(h, damping)
+        found, is_finite = _influence(h, damping)
         if is_finite:
-            return t
+            return found
     return None
 
 
@@ -50,19 +58,20 @@ def _influence(h, damping):
     h = h + damping * jnp.mean(jnp.diagonal(h)) * jnp.eye(len(h), dtype=h.dtype)
     # The factor that is lower triangular from the other end.
     r = jnp.linalg.cholesky(h[::-1, ::-1])[::-1, ::-1]
-    t = jnp.triu(r / jnp.diagonal(r)[None], 1)
-    return t, jnp.all(jnp.isfinite(t))
+    diagonal = jnp.diagonal(r)
+    found = Influence(jnp.triu(r / diagonal[None], 1), diagonal**2 / jnp.max(diagonal**2))
+    return found, jnp.all(jnp.isfinite(found.spread))
 
 
-def calibrated(w: jax.Array, t: jax.Array, format: str = "mxfp4", scale_rule: str = "floor") -> QuantizedArray:
-    """Round a weight to a format with each column making up for those before it; a t of zeros gives what `cast.quantize` does.
+def calibrated(w: jax.Array, found: Influence, format: str = "mxfp4", scale_rule: str = "floor") -> QuantizedArray:
+    """Round a weight to a format with each column making up for those before it; one without influence as `cast.quantize` does.
 
     A group's scale is found when its turn comes, from what its columns have become; one of a whole row, and the one of the whole
-    weight, before all.
+    weight, before all. A search for it by squared error weighs squares.
 
     Args:
       w: [N, K], finite.
-      t: f32 [K, K], of `influence`.
+      found: of `influence`.
       format: a name of `formats.FORMATS`.
       scale_rule: of `cast.quantize`.
 
@@ -76,20 +85,21 @@ def calibrated(w: jax.Array, t: jax.Array, format: str = "mxfp4", scale_rule: st
         raise InputError(f"a weight of shape {[n, k]} holds NaN or infinity and cannot be quantized; use an intact checkpoint")
     unit = scaled.tensor_scale_of(w.astype(jnp.float32), f) if f.scale == "e4m3" else None
     rows = max(ELEMENTS // k // f.rows, 1) * f.rows  # at once, since they know nothing of each other
-    parts = [_rounded(w[first : first + rows], t, unit, f, scale_rule) for first in range(0, n, rows)]
+    parts = [_rounded(w[first : first + rows], *found, unit, f, scale_rule) for first in range(0, n, rows)]
     arrays = {role: jnp.concatenate([part[role] for part in parts]) for role in parts[0]}
     return QuantizedArray(arrays | ({} if unit is None else {"tensor_scale": unit[None]}), (n, k), format)
 
 
 @functools.partial(jax.jit, static_argnames=("f", "scale_rule"))
-def _rounded(w, t, unit, f: Format, scale_rule: str):
+def _rounded(w, t, weights, unit, f: Format, scale_rule: str):
     """The arrays of `QuantizedArray` by role, but for the number of the whole weight, `unit`."""
     n, k = w.shape
     w = w.astype(jnp.float32)
     w = w if unit is None else w / unit
-    width, fixed = (f.group, None) if f.group else (WIDTH, _scales(scaled.grouped(w, f)[:, 0, 0].T, f, scale_rule))
-    filled = k + -k % STEP
+    width, filled = f.group or WIDTH, k + -k % STEP
     whole = filled + -filled % width
+    weights = jnp.pad(weights, (0, whole - k), mode="edge")
+    fixed = None if f.group else _scales(scaled.grouped(w, f)[:, 0, 0].T, weights[:filled], f, scale_rule)
     # What is added is as the plain casts have it: zeros in MX, the last column again in others.
     mode = "constant" if f.scale == "e8m0" else "edge"
     columns = jnp.pad(jnp.pad(w, ((0, -n % f.rows), (0, 0))), ((0, 0), (0, whole - k)), mode=mode).T  # [K', N']
@@ -103,10 +113,10 @@ def _rounded(w, t, unit, f: Format, scale_rule: str):
         if mode == "edge" and k % width:
             is_filler = (i == k // width) & (jnp.arange(width) >= k % width)
             moved = jnp.where(is_filler[:, None], moved[k % width - 1][None], moved)
-        found = _scales(moved, f, scale_rule) if fixed is None else fixed
+        found = fixed or _scales(moved, jax.lax.dynamic_slice_in_dim(weights, first, width), f, scale_rule)
         new = _round_columns(here, moved, jax.lax.dynamic_slice_in_dim(ours, first, width), found, f)
         carry = tuple(jax.lax.dynamic_update_slice_in_dim(old, part, first, axis=0) for old, part in zip(carry, new, strict=True))
-        return carry, found if fixed is None else ()
+        return carry, () if fixed else found
 
     start = jnp.zeros_like(columns), jnp.zeros(columns.shape, jnp.uint8)
     (_, codes), found = jax.lax.scan(step, start, jnp.arange(whole // width))
@@ -133,11 +143,12 @@ def _round_columns(here, moved, t, found, f: Format):
     return jax.lax.fori_loop(0, len(here), round_column, (jnp.zeros_like(here), jnp.zeros(here.shape, jnp.uint8)))
 
 
-def _scales(columns, f: Format, scale_rule: str):
-    """The scales of a group's columns [group, N'], [N' / rows, 1], and its minima or None."""
+def _scales(columns, weights, f: Format, scale_rule: str):
+    """The scales of a group's columns [group, N'] whose squares weigh so much, [N' / rows, 1], and its minima or None."""
     if f.scale == "e8m0":
-        return mx.block_scales(columns.T, f, scale_rule), None
-    scales, minima = scaled.group_scales(columns.T.reshape(-1, f.rows, 1, len(columns)), f, scale_rule == SEARCH)
+        return mx.block_scales(columns.T, f, scale_rule, weights), None
+    groups = columns.T.reshape(-1, f.rows, 1, len(columns))
+    scales, minima = scaled.group_scales(groups, f, scale_rule == SEARCH, weights)
     return scales[:, 0], None if minima is None else minima[:, 0]
 
 

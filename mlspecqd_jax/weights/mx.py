@@ -38,14 +38,17 @@ def encode(w: jax.Array, f: Format, scale_rule: str) -> tuple[dict[str, jax.Arra
     return {"codes": stored_codes(codes, f), "scales": scale[:, :, 0].astype(jnp.uint8)}, jnp.all(jnp.isfinite(w))
 
 
-def block_scales(blocks: jax.Array, f: Format, scale_rule: str) -> jax.Array:
-    """Return the scale bytes, int32 [..., 1], of blocks f32 [..., 32], by a rule of `encode`."""
+def block_scales(blocks: jax.Array, f: Format, scale_rule: str, weights: jax.Array | None = None) -> jax.Array:
+    """Return the scale bytes, int32 [..., 1], of blocks f32 [..., 32], by a rule of `encode`.
+
+    The squares of a search weigh 1, or, of blocks [N, 32], so much, f32 [32].
+    """
     element = f.element
     assert isinstance(element, Element)
     magnitude = _bits(blocks) & 0x7FFFFFFF  # ordered as the magnitudes themselves, subnormal ones too
     amax = jnp.max(magnitude, axis=-1, keepdims=True)
     scale = _scale(amax, element, "floor" if scale_rule == "mse" else scale_rule)
-    return _best(magnitude, scale, element) if scale_rule == "mse" else scale
+    return _best(magnitude, scale, element, weights) if scale_rule == "mse" else scale
 
 
 def block_codes(values: jax.Array, scale: jax.Array, f: Format) -> jax.Array:
@@ -78,7 +81,7 @@ def _scale(amax, f: Element, scale_rule: str):
     return jnp.maximum((amax >> 23) - f.emax + raised.astype(jnp.int32), 0)
 
 
-def _best(magnitude, scale, f: Element):
+def _best(magnitude, scale, f: Element, weights):
     """Of a scale byte, one less and one more, the one of least squared error; of equal ones the first."""
     w = jax.lax.bitcast_convert_type(magnitude, jnp.float32)
     candidates = jnp.stack([scale, jnp.clip(scale - 1, 0, 254), jnp.clip(scale + 1, 0, 254)])
@@ -86,7 +89,8 @@ def _best(magnitude, scale, f: Element):
     def error(scale):
         codes = _element(magnitude, scale, f)
         values = element_values(codes, f.exponent_bits, f.mantissa_bits) * _power_of_two(jnp.maximum(scale - 127, -126))
-        return jnp.sum((values - w) ** 2, axis=-1, keepdims=True)
+        squares = (values - w) ** 2
+        return jnp.sum(squares if weights is None else squares * weights[None], axis=-1, keepdims=True)
 
     best = jnp.argmin(jax.lax.map(error, candidates), axis=0)[None]
     return jnp.take_along_axis(candidates, best, axis=0)[0]

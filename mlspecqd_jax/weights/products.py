@@ -49,7 +49,7 @@ def multiply(x: jax.Array, w: jax.Array | QuantizedArray, interpret=False) -> ja
     """
     leaf = _leaf(w)
     if "moments" in leaf.arrays:
-        x = _watched(x, leaf.arrays["moments"])
+        x = _watched(x, leaf.arrays["moments"], leaf.arrays["counted"])
     if "order" in leaf.arrays:
         x = x[:, leaf.arrays["order"]]
     y = _multiply_stored(x, leaf) if leaf.is_stored else _multiply_arranged(x, leaf, interpret)
@@ -62,16 +62,17 @@ def multiply(x: jax.Array, w: jax.Array | QuantizedArray, interpret=False) -> ja
 
 
 @jax.custom_vjp
-def _watched(x, moments):
+def _watched(x, moments, counted):
     return x
 
 
-def _add_up(x, cotangent):
-    x32 = x.astype(jnp.float32)
-    return cotangent, jnp.matmul(x32.T, x32, precision=jax.lax.Precision.HIGHEST)
+def _add_up(given, cotangent):
+    x, counted = given
+    x = x.astype(jnp.float32)
+    return cotangent, jnp.matmul((x * counted[:, None]).T, x, precision=jax.lax.Precision.HIGHEST), jnp.zeros_like(counted)
 
 
-_watched.defvjp(lambda x, moments: (x, x), _add_up)
+_watched.defvjp(lambda x, moments, counted: (x, (x, counted)), _add_up)
 
 
 def _multiply_stored(x, leaf):

@@ -17,7 +17,7 @@ from pallas_kernels import PLAIN
 STORED, WHOLE = "stored", PartitionSpec(None, None)
 # What a product does not see: K is put into this order before it, its results are multiplied by these numbers, and to them is added
 # an amount of those of another weight (`probe`); what it is given is added up (`watch`).
-AROUND = ("order", "row_scale", "tensor_scale", "change", "amount", "moments")
+AROUND = ("order", "row_scale", "tensor_scale", "change", "amount", "moments", "counted")
 
 
 @functools.partial(
@@ -88,9 +88,13 @@ def probe(w: jax.Array, change: jax.Array, amount: jax.Array) -> QuantizedArray:
     return QuantizedArray({"weight": w, "change": change, "amount": amount}, (w.shape[0], w.shape[1]), PLAIN)
 
 
-def watch(w: jax.Array, moments: jax.Array) -> QuantizedArray:
-    """Return a leaf whose product is x @ w.T. The derivative of whatever is made of it by moments, f32 [K, K], is x.T @ x."""
-    return QuantizedArray({"weight": w, "moments": moments}, (w.shape[0], w.shape[1]), PLAIN)
+def watch(w: jax.Array, moments: jax.Array, counted: jax.Array) -> QuantizedArray:
+    """Return a leaf whose product is x @ w.T, and lets one know what x [M, K] was.
+
+    The derivative by moments, f32 [K, K], of whatever is made of the product, is the sum over rows of x x^T, each as often as it is
+    counted, f32 [M].
+    """
+    return QuantizedArray({"weight": w, "moments": moments, "counted": counted}, (w.shape[0], w.shape[1]), PLAIN)
 
 
 Leaf = jax.Array | QuantizedArray  # what a model's parameters are

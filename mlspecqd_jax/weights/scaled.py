@@ -59,9 +59,14 @@ def grouped(w: jax.Array, f: Format) -> jax.Array:
     return w.reshape(-1, f.rows, w.shape[1] // group, group)
 
 
-def group_scales(groups: jax.Array, f: Format, search: bool) -> tuple[jax.Array, jax.Array | None]:
-    """Return (scales [N / rows, 1, G], minima or None), as they are stored, of groups f32 [N / rows, rows, G, group]."""
-    return _best(groups, f) if search else _scales(groups, f, 1.0)
+def group_scales(
+    groups: jax.Array, f: Format, search: bool, weights: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array | None]:
+    """Return (scales [N / rows, 1, G], minima or None), as they are stored, of groups f32 [N / rows, rows, G, group].
+
+    The squares of a search weigh 1, or so much, f32 [group].
+    """
+    return _best(groups, f, weights) if search else _scales(groups, f, 1.0)
 
 
 def _scales(groups, f, factor):
@@ -103,12 +108,13 @@ def group_codes(groups: jax.Array, scales: jax.Array, minima: jax.Array | None, 
     return jnp.clip(jnp.rint(steps).astype(jnp.int32) + f.element.offset, least, 2**f.bits - 1)
 
 
-def _best(groups, f):
+def _best(groups, f, weights):
     """Return the scales and minima of least squared error."""
 
     def error(scales, minima):
         values = group_values(group_codes(groups, scales, minima, f), scales, minima, f)
-        return jnp.sum((values - groups) ** 2, (1, 3))[:, None]  # [N / rows, 1, G]
+        squares = (values - groups) ** 2
+        return jnp.sum(squares if weights is None else squares * weights[None, None, None], (1, 3))[:, None]  # [N / rows, 1, G]
 
     def better(best, factor):
         found = _scales(groups, f, factor)
