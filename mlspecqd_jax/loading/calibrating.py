@@ -4,10 +4,12 @@ Each weight is kept in the user's cache as soon as it is done, by the bits of al
 where it was, and what is finished is not made again. What has not been used for longest goes when the cache is full.
 """
 
+import functools
 import pathlib
 import shutil
 import zipfile
 from collections.abc import Mapping
+from typing import BinaryIO
 
 import jax
 import jax.numpy as jnp
@@ -62,7 +64,7 @@ def calibrated_weights(
                     if last is None or not _equal(last[0], moments[name]):
                         last = moments[name], influence(moments[name])
                     done[name] = _rounded(name, weights[name], last[1], *wanted[name])
-                    keep(files[name], lambda file, leaf=done[name]: np.savez(file, **leaf.arrays))
+                    keep(files[name], functools.partial(_write, leaf=done[name]))
                     bar.update()
                 if len(done) == len(wanted):
                     break
@@ -89,7 +91,11 @@ def _rounded(name, w, found, format, scale_rule) -> QuantizedArray:
         leaf = quantize(w, format, scale_rule)
     else:
         leaf = calibrated(w, found, format, scale_rule)
-    return QuantizedArray({role: np.asarray(array) for role, array in leaf.arrays.items()}, leaf.shape, leaf.format)
+    return jax.tree.map(np.asarray, leaf)
+
+
+def _write(file: BinaryIO, leaf: QuantizedArray) -> None:
+    np.savez(file, **{role: np.asarray(array) for role, array in leaf.arrays.items()})  # ty: ignore[invalid-argument-type]
 
 
 @jax.jit
@@ -107,7 +113,7 @@ def _kept(file: pathlib.Path, w: jax.Array, format: str) -> QuantizedArray | Non
     try:
         with np.load(file, allow_pickle=False) as opened:
             arrays = {role: opened[role] for role in stored.arrays}
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+    except (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile):
         return None
     fits = all(arrays[role].shape == like.shape and arrays[role].dtype == like.dtype for role, like in stored.arrays.items())
     return QuantizedArray(arrays, stored.shape, format) if fits else None

@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import cast
 
 import jax
@@ -144,7 +144,7 @@ class Network:
         return logits, cache, hidden if features else None
 
     @contextlib.contextmanager
-    def module(self, params) -> Iterator[Transformer]:
+    def module(self, params) -> Generator[Transformer]:
         """Hand out the layers with their parameters, to be applied in this context alone."""
         graphdef, leaves = _skeleton(self.config)
         head = params.get(HEAD, params[EMBEDDING])

@@ -15,7 +15,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from mlspecqd_jax.weights.formats import E4M3, STEP, Format, Integer
+from mlspecqd_jax.weights.formats import E4M3, STEP, Element, Format, Integer
 from mlspecqd_jax.weights.mx import element_codes, stored_codes
 from pallas_kernels import group_values, number_of_scale
 
@@ -46,6 +46,7 @@ def encode(w: jax.Array, f: Format, search: bool) -> tuple[dict[str, jax.Array],
 
 def tensor_scale_of(w: jax.Array, f: Format) -> jax.Array:
     """Return the number, f32 [], of which the scales of a whole weight are multiples."""
+    assert isinstance(f.element, Element), "no format of integers has such scales"
     largest = jnp.max(jnp.abs(w), initial=0)
     return jnp.where(largest > 0, largest / (f.element.largest * E4M3.largest), 1)
 
