@@ -56,9 +56,7 @@ def calibrated_weights(
     if len(done) < len(wanted):
         with tqdm(total=len(wanted), initial=len(done), desc="Calibrating", unit="weight", disable=None, leave=False) as bar:
             tokens = _text(folder / "text.npy", network, params, first)
-            # No draft is the first token, in which models keep what is far out of the ordinary (attention's sink).
-            counted = jnp.ones(tokens.shape, jnp.float32).at[:, 0].set(0)
-            for moments in second_moments(network, params, tokens, counted):
+            for moments in second_moments(network, params, tokens, jnp.ones(tokens.shape, jnp.float32)):
                 last = None  # weights that read the same share what is found of it
                 for name in sorted(moments.keys() & wanted.keys() - done.keys()):
                     if last is None or not _equal(last[0], moments[name]):
