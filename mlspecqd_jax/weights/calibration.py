@@ -109,12 +109,15 @@ def _rounded(w, t, weights, unit, f: Format, scale_rule: str):
         first = i * width
         here = jax.lax.dynamic_slice_in_dim(columns, first, width)
         ours = jax.lax.dynamic_slice_in_dim(t, first, width, axis=1)  # [K', width]
-        moved = here + jnp.matmul(ours.T, carry[0], precision=HIGHEST)
-        if mode == "edge" and k % width:
-            is_filler = (i == k // width) & (jnp.arange(width) >= k % width)
-            moved = jnp.where(is_filler[:, None], moved[k % width - 1][None], moved)
-        found = fixed or _scales(moved, jax.lax.dynamic_slice_in_dim(weights, first, width), f, scale_rule)
-        new = _round_columns(here, moved, jax.lax.dynamic_slice_in_dim(ours, first, width), found, f)
+        moved, within = here + jnp.matmul(ours.T, carry[0], precision=HIGHEST), jax.lax.dynamic_slice_in_dim(ours, first, width)
+        found = fixed
+        if found is None:
+            wanted = _before_rounding(here, moved, within)
+            if mode == "edge" and k % width:
+                is_filler = (i == k // width) & (jnp.arange(width) >= k % width)
+                wanted = jnp.where(is_filler[:, None], wanted[k % width - 1][None], wanted)
+            found = _scales(wanted, jax.lax.dynamic_slice_in_dim(weights, first, width), f, scale_rule)
+        new = _round_columns(here, moved, within, found, f)
         carry = tuple(jax.lax.dynamic_update_slice_in_dim(old, part, first, axis=0) for old, part in zip(carry, new, strict=True))
         return carry, () if fixed else found
 
@@ -125,6 +128,15 @@ def _rounded(w, t, weights, unit, f: Format, scale_rule: str):
     scales, minima = (x if x is None else x[:, :, 0].T for x in found) if fixed is None else (fixed[0], None)
     stored = {"codes": mx.stored_codes(codes, f), "scales": scales.astype(SCALE_DTYPES[f.scale])}
     return stored | ({} if minima is None else {"minima": minima})
+
+
+def _before_rounding(here, moved, t):
+    """Return what a block's columns [width, N'] would best be if none of them were rounded; arguments as of `_round_columns`.
+
+    Column j is then x[j] = moved[j] + sum over l < j of T[l, j] (here[l] - x[l]).
+    """
+    mixed = moved + jnp.matmul(t.T, here, precision=HIGHEST)
+    return jax.scipy.linalg.solve_triangular(jnp.eye(len(t), dtype=t.dtype) + t.T, mixed, lower=True, unit_diagonal=True)
 
 
 def _round_columns(here, moved, t, found, f: Format):
