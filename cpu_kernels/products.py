@@ -14,7 +14,8 @@ from cpu_kernels.build import library_paths
 DTYPES = ("bfloat16", "float16", "float32")
 OF_ANY_DTYPE = ("matmul", "rms_norm", "attention", "rotate")  # for each of DTYPES
 OF_BFLOAT16 = ("mxfp4_matmul", "mxfp6_matmul", "mx8_matmul")
-OF_NUMBERS = ("nvfp4_matmul", "int4_matmul", "uint4_matmul", "int8_matmul")  # scales that are no powers of two
+# Of scales that are no powers of two.
+OF_NUMBERS = ("nvfp4_matmul", "int4_matmul", "uint4_matmul", "int8_matmul", "int8_groups_matmul", "uint8_matmul")
 OF_POSITIONS = ("angles", "put_window")
 # What each library holds, as `build` names them.
 UNITS = {dtype: tuple(f"{product}_{dtype}" for product in OF_ANY_DTYPE) for dtype in DTYPES}
@@ -148,26 +149,29 @@ def mxfp6_matmul(x: jax.Array, codes: jax.Array, scales: jax.Array, exponent_bit
 
 
 def grouped_matmul(
-    x: jax.Array, codes: jax.Array, scales: jax.Array, minima: jax.Array | None = None, isa: str | None = None
+    x: jax.Array, codes: jax.Array, scales: jax.Array, minima: jax.Array | None = None, isa: str | None = None, *, bits: int = 4
 ) -> jax.Array:
     """x @ decoded.T for a weight whose scales are numbers, with each block of x rounded to eight bits as `mxfp4_matmul` does.
 
-    What the weight is, is told by its arrays: NVFP4 has scales of bytes, integers of eight bits have float32 scales, integers of
-    four bits have float16 scales, and those without a sign have minima too. Rows do not depend on M, N and the number of threads.
+    What the weight is, is told by its arrays: NVFP4 has scales of bytes, integers in groups have float16 scales, and those without
+    an offset minima too; integers of eight bits in whole rows have float32 scales. Rows do not depend on M, N and the number of
+    threads.
 
     Args:
       x: bfloat16 [M, K], K a multiple of 32.
       codes: uint8 [N, K/2], element 2i in the low half of byte i, or [N, K] of integers of eight bits, plus 128.
       scales: uint8 [N, K/16], the bits of an E4M3 that is not negative, for each 16 elements; float16 [N, G], one for each 32, 64,
-        128 or so on, the last group possibly shorter, of integers plus 8; float32 [N, 1].
+        128 or so on (of eight bits from 16 on), the last group possibly shorter, of integers plus 8 or 128; float32 [N, 1].
       minima: float16 [N, G], of integers without an offset.
-      isa: one of `isas(...)` of nvfp4_matmul, int4_matmul, uint4_matmul or int8_matmul; None is the first.
+      isa: one of `isas(...)` of the product, a name of `OF_NUMBERS`; None is the first.
+      bits: of a code, 4 or 8, if scales are float16.
 
     Returns:
       f32 [M, N].
     """
-    product = {"uint8": "nvfp4", "float16": "int4" if minima is None else "uint4", "float32": "int8"}[scales.dtype.name]
-    bits, n, k = (8 if product == "int8" else 4), len(codes), x.shape[-1]
+    of_groups = {4: ("int4", "uint4"), 8: ("int8_groups", "uint8")}[bits][minima is not None]
+    product = {"uint8": "nvfp4", "float16": of_groups, "float32": "int8"}[scales.dtype.name]
+    bits, n, k = {"nvfp4": 4, "int8": 8}.get(product, bits), len(codes), x.shape[-1]
     groups = {"nvfp4": k // 16, "int8": 1}.get(product, scales.shape[-1])
     fits = x.ndim == 2 and k % 32 == 0 and codes.shape == (n, k * bits // 8) and scales.shape == (n, groups)
     fits = fits and (x.dtype, codes.dtype) == (jnp.bfloat16, jnp.uint8)

@@ -15,12 +15,14 @@ static bool fits(X x, Bytes codes, ffi::Result<Y>& y, int bits) {
   return a[1] % four_bits::kBlock == 0 && 8 * b[1] == bits * a[1] && c[0] == a[0] && c[1] == b[0];
 }
 
-// How many blocks share a scale of [N, G]: the least power of two with which G scales suffice.
-static int64_t blocks_of(int64_t blocks, int64_t groups) {
-  int64_t each = 1;
-  while (each * groups < blocks) each *= 2;
-  return each;
+// Of how many parts (2^this) a group of [N, G] scales is: the least power of two with which G of them suffice.
+static int shift_of(int64_t parts, int64_t groups) {
+  int shift = 0;
+  while (groups << shift < parts) ++shift;
+  return shift;
 }
+
+static int64_t blocks_of(int64_t blocks, int64_t groups) { return int64_t{1} << shift_of(blocks, groups); }
 
 static ffi::Error nvfp4_handler(ffi::ThreadPool pool, Isa isa, X x, Bytes packed, Bytes scales, ffi::Result<Y> y) {
   const auto a = x.dimensions(), b = packed.dimensions(), s = scales.dimensions();
@@ -57,9 +59,31 @@ static ffi::Error uint4_handler(ffi::ThreadPool pool, Isa isa, X x, Bytes packed
 static ffi::Error int8_handler(ffi::ThreadPool pool, Isa isa, X x, Bytes codes, Floats scales, ffi::Result<Y> y) {
   const auto a = x.dimensions(), b = codes.dimensions(), s = scales.dimensions();
   if (!fits(x, codes, y, 8) || s[1] != 1 || s[0] != b[0]) return unfitting();
-  const auto* kernel = choose(int8_choices(), *isa);
+  const auto* kernel = choose(int8_choices<int8::Rows>(), *isa);
   if (kernel == nullptr) return unsupported(*isa);
-  int8_matmul(*kernel, pool, x.typed_data(), codes.typed_data(), scales.typed_data(), y->typed_data(), a[0], b[0], a[1]);
+  const int8::Weight w = {codes.typed_data(), scales.typed_data(), nullptr, b[0], 0};
+  int8_matmul(*kernel, pool, x.typed_data(), w, y->typed_data(), a[0], b[0], a[1]);
+  return ffi::Error::Success();
+}
+
+static ffi::Error int8_groups_handler(ffi::ThreadPool pool, Isa isa, X x, Bytes codes, Halves scales, ffi::Result<Y> y) {
+  const auto a = x.dimensions(), b = codes.dimensions(), s = scales.dimensions();
+  if (!fits(x, codes, y, 8) || s[1] == 0 || s[0] != b[0]) return unfitting();
+  const auto* kernel = choose(int8_choices<int8::Groups>(), *isa);
+  if (kernel == nullptr) return unsupported(*isa);
+  const int8::Weight w = {codes.typed_data(), scales.untyped_data(), nullptr, b[0], shift_of(a[1] / int8::kHalf, s[1])};
+  int8_matmul(*kernel, pool, x.typed_data(), w, y->typed_data(), a[0], b[0], a[1]);
+  return ffi::Error::Success();
+}
+
+static ffi::Error uint8_handler(ffi::ThreadPool pool, Isa isa, X x, Bytes codes, Halves scales, Halves minima, ffi::Result<Y> y) {
+  const auto a = x.dimensions(), b = codes.dimensions(), s = scales.dimensions(), t = minima.dimensions();
+  if (!fits(x, codes, y, 8) || s[1] == 0 || s[0] != b[0] || t[0] != s[0] || t[1] != s[1]) return unfitting();
+  const auto* kernel = choose(int8_choices<int8::Unsigned>(), *isa);
+  if (kernel == nullptr) return unsupported(*isa);
+  const auto* least = static_cast<const uint16_t*>(minima.untyped_data());
+  const int8::Weight w = {codes.typed_data(), scales.untyped_data(), least, b[0], shift_of(a[1] / int8::kHalf, s[1])};
+  int8_matmul(*kernel, pool, x.typed_data(), w, y->typed_data(), a[0], b[0], a[1]);
   return ffi::Error::Success();
 }
 
@@ -68,4 +92,6 @@ static ffi::Error int8_handler(ffi::ThreadPool pool, Isa isa, X x, Bytes codes, 
 MLSPECQD_PRODUCT(nvfp4_matmul, nvfp4_handler, four_bits_choices<mlspecqd::four_bits::Nvfp4>)
 MLSPECQD_PRODUCT(int4_matmul, int4_handler, four_bits_choices<mlspecqd::four_bits::Int4>)
 MLSPECQD_PRODUCT(uint4_matmul, uint4_handler, four_bits_choices<mlspecqd::four_bits::Uint4>)
-MLSPECQD_PRODUCT(int8_matmul, int8_handler, int8_choices)
+MLSPECQD_PRODUCT(int8_matmul, int8_handler, int8_choices<mlspecqd::int8::Rows>)
+MLSPECQD_PRODUCT(int8_groups_matmul, int8_groups_handler, int8_choices<mlspecqd::int8::Groups>)
+MLSPECQD_PRODUCT(uint8_matmul, uint8_handler, int8_choices<mlspecqd::int8::Unsigned>)

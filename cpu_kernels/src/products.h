@@ -13,7 +13,7 @@
 #include "four_bits.h"
 #include "four_bits_avx2.h"
 #include "four_bits_avx512.h"
-#include "int8.h"
+#include "int8_x86.h"
 #include "mx8.h"
 #include "norm.h"
 #include "parallel.h"
@@ -130,8 +130,9 @@ const auto& six_bits_choices() {
   return choices;
 }
 
-inline const auto& int8_choices() {
-  static const auto choices = choices_of_bytes(MLSPECQD_THREE_OF_BYTES(int8, kernel));
+template <class Form>
+const auto& int8_choices() {
+  static const auto choices = choices_of_bytes<int8::Kernel>(MLSPECQD_THREE_OF_BYTES(int8, kernel<Form>));
   return choices;
 }
 
@@ -229,14 +230,14 @@ void six_bits_matmul(const four_bits::Kernel& kernel, Pool& pool, const uint16_t
 }
 
 template <class Pool>
-void int8_matmul(const int8::Kernel& kernel, Pool& pool, const uint16_t* x, const uint8_t* codes, const float* scales, float* out,
-                 int64_t m, int64_t n, int64_t k) {
+void int8_matmul(const int8::Kernel& kernel, Pool& pool, const uint16_t* x, const int8::Weight& w, float* out, int64_t m, int64_t n,
+                 int64_t k) {
   const int64_t prepared = (k + kernel.step - 1) / kernel.step * kernel.step_bytes;
   blocked(
       pool, m, n, k, k, kernel.rows, prepared,
       [&](int64_t at, int rows, char* block) { kernel.prepare(x + at * k, rows, k, block); },
       [&](int64_t at, int rows, const char* block, int64_t begin, int64_t end) {
-        kernel.product(block, rows, codes, scales, k, begin, end, out + at * n, n);
+        kernel.product(block, rows, w, k, begin, end, out + at * n, n);
       });
 }
 

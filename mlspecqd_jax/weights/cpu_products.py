@@ -34,7 +34,7 @@ def _run_mxfp6(x, arrays, *, n, chip, format, interpret):
 
 
 def _run_grouped(x, arrays, *, n, chip, format, interpret):
-    return cpu_kernels.grouped_matmul(whole_blocks(x), **arrays)
+    return cpu_kernels.grouped_matmul(whole_blocks(x), **arrays, bits=format.bits)
 
 
 def _run_mx8(x, arrays, *, n, chip, format, interpret):
@@ -51,7 +51,8 @@ def _run_dense(x, arrays, *, n, chip, format, interpret):
 
 
 SIZES = tuple(32 << i for i in range(10))  # of groups
-GROUPED = ("nvfp4", "int8", "int4", *(f"int4_g{size}" for size in SIZES), *(f"uint4_g{size}" for size in SIZES))
+GROUPED = ("nvfp4", "int8", "int4", *(f"{kind}_g{size}" for kind in ("int4", "uint4", "int8", "uint8") for size in SIZES))
+GROUPED += ("int8_g16", "uint8_g16")
 _why_not_of_any_dtype = functools.partial(_why_not, dtypes=("bfloat16", "float16", "float32"))
 _MXFP4 = Product("cpp mxfp4", MX[:1], _why_not, as_stored, STORED_AXES, _run_mxfp4, _every_row_by_itself)
 CPU_PRODUCTS = (

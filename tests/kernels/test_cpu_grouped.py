@@ -17,11 +17,13 @@ ISAS = cpu_kernels.isas("int4_matmul")
 
 pytestmark = pytest.mark.skipif(not ISAS, reason="needs a C++ compiler")
 each_isa = pytest.mark.parametrize("isa", ISAS)
-each_format = pytest.mark.parametrize("format", ["nvfp4", "int8", "int4", "int4_g128", "uint4_g32", "uint4_g64", "uint4_g4096"])
+OF_FOUR = ["nvfp4", "int4", "int4_g128", "uint4_g32", "uint4_g64", "uint4_g4096"]
+OF_EIGHT = ["int8", "int8_g16", "int8_g32", "int8_g64", "int8_g4096", "uint8_g16", "uint8_g32", "uint8_g128"]
+each_format = pytest.mark.parametrize("format", OF_FOUR + OF_EIGHT)
 
 
 def grouped(x, leaf, isa=None):
-    return np.asarray(cpu_kernels.grouped_matmul(jnp.asarray(x), **leaf.core, isa=isa))
+    return np.asarray(cpu_kernels.grouped_matmul(jnp.asarray(x), **leaf.core, isa=isa, bits=format_of(leaf.format).bits))
 
 
 def values(leaf):
@@ -63,7 +65,7 @@ def test_it_is_its_definition_and_rows_depend_on_nothing_else(isa, format, n, k)
     whole = grouped(x, leaf, isa)
     expected, terms = definition(x, leaf)
     assert np.all(np.abs(whole - expected) <= 2.0**-20 * terms + 1e-30)
-    for m in rows(n) if format in ("nvfp4", "int8") else (1, 3, 8):
+    for m in rows(n) if format in ("nvfp4", "int8", "int8_g16") else (1, 3, 8):
         np.testing.assert_array_equal(grouped(x[:m], leaf, isa), whole[:m])
     np.testing.assert_array_equal(grouped(x[5:6], leaf, isa), whole[5:6])
 
@@ -105,7 +107,7 @@ def test_linear_runs_it_on_weights_as_they_are_cast(format, k):
 def test_groups_of_powers_of_two_have_it():
     for format in GROUPED:
         assert product_of(random_leaf(3, 96, format), "bfloat16", "cpu").name == "cpp grouped"
-    for format in ("int4_g48", "int4_g16", "uint4_g96", "int8_g32"):
+    for format in ("int4_g48", "int4_g16", "uint4_g96", "int8_g48", "uint8_g240"):
         assert product_of(random_leaf(3, 96, format), "bfloat16", "cpu").name == "cpp decoded"
 
 
@@ -117,3 +119,7 @@ def test_what_does_not_belong_together_is_refused():
         cpu_kernels.grouped_matmul(x, leaf.arrays["codes"], leaf.arrays["scales"], leaf.arrays["minima"][:, :1])
     with pytest.raises(ValueError, match="do not belong together"):
         cpu_kernels.grouped_matmul(x.astype(jnp.float32), **leaf.core)
+    with pytest.raises(ValueError, match="do not belong together"):
+        cpu_kernels.grouped_matmul(x, **leaf.core, bits=8)
+    with pytest.raises(ValueError, match="do not belong together"):
+        cpu_kernels.grouped_matmul(x, **random_leaf(3, 64, "int8_g32").core)
