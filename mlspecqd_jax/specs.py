@@ -2,7 +2,8 @@
 
 BASE is a FORMAT (the twin of the level above), MODEL[@FORMAT], `ngram`, or `none` (plain decoding, alone); LEN is the draft_len. In
 place of a FORMAT, `auto` and a number, such as auto4.5, is a format for each weight, so many bits on average. A MODEL that is
-quantized already is read as it is stored, as the twin of the level above where it can be that.
+quantized already is read as it is stored, as the twin of the level above where it can be that; a GGUF file with a FORMAT is
+dequantized, and cast anew.
 """
 
 import functools
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple
 
 from mlspecqd_jax.errors import InputError
 from mlspecqd_jax.loading.find import is_known
+from mlspecqd_jax.loading.gguf.reader import is_gguf
 from mlspecqd_jax.loading.models import Model, is_quantized
 from mlspecqd_jax.speculation.drafters.prompt_lookup import PromptLookup
 from mlspecqd_jax.stacks import check_draft_len, default_draft_len
@@ -106,7 +108,7 @@ def drafters(specs: Sequence[Spec], target: Model, load: Callable[..., Model], c
     for i, spec in enumerate(specs):
         if spec == LOOKUP._replace(draft_len=spec.draft_len):
             drafter = PromptLookup()
-        elif spec.model is not None and is_quantized(spec.model):
+        elif spec.model is not None and not (spec.format and is_gguf(spec.model)) and is_quantized(spec.model):
             if spec.format is not None:
                 raise InputError(f"--draft {spec.model}@{spec.format}: {spec.model} is quantized already; leave @{spec.format} out")
             drafter = load(spec.model, twin_of=above)

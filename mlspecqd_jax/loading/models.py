@@ -15,9 +15,10 @@ from mlspecqd_jax.errors import InputError
 from mlspecqd_jax.loading import checkpoint, precision_search
 from mlspecqd_jax.loading.calibrating import calibrated_weights
 from mlspecqd_jax.loading.find import find, is_path
-from mlspecqd_jax.loading.origin import origin
+from mlspecqd_jax.loading.gguf import reader
+from mlspecqd_jax.loading.origin import Origin, origin
 from mlspecqd_jax.loading.quantized.method import Quantization, find_quantization
-from mlspecqd_jax.loading.quantized.params import decoded, packed
+from mlspecqd_jax.loading.quantized.params import packed
 from mlspecqd_jax.network.network import Network
 from mlspecqd_jax.text import chat
 from mlspecqd_jax.text.card import Card
@@ -170,10 +171,9 @@ def load(
 ) -> Model:
     """Load a model from the demo family, a folder, a GGUF file, or the Hugging Face hub.
 
-    A GGUF file's weights are dequantized, and a warning says from which types.
-
-    Weights that somebody quantized (compressed-tensors, GPTQ, AWQ, AutoRound, FP8, ModelOpt, Quark) draft as they are stored for
-    the model that they were made from, or are decoded to be a model. Stderr tells whether such a draft shares a cache.
+    Weights that somebody quantized (compressed-tensors, GPTQ, AWQ, AutoRound, FP8, ModelOpt, Quark, the types of a GGUF file) draft
+    as they are stored for the model that they were made from, or are decoded to be a model: of a GGUF file without being asked, and
+    a warning says from which types. Stderr tells whether such a draft shares a cache.
 
     Args:
       model: `demo`, `demo-small`, a folder (Hugging Face's layout, or one that `convert` wrote), a .gguf file (of a split model any
@@ -199,7 +199,7 @@ def load(
     enable_compilation_cache()
     found = origin(folder)
     _check_use(folder, found.quantization, wanted=twin_of is not None or dequantize)
-    config, tokenizer = found.config, found.tokenizer()
+    config, tokenizer = found.config, found.tokenizer(None if twin_of is None else twin_of.tokenizer)
     card = Card(
         name=str(model),
         vocab_size=config.vocab_size,
@@ -208,9 +208,11 @@ def load(
         eos_token_ids=found.eos_token_ids,
         chat_end_token_ids=tuple(i for i in chat.end_token_ids(tokenizer) if i < config.vocab_size),
     )
-    if found.quantization is not None:
-        return _load_quantized(folder, found.quantization, Network(config, mesh), card, jnp.dtype(dtype), twin_of)
+    if twin_of is not None:
+        return _load_packed(folder, found, Network(config, mesh), card, twin_of)
     params: dict[str, Leaf] = {**found.params(Network(config, mesh), jnp.dtype(dtype), mesh)}
+    if found.quantization is not None and folder.is_dir():
+        console.say(f"{card.name}: weights of {found.quantization.method} decoded to {dtype}, not the original's")
     # What the files hold decides whether the embedding is the head too.
     network = Network(dataclasses.replace(config, tied=HEAD not in params), mesh)
     drafts = checkpoint.drafts(folder, dtype) if checkpoint.is_converted(folder) else ()
@@ -220,24 +222,20 @@ def load(
 def is_quantized(model: str | os.PathLike) -> bool:
     """Return whether a model's weights are quantized already; one of the hub is downloaded."""
     place = find(model)
-    return place.is_dir() and find_quantization(place) is not None
+    return reader.read(place).is_quantized if place.is_file() else find_quantization(place) is not None
 
 
-def _load_quantized(
-    folder: pathlib.Path, quantization: Quantization, network: Network, card: Card, dtype: jnp.dtype, twin_of: Model | None
-) -> Model:
-    if twin_of is None:
-        params: dict[str, Leaf] = {**decoded(folder, quantization, network, dtype)}
-        network = dataclasses.replace(network, config=dataclasses.replace(network.config, tied=HEAD not in params))
-        console.say(f"{card.name}: weights of {quantization.method} decoded to {dtype.name}, not the original's")
-        return Model(network, params, card, folder)
-    draft = packed(folder, quantization, network, twin_of.network, cast(dict[str, jax.Array], twin_of.params))
-    formats = f"{card.name}: weights of {quantization.method} ({', '.join(draft.formats)})"
+def _load_packed(place: pathlib.Path, found: Origin, network: Network, card: Card, twin_of: Model) -> Model:
+    assert found.quantization is not None  # else it would have been refused
+    assert found.leaves is not None
+    draft = packed(place, found.leaves(network), network, twin_of.network, cast(dict[str, jax.Array], twin_of.params))
+    method = found.quantization.method
+    formats = f"{card.name}: weights of {method} ({', '.join(draft.formats) or 'floats'})"
     if draft.own_cache is None:
         console.say(f"{formats} as the twin of {twin_of.card.name}, whose embedding and cache they share")
     else:
         console.say(f"{formats} with a cache of their own beside {twin_of.card.name}: {draft.own_cache}")
-    return Model(draft.network, draft.params, card, folder, recipe=Recipe(quantization.method))
+    return Model(draft.network, draft.params, card, place, recipe=Recipe(method))
 
 
 def _check_original(twin_of: Any, dequantize: bool) -> None:
@@ -251,7 +249,7 @@ def _check_original(twin_of: Any, dequantize: bool) -> None:
 def _check_use(folder: pathlib.Path, quantization: Quantization | None, wanted: bool) -> None:
     if quantization is None and wanted:
         raise InputError(f"{folder} says nothing of quantized weights; leave twin_of and dequantize out")
-    if quantization is not None and not wanted:
+    if quantization is not None and not wanted and folder.is_dir():
         raise InputError(
             f"{quantization.file}: the weights are quantized already ({arguments.brief(quantization.method)}); give the original "
             "BF16, FP16 or FP32 checkpoint, for which these can draft (twin_of=target, --draft FOLDER), or decode them "

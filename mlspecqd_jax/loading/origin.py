@@ -14,6 +14,7 @@ from mlspecqd_jax.json_files import read_json, read_json_if_there
 from mlspecqd_jax.loading import checkpoint, config_file, huggingface
 from mlspecqd_jax.loading.gguf import architectures, reader, small_files, tokenizer, weights
 from mlspecqd_jax.loading.quantized.method import Quantization, find_quantization
+from mlspecqd_jax.loading.quantized.params import Leaves, decoded, leaves_of
 from mlspecqd_jax.network.config import Config
 from mlspecqd_jax.network.network import Network
 from mlspecqd_jax.text import tokenizer_files
@@ -30,8 +31,9 @@ class Origin(NamedTuple):
     tokenizer_kind: str
     facts: Mapping[str, str]  # more to say of it, by name
     quantization: Quantization | None  # of weights that are quantized already
-    tokenizer: Callable[[], Any]  # or None where there is none
-    params: Callable[[Network, jnp.dtype, Mesh | None], dict[str, jax.Array]]
+    leaves: Callable[[Network], Leaves] | None  # those weights as they are stored
+    tokenizer: Callable[[Any], Any]  # or None where there is none; the given one where it is known to have the same tokens
+    params: Callable[[Network, jnp.dtype, Mesh | None], dict[str, jax.Array]]  # decoded where they are quantized
 
 
 def origin(place: pathlib.Path) -> Origin:
@@ -45,6 +47,10 @@ def origin(place: pathlib.Path) -> Origin:
 
 def _of_folder(folder: pathlib.Path) -> Origin:
     config, quantization, converted = config_file.read_config(folder), find_quantization(folder), checkpoint.is_converted(folder)
+    leaves, params = None, functools.partial(checkpoint.restore if converted else huggingface.read_params, folder)
+    if quantization is not None:
+        leaves = functools.partial(leaves_of, folder, quantization)
+        params = functools.partial(_decoded, folder, quantization)
     return Origin(
         kind=f"{'converted' if converted else 'Hugging Face'} checkpoint in {folder}",
         family=read_json(folder / "config.json")["model_type"],
@@ -54,8 +60,9 @@ def _of_folder(folder: pathlib.Path) -> Origin:
         tokenizer_kind=tokenizer_files.describe(folder),
         facts={"weights": "plain" if quantization is None else f"quantized by {quantization.method}"},
         quantization=quantization,
-        tokenizer=functools.partial(tokenizer_files.read_tokenizer, folder),
-        params=functools.partial(checkpoint.restore if converted else huggingface.read_params, folder),
+        leaves=leaves,
+        tokenizer=lambda known: tokenizer_files.read_tokenizer(folder),
+        params=params,
     )
 
 
@@ -73,10 +80,17 @@ def _of_file(file: reader.GGUF) -> Origin:
         recorded=recorded,
         tokenizer_kind=tokenizer.describe(file),
         facts={"tensors": types},
-        quantization=None,
+        quantization=Quantization("GGUF", {}, file.path) if file.is_quantized else None,
+        leaves=functools.partial(weights.leaves, file) if file.is_quantized else None,
         tokenizer=functools.partial(tokenizer.read_tokenizer, file),
         params=functools.partial(_dequantized, file),
     )
+
+
+def _decoded(
+    folder: pathlib.Path, quantization: Quantization, model: Network, dtype: jnp.dtype, mesh: Mesh | None
+) -> dict[str, jax.Array]:
+    return decoded(folder, leaves_of(folder, quantization, model), model, dtype)
 
 
 def _dequantized(file: reader.GGUF, model: Network, dtype: jnp.dtype, mesh: Mesh | None) -> dict[str, jax.Array]:

@@ -1,7 +1,8 @@
 """`Card`: what belongs to a model beside its weights, and where the tokenizers of two differ."""
 
 import dataclasses
-from typing import Any
+from collections.abc import Collection, Mapping
+from typing import Any, NamedTuple
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,11 +29,26 @@ def first_difference(one: Card, other: Card) -> tuple[int, str | None, str | Non
     """
     if one.tokenizer is None or other.tokenizer is None or one.tokenizer is other.tokenizer:
         return None
-    tokens = [{i: token for token, i in card.tokenizer.get_vocab().items()} for card in (one, other)]
-    added = [set(card.tokenizer.get_added_vocab().values()) for card in (one, other)]
-    for i in sorted(tokens[0].keys() | tokens[1].keys()):
-        a, b = tokens[0].get(i), tokens[1].get(i)
-        extra = (a is None and i in added[1]) or (b is None and i in added[0])
+    return first_difference_of(tokens_of(one.tokenizer), tokens_of(other.tokenizer))
+
+
+class Tokens(NamedTuple):
+    """What the ids of a tokenizer stand for."""
+
+    by_id: Mapping[int, str]
+    added: Collection[int]  # those that are found in a text before it is split
+
+
+def tokens_of(tokenizer: Any) -> Tokens:
+    """Return the tokens of one of transformers' tokenizers."""
+    return Tokens({i: token for token, i in tokenizer.get_vocab().items()}, set(tokenizer.get_added_vocab().values()))
+
+
+def first_difference_of(one: Tokens, other: Tokens) -> tuple[int, str | None, str | None] | None:
+    """Return `first_difference` of two tokenizers by their tokens."""
+    for i in sorted(one.by_id.keys() | other.by_id.keys()):
+        a, b = one.by_id.get(i), other.by_id.get(i)
+        extra = (a is None and i in other.added) or (b is None and i in one.added)
         if a != b and not extra:
             return i, a, b
     return None

@@ -59,6 +59,11 @@ class GGUF:
         """How many tensors are stored in each type, the most frequent first."""
         return dict(collections.Counter(entry.block.name for entry in self.tensors.values()).most_common())
 
+    @property
+    def is_quantized(self) -> bool:
+        """Whether some tensors are stored in blocks of few bits."""
+        return any(entry.block.format is not None for entry in self.tensors.values())
+
 
 def is_gguf(path: str | os.PathLike) -> bool:
     """Return whether a path is named as a GGUF file is."""

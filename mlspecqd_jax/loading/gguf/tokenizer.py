@@ -9,10 +9,12 @@ from mlspecqd_jax.errors import InputError
 from mlspecqd_jax.json_files import printable, reason
 from mlspecqd_jax.loading.gguf.pre_tokenizers import RULES
 from mlspecqd_jax.loading.gguf.reader import GGUF
+from mlspecqd_jax.text.card import Tokens, first_difference_of, tokens_of
 
 PREFIX, TEMPLATE = "tokenizer.ggml.", "tokenizer.chat_template"
 NONE = (None, "none", "no_vocab")
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 1, 2, 3, 4, 5  # of token_type
+ADDED = (UNKNOWN, CONTROL, USER_DEFINED)  # found in a text before it is split
 SPACE = "▁"
 ROLES = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 ENDS = ("eos", "eot", "eom")  # of a text, of a turn, of a message
@@ -37,8 +39,12 @@ class Vocabulary(NamedTuple):
         return [i for i, (token, kind) in enumerate(pairs) if kind != UNUSED or not token.startswith("[PAD")]
 
 
-def read_tokenizer(file: GGUF):
+def read_tokenizer(file: GGUF, known: Any = None):
     """Return the file's tokenizer as transformers' PreTrainedTokenizerFast, or None where it has none.
+
+    Args:
+      file: of which the keys are read.
+      known: a tokenizer that is returned in its place where the tokens are the same, so that none need be made.
 
     Raises:
       InputError: a kind of tokenizer or a rule for splitting text that is not read, or keys that make none.
@@ -46,9 +52,15 @@ def read_tokenizer(file: GGUF):
     model = file.keys.get(f"{PREFIX}model")
     if model in NONE:
         return None
+    if known is not None and first_difference_of(_tokens(file), tokens_of(known)) is None:
+        return known
     if model not in ("gpt2", "llama"):
         raise InputError(f"{file.path}: {PREFIX}model is {brief(model)}, which is not supported; supported: gpt2, llama")
     vocabulary = _vocabulary(file)
+    if len(vocabulary.ids) != len(vocabulary.real):
+        raise InputError(
+            f"{file.path}: a token stands twice in {PREFIX}tokens, which is not supported; use the original checkpoint"
+        )
     settings: dict[str, Any] = {role: vocabulary.tokens[i] for role, name in ROLES.items() if (i := _id(file, name)) is not None}
     template = file.keys.get(TEMPLATE)
     if template is not None and not isinstance(template, str):
@@ -99,12 +111,13 @@ def _vocabulary(file: GGUF) -> Vocabulary:
     scores = _list(file, "scores", float) or [0.0] * size
     if len(types) != size or len(scores) != size:
         raise InputError(f"{file.path} has not as many token types and scores as tokens; convert the model again")
-    found = Vocabulary(tokens, types, scores)
-    if len(found.ids) != len(found.real):
-        raise InputError(
-            f"{file.path}: a token stands twice in {PREFIX}tokens, which is not supported; use the original checkpoint"
-        )
-    return found
+    return Vocabulary(tokens, types, scores)
+
+
+def _tokens(file: GGUF) -> Tokens:
+    vocabulary = _vocabulary(file)
+    added = {i for i, kind in enumerate(vocabulary.types) if kind in ADDED}
+    return Tokens({i: vocabulary.tokens[i] for i in vocabulary.real}, added)
 
 
 def _list(file: GGUF, name: str, kind: type) -> list | None:
@@ -126,8 +139,7 @@ def _added(vocabulary: Vocabulary) -> list:
     from tokenizers import AddedToken
 
     pairs = zip(vocabulary.tokens, vocabulary.types, strict=True)
-    kinds = (UNKNOWN, CONTROL, USER_DEFINED)
-    return [AddedToken(token, special=kind != USER_DEFINED, normalized=False) for token, kind in pairs if kind in kinds]
+    return [AddedToken(token, special=kind != USER_DEFINED, normalized=False) for token, kind in pairs if kind in ADDED]
 
 
 def _byte_level(file: GGUF, vocabulary: Vocabulary):

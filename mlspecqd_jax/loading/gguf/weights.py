@@ -4,7 +4,7 @@ Notation: N rows, K columns.
 """
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,10 @@ from mlspecqd_jax.loading.huggingface import place_finite
 from mlspecqd_jax.loading.weight_files import some
 from mlspecqd_jax.network.network import Network
 from mlspecqd_jax.weights import tensors
+from mlspecqd_jax.weights.quantized_array import QuantizedArray
+from mlspecqd_jax.weights.tensors import EMBEDDING, HEAD
+
+OWN_DTYPES = {"F16": np.dtype(np.float16), "BF16": np.dtype(jnp.bfloat16)}  # of what is not read as float32
 
 
 class Stored(NamedTuple):
@@ -88,6 +92,40 @@ def read_params(file: GGUF, model: Network, dtype: jnp.dtype, mesh: Mesh | None)
         first = located[tensor.sources[0].names[0]].entry
         params[name] = place_finite(first.name, array, dtype, mesh, tensor, first.file)
     return params
+
+
+def leaves(file: GGUF, model: Network) -> dict[str, np.ndarray | QuantizedArray]:
+    """Return every parameter as it is stored: packed if it is a linear layer's weight or the embedding, else as floats.
+
+    A tied network whose embedding is packed has that as its head.
+
+    Raises:
+      InputError: tensors missing, unknown, or of another shape, or a scale that is not finite.
+    """
+    located, found = locate(file, model), {}
+    for name, tensor in tqdm(model.tensors().items(), desc="Loading weights", unit="tensor", disable=None, leave=False):
+        stored = located[tensor.sources[0].names[0]]
+        arrays = packed(stored) if tensor.linear or name == EMBEDDING else None
+        if arrays is None:
+            found[name] = tensors.read(tensor, lambda source: _floats(located[source]))
+        else:
+            found[name] = _leaf(stored.entry, *arrays)
+    if model.config.tied and isinstance(found[EMBEDDING], QuantizedArray):
+        found[HEAD] = found[EMBEDDING]
+    return found
+
+
+def _floats(stored: Stored) -> np.ndarray:
+    exact = np.dtype(np.float32)
+    return values(stored, exact if stored.offset else OWN_DTYPES.get(stored.entry.block.name, exact))
+
+
+def _leaf(entry: Entry, format: str, arrays: dict[str, np.ndarray]) -> QuantizedArray:
+    for role in {"scales", "minima"} & arrays.keys():
+        whole = arrays[role] < 255 if arrays[role].dtype == np.uint8 else np.isfinite(arrays[role])  # of E8M0, 255 is NaN
+        if not whole.all():
+            raise InputError(f"{entry.file}: tensor {entry.name} holds NaN or infinity; use an intact file")
+    return QuantizedArray(cast(dict[str, jax.Array], arrays), (entry.shape[0], entry.shape[1]), format)
 
 
 def provenance(file: GGUF, dtype: jnp.dtype) -> str | None:

@@ -7,6 +7,7 @@ it is off. A cache can be shared where keys and values are the model's own up to
 Notation: N outputs, K contracted, R rows that are compared.
 """
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 
 import jax
@@ -32,6 +33,8 @@ CAUSES = (
 )
 MOST_SCALED = 0.1  # how far a row of keys or values may be from the model's in its least-squares factor
 CHUNK = 2**22  # elements
+OF_ALL_ROWS = ("order", "tensor_scale")  # arrays of a leaf, by role
+FLOAT32 = jnp.dtype(jnp.float32)
 
 
 def refuse_unlike(leaves: Leaves, network: Network, params: Mapping[str, jax.Array]) -> None:
@@ -43,9 +46,7 @@ def refuse_unlike(leaves: Leaves, network: Network, params: Mapping[str, jax.Arr
       params: the model's.
     """
     for name, ours, theirs in _products(leaves, network, params, ("q_proj", "k_proj", "v_proj", "gate_proj")):
-        error = float(np.sqrt(np.sum((ours - theirs) ** 2) / max(np.sum(theirs**2), np.finfo(np.float32).tiny)))
-        leaf = leaves[name]
-        most = MOST_OF_4_BITS if isinstance(leaf, QuantizedArray) and format_of(leaf.format).bits == 4 else MOST
+        error, most = _error(ours, theirs), _most(leaves[name])
         if not error <= most:
             cause = next((cause for least, cause in CAUSES if error >= least), CAUSES[0][1])
             raise InputError(
@@ -77,6 +78,26 @@ def alike(ours: np.ndarray | QuantizedArray, theirs: jax.Array) -> bool:
     return all(_near(a[piece].astype(np.float32), b[piece].astype(np.float32)) for piece in pieces)
 
 
+def stands_for(ours: np.ndarray | QuantizedArray, theirs: jax.Array) -> bool:
+    """Return whether a weight is the model's in fewer bits, by some of its rows: its own array then serves in its place."""
+    rows = _some(theirs)
+    return isinstance(ours, QuantizedArray) and _error(_rows(ours, rows), np.asarray(theirs[rows], np.float32)) <= _most(ours)
+
+
+def _error(ours: np.ndarray, theirs: np.ndarray) -> float:
+    return float(np.sqrt(np.sum((ours - theirs) ** 2) / max(np.sum(theirs**2), np.finfo(np.float32).tiny)))
+
+
+def _most(leaf: np.ndarray | QuantizedArray) -> float:
+    """Return the largest error that a weight's format explains."""
+    return MOST_OF_4_BITS if isinstance(leaf, QuantizedArray) and format_of(leaf.format).bits == 4 else MOST
+
+
+def _some(weight: jax.Array) -> np.ndarray:
+    """Return which rows are compared."""
+    return np.unique(np.linspace(0, weight.shape[0] - 1, ROWS).round().astype(int))
+
+
 def _near(a, b):
     return bool((np.abs(a - b) <= 2**-8 * np.abs(b) + 6e-8).all())
 
@@ -88,7 +109,7 @@ def _products(leaves: Leaves, network: Network, params: Mapping[str, jax.Array],
         for kind in kinds:
             part, norm = ("mlp", layer.norms[2]) if kind == "gate_proj" else ("self_attn", layer.norms[0])
             name, norm = f"model.layers.{i}.{part}.{kind}.weight", f"model.layers.{i}.{norm}.weight" if norm else None
-            rows = np.unique(np.linspace(0, params[name].shape[0] - 1, ROWS).round().astype(int))
+            rows = _some(params[name])
             ours, theirs = _rows(leaves[name], rows), np.asarray(params[name][rows], np.float32)
             if norm is not None:
                 ours = ours * (offset + np.asarray(leaves[norm], np.float32))
@@ -97,5 +118,8 @@ def _products(leaves: Leaves, network: Network, params: Mapping[str, jax.Array],
 
 
 def _rows(leaf: np.ndarray | QuantizedArray, rows: np.ndarray) -> np.ndarray:
-    whole = dequantize(leaf, jnp.dtype(jnp.float32)) if isinstance(leaf, QuantizedArray) else leaf
+    if isinstance(leaf, QuantizedArray) and format_of(leaf.format).rows == 1:
+        arrays = {role: array if role in OF_ALL_ROWS else array[rows] for role, array in leaf.arrays.items()}
+        return np.asarray(dequantize(dataclasses.replace(leaf, arrays=arrays, shape=(len(rows), leaf.shape[1])), FLOAT32))
+    whole = dequantize(leaf, FLOAT32) if isinstance(leaf, QuantizedArray) else leaf
     return np.asarray(whole[rows], np.float32)
