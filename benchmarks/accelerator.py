@@ -174,7 +174,7 @@ def random_model(name: str):
     import jax
     import jax.numpy as jnp
 
-    from mlspecqd_jax.loading.models import Model
+    from mlspecqd_jax.loading.model import Model
     from mlspecqd_jax.network.families import config_of
     from mlspecqd_jax.network.network import Network
     from mlspecqd_jax.text.card import Card

@@ -10,7 +10,8 @@ print(out.text[0])
 from mlspecqd_jax.arguments import Arguments
 from mlspecqd_jax.errors import InputError
 from mlspecqd_jax.generation import Generation, Stream, compare, generate, stream
-from mlspecqd_jax.loading.models import Model, convert, load
+from mlspecqd_jax.loading.model import Model
+from mlspecqd_jax.loading.models import convert, load
 from mlspecqd_jax.programs import compiler_options
 from mlspecqd_jax.requests import Batch, prepare
 from mlspecqd_jax.speculation.control import Fixed

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 
 import cpu_kernels
-from mlspecqd_jax.loading.models import Model
+from mlspecqd_jax.loading.model import Model
 
 
 class Row(NamedTuple):

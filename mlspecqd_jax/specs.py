@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 from mlspecqd_jax.errors import InputError
 from mlspecqd_jax.loading.find import is_known
 from mlspecqd_jax.loading.gguf.reader import is_gguf
-from mlspecqd_jax.loading.models import Model, is_quantized
+from mlspecqd_jax.loading.model import Model
+from mlspecqd_jax.loading.models import is_quantized
 from mlspecqd_jax.speculation.drafters.prompt_lookup import PromptLookup
 from mlspecqd_jax.stacks import check_draft_len, default_draft_len
 from mlspecqd_jax.weights.formats import FORMATS

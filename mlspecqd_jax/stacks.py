@@ -8,7 +8,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from mlspecqd_jax import console, jax_settings
 from mlspecqd_jax.arguments import brief, flag, instance
 from mlspecqd_jax.errors import InputError
-from mlspecqd_jax.loading.models import Model
+from mlspecqd_jax.loading.model import Model
 from mlspecqd_jax.speculation.drafters.prompt_lookup import PromptLookup
 from mlspecqd_jax.speculation.level import Level
 from mlspecqd_jax.speculation.protocols import Scorer

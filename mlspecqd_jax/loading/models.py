@@ -12,10 +12,10 @@ from jax.sharding import Mesh
 
 from mlspecqd_jax import arguments, console, jax_settings
 from mlspecqd_jax.errors import InputError
-from mlspecqd_jax.loading import checkpoint, precision_search
-from mlspecqd_jax.loading.calibrating import calibrated_weights
+from mlspecqd_jax.loading import checkpoint
 from mlspecqd_jax.loading.find import find, is_path
 from mlspecqd_jax.loading.gguf import reader
+from mlspecqd_jax.loading.model import Model, stored_twin
 from mlspecqd_jax.loading.origin import Origin, origin
 from mlspecqd_jax.loading.quantized.method import Quantization, find_quantization
 from mlspecqd_jax.loading.quantized.params import packed
@@ -23,141 +23,14 @@ from mlspecqd_jax.network.network import Network
 from mlspecqd_jax.text import chat
 from mlspecqd_jax.text.card import Card
 from mlspecqd_jax.user_cache import cache_folder
-from mlspecqd_jax.weights.cast import check_scale_rule
 from mlspecqd_jax.weights.formats import FORMATS, check_format
 from mlspecqd_jax.weights.placement import usable_mesh
-from mlspecqd_jax.weights.quantization import CALIBRATED, Policy, Recipe, default_policy, formats_of, quantize_params
+from mlspecqd_jax.weights.quantization import Recipe
 from mlspecqd_jax.weights.quantized_array import Leaf
-from mlspecqd_jax.weights.tensors import EMBEDDING, HEAD, parameters
+from mlspecqd_jax.weights.tensors import HEAD, parameters
 
 DTYPES = ("bfloat16", "float32", "float16")
 SAMPLING_KEYS = ("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Model:
-    """A loaded model: the static network, its parameters by Hugging Face's tensor names, and its card."""
-
-    network: Network
-    params: dict[str, Leaf]
-    card: Card
-    folder: pathlib.Path  # or the GGUF file
-    recipe: Recipe | None = None  # how the weights were quantized
-    drafts: tuple[Recipe, ...] = ()  # of the twins of these very weights that the folder, a converted checkpoint, holds
-
-    @property
-    def tokenizer(self):
-        return self.card.tokenizer
-
-    @property
-    def embedding(self) -> jax.Array:
-        """The input embedding, which is of the model's dtype, on its device, and never quantized."""
-        return cast(jax.Array, self.params[EMBEDDING])
-
-    @property
-    def num_parameters(self) -> int:
-        return sum(leaf.size for leaf in self.params.values())
-
-    @property
-    def nbytes(self) -> int:
-        return sum(leaf.nbytes for leaf in self.params.values())
-
-    @jax_settings.held
-    def quantized(
-        self,
-        format: str = "mxfp4",
-        policy: Policy | None = None,
-        scale_rule: str = "floor",
-        *,
-        bits: float | None = None,
-        calibrate: bool = False,
-    ) -> "Model":
-        """Return the twin: this model with its linear layers and lm_head in `format`, sharing every other array.
-
-        A model that was quantized in this very way is its own twin. Leaves that the converted checkpoint holds are not made again.
-
-        Args:
-          format: a name of `formats.FORMATS`, such as mxfp4, nvfp4, int4 or int8.
-          policy: exceptions, from a glob over tensor names to a format or None (not quantized); the first match decides. None is
-            `quantization.default_policy`: on CPU, a tied head of an MXFP4 twin is cast to MXFP8 (e4m3). {} makes no
-            exceptions.
-          scale_rule: floor, mse (of a few scales the one of least squared error), or, of MX formats, ceil, rceil or even
-            (`cast.quantize`).
-          bits: in place of these three: a format for each weight, so that they take so many bits a weight on average, and the
-            twin's probabilities move least from the model's. What each weight costs in each format is measured, once, on text that
-            the model writes (`precision_search`).
-          calibrate: round each weight so that its columns make up for each other's errors, by what it multiplies in text that the
-            model writes (`weights.calibration`): better drafts of the same bytes. It takes its time once, and goes on where it was
-            if interrupted.
-
-        Raises:
-          InputError: an unknown format, rule or glob, too few bits, bits beside the others, or a model that is quantized in another
-            way.
-        """
-        arguments.recipe(format, policy, scale_rule)
-        arguments.flag("calibrate", calibrate)
-        if bits is not None:
-            return self._of_bits(format, policy, scale_rule, bits, calibrate)
-        recipe = self._recipe(format, policy, scale_rule, calibrate)
-        if recipe == self.recipe:
-            return self
-        if self.recipe is not None:
-            raise InputError(
-                f"{self.card.name} is quantized already (format {self.recipe.format}, scale rule {self.recipe.scale_rule}, "
-                f"policy {dict(self.recipe.policy)}{', calibrated' * self.recipe.calibrated}); quantize the original model instead"
-            )
-        dtype = self.embedding.dtype
-        if recipe in self.drafts:
-            params = self.params | checkpoint.restore_draft(self.folder, self.network, recipe, dtype)
-        else:
-            params = self._made(recipe, dtype)
-        card = dataclasses.replace(self.card, name=f"{self.card.name}@{recipe.name}")
-        return dataclasses.replace(self, params=params, card=card, recipe=recipe)
-
-    def _made(self, recipe: Recipe, dtype: jnp.dtype | None = None) -> dict[str, Leaf]:
-        """The parameters of a twin, for activations of `dtype`, or None as they are stored."""
-        arrays = cast(dict[str, jax.Array], self.params)  # as without a recipe
-        tensors, (format, policy, scale_rule) = self.network.tensors(), (recipe.format, dict(recipe.policy), recipe.scale_rule)
-        rounded = {}
-        if recipe.calibrated:
-            check_scale_rule(scale_rule, format)
-            wanted = formats_of(tensors, format, policy)
-            rounded = calibrated_weights(self.network, arrays, self._first, wanted, scale_rule)
-        return quantize_params(arrays, tensors, format, policy, scale_rule, self.network.mesh, dtype, rounded)
-
-    def sensitivity(self) -> precision_search.Costs:
-        """Return, by weight and format, how far casting the one to the other moves the model's probabilities, in nats a token.
-
-        Raises:
-          InputError: the model is quantized.
-        """
-        if self.recipe is not None:
-            raise InputError(f"{self.card.name} is quantized already; ask the original model")
-        return precision_search.sensitivity(self.network, cast(dict[str, jax.Array], self.params), self._first)
-
-    @property
-    def _first(self) -> int:
-        """The token with which its texts begin."""
-        begins = getattr(self.tokenizer, "bos_token_id", None)
-        return begins if begins is not None else (*self.card.eos_token_ids, 0)[0]
-
-    def _of_bits(self, format, policy, scale_rule, bits, calibrate):
-        if (format, policy, scale_rule) != ("mxfp4", None, "floor"):
-            raise InputError("bits finds the formats by itself; leave format, policy and scale_rule out")
-        bits = arguments.number("bits", bits)
-        if self.recipe is not None:
-            raise InputError(f"{self.card.name} is quantized already; quantize the original model instead")
-        params = cast(dict[str, jax.Array], self.params)
-        found = precision_search.policy_for(self.network, params, self._first, bits)
-        twin = self.quantized(format, found, precision_search.SCALE_RULE, calibrate=calibrate)
-        name = f"{self.card.name}@auto{bits:g}{CALIBRATED * calibrate}"
-        return dataclasses.replace(twin, card=dataclasses.replace(twin.card, name=name))
-
-    def _recipe(self, format: str, policy: Policy | None = None, scale_rule: str = "floor", calibrate: bool = False) -> Recipe:
-        if policy is None:
-            platform = next(iter(self.embedding.devices())).platform
-            policy = default_policy(format, self.network.config.tied, platform)
-        return Recipe(format, tuple(policy.items()), scale_rule, calibrate)
 
 
 @jax_settings.held
@@ -312,10 +185,7 @@ def convert(
     folder = pathlib.Path(folder)
     checkpoint.check_new(folder)
     loaded = load(model, dtype=dtype)
-    twins = {}
-    if draft is not None:
-        recipe = loaded._recipe(draft, calibrate=calibrate)
-        twins[recipe] = loaded._made(recipe)
+    twins = {} if draft is None else dict([stored_twin(loaded, draft, calibrate)])
     checkpoint.save(folder, loaded.folder, loaded.params, twins)
     return folder
 

@@ -11,7 +11,8 @@ import pytest
 import tiny
 
 import mlspecqd_jax as mlsd
-from mlspecqd_jax.loading import calibrating, checkpoint, models
+from mlspecqd_jax.loading import calibrating, checkpoint
+from mlspecqd_jax.loading import model as model_module
 from mlspecqd_jax.network import layers
 from mlspecqd_jax.network.moments import second_moments
 from mlspecqd_jax.weights.cast import dequantize, quantize
@@ -165,7 +166,7 @@ def test_a_converted_folder_tells_the_calibrated_twin_from_the_other(folder, mod
     assert converted.drafts == (twin.recipe,)
     marker = json.loads((tmp_path / "converted" / checkpoint.MARKER).read_text())
     assert (marker["drafts"], marker["calibrated"]) == ([], ["mxfp4"])
-    monkeypatch.setattr(models, "calibrated_weights", None)  # nothing is calibrated again
+    monkeypatch.setattr(model_module, "calibrated_weights", None)  # nothing is calibrated again
     assert equal(leaves(converted.quantized(calibrate=True)), leaves(twin))
     assert equal(leaves(converted.quantized()), leaves(model.quantized()))
     assert not equal(leaves(converted.quantized()), leaves(twin))
@@ -186,7 +187,7 @@ def test_drafts_change_no_token(model):
 
 def test_together_with_bits(model, monkeypatch):
     found = {name: None if ".0." in name else "mxfp4" for name in leaves(model.quantized())}
-    monkeypatch.setattr(models.precision_search, "policy_for", lambda *arguments: found)
+    monkeypatch.setattr(model_module.precision_search, "policy_for", lambda *arguments: found)
     twin = model.quantized(bits=6, calibrate=True)
     assert {name: leaf.format for name, leaf in leaves(twin).items()} == {name: format for name, format in found.items() if format}
     assert twin.card.name.endswith("@auto6-calibrated")

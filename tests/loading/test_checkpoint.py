@@ -11,6 +11,7 @@ import tiny
 import mlspecqd_jax as mlsd
 from mlspecqd_jax import cli
 from mlspecqd_jax.loading import checkpoint, config_file, huggingface, models
+from mlspecqd_jax.loading import model as model_module
 from mlspecqd_jax.network.network import Network
 from mlspecqd_jax.weights import quantization
 from mlspecqd_jax.weights.quantized_array import QuantizedArray
@@ -118,7 +119,7 @@ def test_a_stored_draft_comes_back_bit_for_bit(tmp_path, monkeypatch, format, ti
     kinds = {name: "codes" if leaf.format.startswith("mxfp8") else "packed" for name, leaf in leaves(expected.params).items()}
     assert stored == {f"{name}.{part}" for name, kind in kinds.items() for part in (kind, "scales")}
     other = model.quantized(format, scale_rule="even")
-    monkeypatch.setattr(models, "quantize_params", None)  # nothing is quantized again
+    monkeypatch.setattr(model_module, "quantize_params", None)  # nothing is quantized again
     twin = model.quantized(format).params
     assert_equal(twin, expected.params)
     assert all(leaf is model.params[name] for name, leaf in twin.items() if name not in leaves(twin))
@@ -171,7 +172,7 @@ def test_a_draft_of_an_earlier_version_is_read_for_what_it_is(tmp_path, network,
     marker.write_text(json.dumps({key: value for key, value in json.loads(marker.read_text()).items() if key != "policies"}))
     model = mlsd.load(tmp_path / "converted")
     assert_equal(leaves(model.quantized().params), leaves(source.quantized().params))
-    monkeypatch.setattr(models, "quantize_params", None)
+    monkeypatch.setattr(model_module, "quantize_params", None)
     assert_equal(leaves(model.quantized(policy={}).params), leaves(earlier.params))
 
 

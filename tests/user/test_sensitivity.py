@@ -5,8 +5,8 @@ import json
 import pytest
 from command import refused, run
 
+import mlspecqd_jax as mlsd
 from mlspecqd_jax import sensitivity_table
-from mlspecqd_jax.loading import models
 
 COSTS = {
     f"model.layers.{i}.{part}.weight": {"mxfp4": 0.002 * (i + 1), "int8": 0.00001}
@@ -17,7 +17,7 @@ COSTS = {
 
 @pytest.fixture
 def measured(monkeypatch):
-    monkeypatch.setattr(models.Model, "sensitivity", lambda self: COSTS)
+    monkeypatch.setattr(mlsd.Model, "sensitivity", lambda self: COSTS)
 
 
 def test_the_table_adds_up_kinds_of_weight():
