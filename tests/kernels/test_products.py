@@ -132,7 +132,7 @@ DTYPES = {
     "tpu": [("bfloat16",)],
     "gpu": [("bfloat16",), pytest.param("float16", marks=slow)],
     "cpp mx8": [("bfloat16",)],
-    "": [("bfloat16",), ("float16",), ("float32",)],
+    "": [("bfloat16",), pytest.param("float16", marks=slow), ("float32",)],
 }
 FEW_AND_MANY = {"tpu": [(1,), (17,)], "gpu": [(1,), pytest.param(17, marks=slow)], "": [(16,), (17,)]}
 ROWS = {"gpu": [pytest.param(m, marks=slow) for m in (2, 20)], "": [(2,), (4,), (20,)]}

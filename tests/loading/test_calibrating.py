@@ -82,6 +82,7 @@ def test_moments_are_those_of_what_each_weight_multiplies(model, monkeypatch):
     assert all(moments.dtype == jnp.float32 for moments in found.values())
 
 
+@pytest.mark.slow
 def test_a_twin_whose_outputs_are_nearer(model, cache):
     twin = model.quantized("mxfp4", calibrate=True)
     assert twin.card.name == f"{model.card.name}@mxfp4-calibrated"
@@ -177,6 +178,7 @@ def test_a_converted_folder_tells_the_calibrated_twin_from_the_other(folder, mod
         mlsd.load(tmp_path / "plain")
 
 
+@pytest.mark.slow
 def test_drafts_change_no_token(model):
     prompts = [[5, 7, 11], [13]]
     plain = mlsd.generate(mlsd.stack(model), prompts, max_new_tokens=12)
@@ -185,6 +187,7 @@ def test_drafts_change_no_token(model):
     assert drafted.report["levels"][0]["drafted"] > 0
 
 
+@pytest.mark.slow
 def test_together_with_bits(model, monkeypatch):
     found = {name: None if ".0." in name else "mxfp4" for name in leaves(model.quantized())}
     monkeypatch.setattr(model_module.precision_search, "policy_for", lambda *arguments: found)

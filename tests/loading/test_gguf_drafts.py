@@ -100,6 +100,7 @@ def test_logits_are_those_of_the_values(tmp_path, target):
     np.testing.assert_allclose(logits(twin), expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
+@pytest.mark.slow
 def test_a_twin_drafts_and_changes_no_token(tmp_path, target):
     twin = mlsd.load(write(tmp_path), twin_of=target)
     stack = mlsd.stack(target, (twin, 4), exact=False)
@@ -201,6 +202,7 @@ def test_scales_that_are_no_numbers_are_refused(tmp_path, target):
         mlsd.load(write(tmp_path, **{"blk.0.ffn_up.weight": (kind, raw, shape)}), twin_of=target)
 
 
+@pytest.mark.slow
 def test_on_the_command_line(tmp_path, target):
     packed, floats = write(tmp_path), gguf_files.model(tmp_path / "floats.gguf", CONFIG, kind="F16")
     assert models.is_quantized(packed)

@@ -73,7 +73,7 @@ def generated(stack, rule="coupled"):
     return [out[r, : end[r]].tolist() for r in range(2)], state
 
 
-@pytest.mark.parametrize("rule", ["coupled", "rejection"])
+@pytest.mark.parametrize("rule", [pytest.param("coupled", marks=pytest.mark.slow), "rejection"])
 def test_a_whole_generation_on_a_scorer_that_is_no_network(rule):
     inner = Level(Counting(), jnp.int32(1), Constant(), 2)
     rows, state = generated(Level(Counting(), jnp.int32(1), inner, 4), rule)

@@ -76,6 +76,7 @@ class Letters:
         return "<|end|>" if id_ == self.special else chr(0x4E00 + id_)
 
 
+@pytest.mark.slow
 def test_a_stop_string_may_be_a_special_token(small):
     stack = mlsd.stack(small)
     free = mlsd.generate(stack, IDS[:1], max_new_tokens=NEW, stop_token_ids=[]).tokens[0]

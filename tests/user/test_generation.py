@@ -47,6 +47,7 @@ def test_row_r_of_a_batch_at_seed_s_is_that_prompt_alone_at_seed_s_plus_r(stack,
     assert other.tokens != batch.tokens
 
 
+@pytest.mark.slow
 def test_a_stack_built_again_is_not_traced_again(demo, stack):
     mlsd.generate(stack, PROMPTS[0], max_new_tokens=4)
     before = [f._cache_size() for f in generation.programs(stack)]

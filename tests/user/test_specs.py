@@ -77,6 +77,7 @@ def test_calibration_without_a_twin_is_refused(given):
         specs.parse(given, calibrate=True)
 
 
+@pytest.mark.slow
 def test_a_folder_of_quantized_weights_drafts_for_the_level_above(tmp_path):
     plain = quantized_folders.weights()
     tensors, _ = quantized_folders.quantized("mxfp4", plain)
