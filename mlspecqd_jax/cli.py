@@ -106,7 +106,7 @@ def _parser() -> Parser:
     c.add_argument("model", metavar="MODEL", help=f"{MODEL_HELP}, demo or demo-small")
     c.add_argument("out", metavar="OUT", help="a new folder")
     c.add_argument("--dtype", default="bfloat16", metavar="D", help="bfloat16 (default), float32 or float16")
-    c.add_argument("--draft", metavar="FORMAT", help="store the weights of the quantized draft too, such as mxfp4")
+    c.add_argument("--draft", metavar="FORMAT", help="store the weights of the quantized draft too, such as mxfp4 or auto4.5")
     c.add_argument("--calibrate", action="store_true", help=CALIBRATE_HELP)
 
     i = commands.add_parser("info", help="say what a model is and what would run it", allow_abbrev=False)

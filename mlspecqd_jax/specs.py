@@ -19,9 +19,9 @@ from mlspecqd_jax.loading.models import is_quantized
 from mlspecqd_jax.speculation.drafters.prompt_lookup import PromptLookup
 from mlspecqd_jax.stacks import check_draft_len, default_draft_len
 from mlspecqd_jax.weights.formats import FORMATS
+from mlspecqd_jax.weights.quantization import bits_of
 
 NGRAM, NONE = "ngram", "none"
-AUTO = re.compile(r"auto(\d+(?:\.\d+)?)")  # and the bits of a weight
 
 
 class Spec(NamedTuple):
@@ -82,14 +82,12 @@ def _parse(spec: str, above: str | None) -> Spec:
 
 
 def _is_format(name: str) -> bool:
-    return name in FORMATS or AUTO.fullmatch(name) is not None
+    return name in FORMATS or bits_of(name) is not None
 
 
 def _twin(model: Model, format: str, calibrate: bool) -> Model:
-    found = AUTO.fullmatch(format)
-    if found is None:
-        return model.quantized(format, calibrate=calibrate)
-    return model.quantized(bits=float(found[1]), calibrate=calibrate)
+    bits = bits_of(format)
+    return model.quantized(format, calibrate=calibrate) if bits is None else model.quantized(bits=bits, calibrate=calibrate)
 
 
 def drafters(specs: Sequence[Spec], target: Model, load: Callable[..., Model], calibrate: bool = False) -> list[tuple[Any, int]]:

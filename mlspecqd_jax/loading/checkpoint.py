@@ -35,7 +35,7 @@ from mlspecqd_jax.loading.huggingface import HUB_FILES
 from mlspecqd_jax.network.network import Network
 from mlspecqd_jax.weights.formats import FORMATS, format_of
 from mlspecqd_jax.weights.placement import weight_sharding
-from mlspecqd_jax.weights.quantization import Recipe, place_quantized, quantize_params, with_head
+from mlspecqd_jax.weights.quantization import Recipe, place_quantized, quantize_params, recipe_of_bits, with_head
 from mlspecqd_jax.weights.quantized_array import QuantizedArray
 from mlspecqd_jax.weights.tensors import HEAD
 
@@ -160,8 +160,10 @@ def _mark_finished(folder: pathlib.Path, params: dict[str, jax.Array], drafts: l
     dtypes = sorted({leaf.dtype.name for leaf in params.values()})
     marker: dict[str, Any] = {"format": VERSION, "dtypes": dtypes, "bytes": sum(leaf.nbytes for leaf in params.values())}
     marker |= {
-        "drafts": [recipe.format for recipe in drafts if not recipe.calibrated],
-        "calibrated": [recipe.format for recipe in drafts if recipe.calibrated],  # unknown to earlier versions
+        "drafts": [recipe.format for recipe in drafts if not recipe.calibrated and recipe.bits is None],
+        # Unknown to earlier versions.
+        "calibrated": [recipe.format for recipe in drafts if recipe.calibrated and recipe.bits is None],
+        "bits": [[recipe.bits, recipe.calibrated] for recipe in drafts if recipe.bits is not None],
         "policies": {recipe.name: dict(recipe.policy) for recipe in drafts},
     }
     (folder / MARKER).write_text(json.dumps(marker, indent=1) + "\n", encoding="utf-8")
@@ -219,9 +221,17 @@ def drafts(folder: pathlib.Path, dtype: str) -> tuple[Recipe, ...]:
     policies = marker.get("policies", {})  # earlier versions made no exceptions
     if not isinstance(policies, dict) or not all(isinstance(policy, dict) for policy in policies.values()):
         raise InputError(f"{folder} is damaged (policies is {brief(policies)} in {MARKER}); convert the model again")
+    bits = marker.get("bits", [])
+    if not isinstance(bits, list) or not all(map(_is_bits, bits)):
+        raise InputError(f"{folder} is damaged (bits is {brief(bits)} in {MARKER}); convert the model again")
     found = [Recipe(format) for format in plain] + [Recipe(format, calibrated=True) for format in calibrated]
+    found += [recipe_of_bits({}, number, is_calibrated) for number, is_calibrated in bits]
     found = [dataclasses.replace(recipe, policy=tuple(policies.get(recipe.name, {}).items())) for recipe in found]
     return tuple(found) if same_values else ()
+
+
+def _is_bits(entry):
+    return isinstance(entry, list) and list(map(type, entry)) == [float, bool]
 
 
 def _formats(folder, marker, kind):

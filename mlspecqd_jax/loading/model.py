@@ -14,7 +14,7 @@ from mlspecqd_jax.loading.calibrating import calibrated_weights
 from mlspecqd_jax.network.network import Network
 from mlspecqd_jax.text.card import Card
 from mlspecqd_jax.weights.cast import check_scale_rule
-from mlspecqd_jax.weights.quantization import CALIBRATED, Policy, Recipe, default_policy, formats_of, quantize_params
+from mlspecqd_jax.weights.quantization import Policy, Recipe, bits_of, default_policy, formats_of, quantize_params, recipe_of_bits
 from mlspecqd_jax.weights.quantized_array import Leaf
 from mlspecqd_jax.weights.tensors import EMBEDDING
 
@@ -91,6 +91,9 @@ class Model:
                 f"{self.card.name} is quantized already (format {self.recipe.format}, scale rule {self.recipe.scale_rule}, "
                 f"policy {dict(self.recipe.policy)}{', calibrated' * self.recipe.calibrated}); quantize the original model instead"
             )
+        return self._twin(recipe)
+
+    def _twin(self, recipe: Recipe) -> "Model":
         dtype = self.embedding.dtype
         if recipe in self.drafts:
             params = self.params | checkpoint.restore_draft(self.folder, self.network, recipe, dtype)
@@ -132,11 +135,15 @@ class Model:
         bits = arguments.number("bits", bits)
         if self.recipe is not None:
             raise InputError(f"{self.card.name} is quantized already; quantize the original model instead")
+        return self._twin(self._recipe_of_bits(bits, calibrate))
+
+    def _recipe_of_bits(self, bits: float, calibrate: bool) -> Recipe:
+        """How a twin of so many bits is made: as the folder's, or found."""
+        stored = [recipe for recipe in self.drafts if (recipe.bits, recipe.calibrated) == (bits, calibrate)]
+        if stored:
+            return stored[0]
         params = cast(dict[str, jax.Array], self.params)
-        found = precision_search.policy_for(self.network, params, self._first, bits)
-        twin = self.quantized(format, found, precision_search.SCALE_RULE, calibrate=calibrate)
-        name = f"{self.card.name}@auto{bits:g}{CALIBRATED * calibrate}"
-        return dataclasses.replace(twin, card=dataclasses.replace(twin.card, name=name))
+        return recipe_of_bits(precision_search.policy_for(self.network, params, self._first, bits), bits, calibrate)
 
     def _recipe(self, format: str, policy: Policy | None = None, scale_rule: str = "floor", calibrate: bool = False) -> Recipe:
         if policy is None:
@@ -146,6 +153,7 @@ class Model:
 
 
 def stored_twin(model: Model, format: str, calibrate: bool) -> tuple[Recipe, dict[str, Leaf]]:
-    """Return how a model's twin in a format is made, and its parameters as they are stored."""
-    recipe = model._recipe(format, calibrate=calibrate)
+    """Return how a model's twin in a format, or of bits (auto4.5), is made, and its parameters as they are stored."""
+    bits = bits_of(format)
+    recipe = model._recipe(format, calibrate=calibrate) if bits is None else model._recipe_of_bits(bits, calibrate)
     return recipe, model._made(recipe)

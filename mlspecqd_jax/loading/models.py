@@ -25,7 +25,7 @@ from mlspecqd_jax.text.card import Card
 from mlspecqd_jax.user_cache import cache_folder
 from mlspecqd_jax.weights.formats import FORMATS, check_format
 from mlspecqd_jax.weights.placement import usable_mesh
-from mlspecqd_jax.weights.quantization import Recipe
+from mlspecqd_jax.weights.quantization import Recipe, bits_of
 from mlspecqd_jax.weights.quantized_array import Leaf
 from mlspecqd_jax.weights.tensors import HEAD, parameters
 
@@ -170,14 +170,17 @@ def convert(
       model: as for `load`.
       folder: a new name.
       dtype: as for `load`; the weights are stored in it.
-      draft: a format, such as mxfp4, in which the twin's quantized weights are stored too, for `Model.quantized` to find.
-      calibrate: store the calibrated twin, which `Model.quantized(format, calibrate=True)` finds, and no other.
+      draft: a format, such as mxfp4, in which the twin's quantized weights are stored too, for `Model.quantized` to find; or auto
+        and bits, such as auto4.5, for `Model.quantized(bits=4.5)`.
+      calibrate: store the calibrated twin, which `Model.quantized(..., calibrate=True)` finds, and no other.
 
     Raises:
       InputError: as for `load`, the format is unknown, or the folder exists already or cannot be written.
     """
     if draft is not None:
-        check_format(arguments.instance("draft", draft, str, f"one of {', '.join(FORMATS)}, or None"))
+        arguments.instance("draft", draft, str, f"one of {', '.join(FORMATS)}, auto and bits (auto4.5), or None")
+        if bits_of(draft) is None:
+            check_format(draft)
     if arguments.flag("calibrate", calibrate) and draft is None:
         raise InputError("calibrate is for the weights of a draft, and there is none; give draft (--draft) a format, such as mxfp4")
     if not is_path(folder) or not os.fspath(folder):

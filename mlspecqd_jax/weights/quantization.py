@@ -6,6 +6,7 @@ coarsely. Embeddings, norms and biases are the model's own arrays.
 
 import dataclasses
 import fnmatch
+import re
 from collections.abc import Mapping
 
 import jax
@@ -21,7 +22,7 @@ from mlspecqd_jax.weights.quantized_array import Leaf, QuantizedArray
 from mlspecqd_jax.weights.tensors import EMBEDDING, HEAD, Tensor
 from pallas_kernels.product import STORED_AXES
 
-CALIBRATED = "-calibrated"  # ends the names of calibrated twins
+AUTO, CALIBRATED = "auto", "-calibrated"  # begins the names of twins of so many bits, ends those of calibrated ones
 TIED_HEAD = "mxfp8_e4m3"  # of a twin in MXFP4, on CPU
 
 Policy = Mapping[str, str | None]
@@ -35,11 +36,23 @@ class Recipe:
     policy: tuple[tuple[str, str | None], ...] = ()
     scale_rule: str = "floor"
     calibrated: bool = False  # whether its weights were rounded by `calibration`
+    bits: float | None = None  # of a weight on average, for which the policy was found
 
     @property
     def name(self) -> str:
         """What a twin is called, and the folder of a stored one."""
-        return self.format + CALIBRATED * self.calibrated
+        return (self.format if self.bits is None else f"{AUTO}{self.bits:g}") + CALIBRATED * self.calibrated
+
+
+def recipe_of_bits(policy: Policy, bits: float, calibrated: bool) -> Recipe:
+    """Return the recipe of a twin whose every weight has a format of its own."""
+    return Recipe("mxfp4", tuple(policy.items()), SEARCH, calibrated, bits)
+
+
+def bits_of(name: str) -> float | None:
+    """Return the bits that a name such as auto4.5 asks for; None of another, such as a format's."""
+    found = re.fullmatch(AUTO + r"(\d+(?:\.\d+)?)", name)
+    return None if found is None else float(found[1])
 
 
 def default_policy(format: str, tied: bool, platform: str) -> Policy:

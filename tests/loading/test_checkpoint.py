@@ -127,6 +127,28 @@ def test_a_stored_draft_comes_back_bit_for_bit(tmp_path, monkeypatch, format, ti
     assert_equal(other.params, source.quantized(format, scale_rule="even").params)
 
 
+@pytest.mark.parametrize("calibrate", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_draft_of_so_many_bits_is_stored_with_the_formats_that_were_found(tmp_path, monkeypatch, network, calibrate):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    found = {NAME: "nvfp4", "lm_head.weight": "int8", "*": None}
+    search = model_module.precision_search
+    monkeypatch.setattr(search, "policy_for", lambda *arguments: found)
+    expected = mlsd.load(tmp_path / "source").quantized(bits=5.5, calibrate=calibrate)
+    mlsd.convert(tmp_path / "source", tmp_path / "converted", draft="auto5.5", calibrate=calibrate)
+    monkeypatch.setattr(search, "policy_for", None)  # nothing is searched again
+    model = mlsd.load(tmp_path / "converted")
+    twin = model.quantized(bits=5.5, calibrate=calibrate)
+    assert twin.card.name.endswith("@auto5.5-calibrated" if calibrate else "@auto5.5")
+    assert [leaves(twin.params)[name].format for name in (NAME, "lm_head.weight")] == ["nvfp4", "int8"]
+    assert_equal(twin.params, expected.params)
+    with pytest.raises(TypeError):
+        model.quantized(bits=5.5, calibrate=not calibrate)
+    marker = tmp_path / "converted" / checkpoint.MARKER
+    marker.write_text(json.dumps(json.loads(marker.read_text()) | {"bits": [[5.5]]}))
+    with pytest.raises(ValueError, match=r"damaged \(bits is .*convert the model again"):
+        mlsd.load(tmp_path / "converted")
+
+
 def test_a_stored_draft_with_a_byte_for_six_bits_is_refused(tmp_path, network):
     """As earlier versions wrote it; drafts of other formats beside it are read."""
     mlsd.convert(tmp_path / "source", tmp_path / "converted", draft="mxfp6_e2m3")
