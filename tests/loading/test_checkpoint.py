@@ -149,6 +149,7 @@ def test_a_draft_of_so_many_bits_is_stored_with_the_formats_that_were_found(tmp_
         mlsd.load(tmp_path / "converted")
 
 
+@pytest.mark.slow
 def test_a_stored_draft_with_a_byte_for_six_bits_is_refused(tmp_path, network):
     """As earlier versions wrote it; drafts of other formats beside it are read."""
     mlsd.convert(tmp_path / "source", tmp_path / "converted", draft="mxfp6_e2m3")

@@ -80,6 +80,7 @@ def test_a_budget_makes_a_twin_of_so_many_bits_that_differs_less_than_one_format
     assert cost < min(sum(each[format] for each in found.values()) for format in ("mxfp4", "nvfp4", "int4"))
 
 
+@pytest.mark.slow
 def test_what_was_measured_is_kept_by_the_weights(tmp_path, monkeypatch, model):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     calls = []

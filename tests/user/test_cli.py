@@ -44,6 +44,7 @@ def test_a_large_model_is_drafted_by_its_twin(capsys, monkeypatch):
     assert "by default drafted with --draft mxfp4:5;" in err
 
 
+@pytest.mark.slow
 def test_drafts_of_the_command_line(capsys):
     arguments = ["--draft", "ngram:3", "--own-cache", "--rule", "rejection", "--synthetic-acceptance", "1"]
     code, out, err = run(capsys, "generate", *SHORT, *arguments, "--json")

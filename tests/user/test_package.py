@@ -29,9 +29,8 @@ def test_tables_are_made_from_the_results():
     run(sys.executable, "benchmarks/tables.py", "--check")
 
 
-@pytest.mark.parametrize(
-    ("page", "place"), [pytest.param("README.md", "headlines", marks=pytest.mark.slow), ("benchmarks/README.md", "startup-cpu")]
-)
+@pytest.mark.parametrize(("page", "place"), [("README.md", "headlines"), ("benchmarks/README.md", "startup-cpu")])
+@pytest.mark.slow
 def test_a_stale_table_is_named_and_made_anew(tmp_path, page, place):
     shutil.copytree(ROOT / "benchmarks", tmp_path / "benchmarks", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "README.md", tmp_path)

@@ -10,6 +10,7 @@ import mlspecqd_jax as mlsd
 from mlspecqd_jax import generation, requests
 
 
+@pytest.mark.slow
 def test_slices_of_any_size_give_one_text_and_one_trace(small, monkeypatch):
     stack, calls, sliced = mlsd.stack(small), [], generation._slice
 
