@@ -154,8 +154,8 @@ static void check_form(Pool& pool, const char* name, four_bits::Weight w, const 
 }
 
 template <class Form>
-static void check_form(Pool& pool, const char* name, int8::Weight w, const std::vector<uint16_t>& x, int64_t m, int64_t n,
-                       int64_t k) {
+static void check_eight(Pool& pool, const char* name, int8::Weight w, const std::vector<uint16_t>& x, int64_t m, int64_t n,
+                        int64_t k) {
   const auto product = [&](const int8::Kernel& kernel, float* y) { int8_matmul(kernel, pool, x.data(), w, y, m, n, k); };
   same(int8_choices<Form>(), name, product, m, n, k, 3e-5);
 }
@@ -181,12 +181,12 @@ static void check_quantized(Pool& pool, int64_t m, int64_t n, int64_t blocks, un
   }
   std::vector<float> of_rows(n);
   for (auto& s : of_rows) s = static_cast<float>(random() % 100) * 1e-4f;
-  check_form<int8::Rows>(pool, "int8", {codes.data(), of_rows.data(), nullptr, n, 0}, x, m, n, k);
+  check_eight<int8::Rows>(pool, "int8", {codes.data(), of_rows.data(), nullptr, n, 0}, x, m, n, k);
   for (const int shift : {0, 1, 2, 5}) {
     const int64_t groups = (2 * blocks + (1 << shift) - 1) >> shift;
     const auto scales = shorts(n * groups, 0x1400, 0x800, random), minima = shorts(n * groups, 0x3400, 0x800, random);
-    check_form<int8::Groups>(pool, "int8 groups", {codes.data(), scales.data(), nullptr, n, shift}, x, m, n, k);
-    check_form<int8::Unsigned>(pool, "uint8", {codes.data(), scales.data(), minima.data(), n, shift}, x, m, n, k);
+    check_eight<int8::Groups>(pool, "int8 groups", {codes.data(), scales.data(), nullptr, n, shift}, x, m, n, k);
+    check_eight<int8::Unsigned>(pool, "uint8", {codes.data(), scales.data(), minima.data(), n, shift}, x, m, n, k);
   }
 }
 

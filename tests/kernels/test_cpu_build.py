@@ -49,7 +49,7 @@ except (jax.errors.JaxRuntimeError, ValueError) as error:  # the first, by its d
     print(str(error).splitlines()[0])
 print(attend(q, kv, kv, first, first).tolist())
 """
-WARNINGS = ("-Wall", "-Wextra", "-Wshadow", "-Werror")  # here and not in a user's build, whose compiler may know newer ones
+WARNINGS = ("-Wall", "-Wextra", "-Wshadow", "-Werror", "-O1")  # here and not in a user's build, whose compiler may know newer ones
 XLA, CPP = "XLA dot, at least two rows\n1200.0\n1200.0\n", "C++ for bfloat16"
 
 

@@ -139,7 +139,7 @@ def test_tokens_that_are_all_several_of_the_drafts():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rule", ["coupled", "rejection"])
+@pytest.mark.parametrize("rule", ["coupled", pytest.param("rejection", marks=pytest.mark.exhaustive)])
 def test_a_model_with_its_tokens_renumbered_drafts_as_itself(rule):
     """Law 4: the target accepts what it does of the ordinary draft, also where this one would rather say what nobody else can."""
     sampling, itself = sampling_of(rule=rule, seed=7, **MIXED), chain("own", [table, table], [4], shared_toy)
@@ -153,7 +153,7 @@ def test_a_model_with_its_tokens_renumbered_drafts_as_itself(rule):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rule", ["coupled", "rejection"])
+@pytest.mark.parametrize("rule", ["coupled", pytest.param("rejection", marks=pytest.mark.exhaustive)])
 def test_levels_below_draft_in_the_targets_tokens(rule):
     """Laws 3 and 4: a twin that shares the cache, and look-up under a draft that keeps its own."""
     spelling = stuttering.spelled(BEFORE)

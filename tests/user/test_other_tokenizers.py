@@ -46,7 +46,7 @@ def test_the_same_weights_renumbered_draft_as_they_do(quick, other, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rule", ["coupled", "rejection"])
+@pytest.mark.parametrize("rule", ["coupled", pytest.param("rejection", marks=pytest.mark.exhaustive)])
 def test_a_renumbered_demo_drafts_as_the_demo(demo, rule):
     """Law 4, for chains: with its twin below, and look-up below that."""
     below = [(drafts, drafts.quantized()) for drafts in (demo, renumbered(demo))]
