@@ -8,7 +8,7 @@ import mlspecqd_jax as mlsd
 pytestmark = pytest.mark.real
 
 
-@pytest.mark.parametrize("rule", ["coupled", "rejection"])
+@pytest.mark.parametrize("rule", ["coupled", pytest.param("rejection", marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize("demo_drafts", [True, False])
 def test_tokens_are_plain_decodings(shared, demo_drafts, rule):
     """Law 5; under rejection, where a seed has other text, of the greedy rows."""
