@@ -51,7 +51,6 @@ def test_text_of_its_own_is_likely_to_it(model, tokens):
     assert np.asarray(other != tokens).any()
 
 
-@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_costs_are_the_divergences_that_casting_makes(model, tokens):
     """To second order and within sampling's error; positions count as independent, which those of keys are not."""

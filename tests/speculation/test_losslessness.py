@@ -163,7 +163,6 @@ def check_request(stack_from, request):
     assert_equal_to_plain(stack_from(tables), limits, sampling, prompts)
 
 
-@pytest.mark.exhaustive
 @pytest.mark.slow
 @settings(max_examples=20, derandomize=True, deadline=None)
 @given(st.sampled_from([*FAST, "own>shared>own"]), requests)
