@@ -20,6 +20,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #include "floats.h"
 
@@ -45,6 +46,22 @@ struct Kernel {
   void (*prepare)(const uint16_t* x, int rows, int64_t k, void* out);
   void (*product)(const void* x, int rows, const Weight& w, int64_t k, int64_t begin, int64_t end, float* out, int64_t stride);
 };
+
+// The `product` of an instruction set's kernels: its function columns<Form, M> for M prepared rows, up to kRows. `depth` is what
+// columns take of k, the last argument the type of what is prepared.
+#define MLSPECQD_COLUMNS(isa, depth, ...) \
+  namespace isa { \
+  template <class Form, int... Less> \
+  void some_columns(const void* x, int rows, const Weight& w, int64_t k, int64_t begin, int64_t end, float* out, int64_t stride, \
+                    std::integer_sequence<int, Less...>) { \
+    constexpr decltype(&columns<Form, 1>) table[] = {columns<Form, Less + 1>...}; \
+    table[rows - 1](static_cast<const __VA_ARGS__*>(x), w, depth, begin, end, out, stride); \
+  } \
+  template <class Form> \
+  void product(const void* x, int rows, const Weight& w, int64_t k, int64_t begin, int64_t end, float* out, int64_t stride) { \
+    some_columns<Form>(x, rows, w, k, begin, end, out, stride, std::make_integer_sequence<int, kRows>()); \
+  } \
+  }
 
 using Table = std::array<uint8_t, 16>;  // of each code: what it stands for, times `kMultiple`, plus `kOffset`
 constexpr Table kElements = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};

@@ -6,7 +6,6 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
-#include <utility>
 
 #include "four_bits.h"
 #include "target.h"
@@ -49,19 +48,10 @@ const T* whole(const T* array, int64_t at, int64_t size, std::array<T, count>* c
   return copy->data();
 }
 
-// The columns of up to kRows prepared rows, by how many there are, and the kernel of a form.
+// The kernel of a form.
 #define MLSPECQD_FOUR_BITS(isa) \
+  MLSPECQD_COLUMNS(isa, k / kBlock, Group<Form>) \
   namespace isa { \
-  template <class Form, int... Less> \
-  void some_columns(const void* x, int rows, const Weight& w, int64_t blocks, int64_t begin, int64_t end, float* out, \
-                    int64_t stride, std::integer_sequence<int, Less...>) { \
-    constexpr decltype(&columns<Form, 1>) table[] = {columns<Form, Less + 1>...}; \
-    table[rows - 1](static_cast<const Group<Form>*>(x), w, blocks, begin, end, out, stride); \
-  } \
-  template <class Form> \
-  void product(const void* x, int rows, const Weight& w, int64_t k, int64_t begin, int64_t end, float* out, int64_t stride) { \
-    some_columns<Form>(x, rows, w, k / kBlock, begin, end, out, stride, std::make_integer_sequence<int, kRows>()); \
-  } \
   template <class Form> \
   inline constexpr Kernel kernel = {kRows, kGroup, sizeof(Group<Form>), prepare<Form>, product<Form>}; \
   }

@@ -13,7 +13,6 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <utility>
 
 #include "four_bits.h"
 
@@ -133,8 +132,9 @@ void columns(const Step<Form>* x, const Weight& w, int64_t k, int64_t begin, int
 
 }  // namespace portable
 
-// The columns of up to kRows prepared rows, by how many there are, and the kernel of a form.
+// What is prepared of rows, and the kernel of a form.
 #define MLSPECQD_INT8(isa) \
+  MLSPECQD_COLUMNS(isa, k, Step<Form>) \
   namespace isa { \
   template <class Form> \
   void prepare(const uint16_t* x, int rows, int64_t k, void* out) { \
@@ -143,16 +143,6 @@ void columns(const Step<Form>* x, const Weight& w, int64_t k, int64_t begin, int
       const auto blocks = static_cast<int>(std::min<int64_t>(kStep<Form>, k - at) / kBlock); \
       for (int row = 0; row < rows; ++row, ++step) prepare_step(x + row * k + at, blocks, step); \
     } \
-  } \
-  template <class Form, int... Less> \
-  void some_columns(const void* x, int rows, const Weight& w, int64_t k, int64_t begin, int64_t end, float* out, int64_t stride, \
-                    std::integer_sequence<int, Less...>) { \
-    constexpr decltype(&columns<Form, 1>) table[] = {columns<Form, Less + 1>...}; \
-    table[rows - 1](static_cast<const Step<Form>*>(x), w, k, begin, end, out, stride); \
-  } \
-  template <class Form> \
-  void product(const void* x, int rows, const Weight& w, int64_t k, int64_t begin, int64_t end, float* out, int64_t stride) { \
-    some_columns<Form>(x, rows, w, k, begin, end, out, stride, std::make_integer_sequence<int, kRows>()); \
   } \
   template <class Form> \
   inline constexpr Kernel kernel = {kRows, kStep<Form>, sizeof(Step<Form>), prepare<Form>, product<Form>}; \

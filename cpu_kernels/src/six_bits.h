@@ -14,7 +14,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <utility>
 
 #include "four_bits.h"
 #include "int8.h"
@@ -124,19 +123,10 @@ void columns(const Group* x, const Weight& weight, int64_t blocks, int64_t begin
 
 }  // namespace portable
 
-// The columns of up to kRows prepared rows, by how many there are, and the kernel of a format.
+// The kernel of a format.
 #define MLSPECQD_SIX_BITS(isa) \
+  MLSPECQD_COLUMNS(isa, k / kBlock, Group) \
   namespace isa { \
-  template <class Form, int... Less> \
-  void some_columns(const void* x, int rows, const Weight& w, int64_t blocks, int64_t begin, int64_t end, float* out, \
-                    int64_t stride, std::integer_sequence<int, Less...>) { \
-    constexpr decltype(&columns<Form, 1>) table[] = {columns<Form, Less + 1>...}; \
-    table[rows - 1](static_cast<const Group*>(x), w, blocks, begin, end, out, stride); \
-  } \
-  template <class Form> \
-  void product(const void* x, int rows, const Weight& w, int64_t k, int64_t begin, int64_t end, float* out, int64_t stride) { \
-    some_columns<Form>(x, rows, w, k / kBlock, begin, end, out, stride, std::make_integer_sequence<int, kRows>()); \
-  } \
   template <class Form> \
   inline constexpr Kernel kernel = {kRows, Group::kBlocks* kBlock, sizeof(Group), prepare<Form, Group>, product<Form>}; \
   }
