@@ -64,7 +64,8 @@ def acceptance(result: dict) -> str:
         positions.append(f"| {choice} | {' | '.join(f'{rate:.3f}' for rate in each)} |")
     note = "The formula supposes a full draft in every round; look-up without a match drafts nothing."
     last = f"{environment(result)}; `{result['command']}`."
-    return "\n".join([*rates, "", *positions, "", *nested, "", note, equality(result), memory(result["memory"]), "", last])
+    nested = [*nested, ""] if len(nested) > 2 else []
+    return "\n".join([*rates, "", *positions, "", *nested, note, equality(result), memory(result["memory"]), "", last])
 
 
 def demo_acceptance(result: dict) -> str:
@@ -136,6 +137,7 @@ TABLES = {
     "loading-cpu": loading,
     "acceptance-stories260K": acceptance,
     "acceptance-SmolLM2-135M": acceptance,
+    "acceptance-SmolLM2-135M-calibrated": acceptance,
     "acceptance-demo": demo_acceptance,
     "matmul-cpu": with_source(cpu_tables.products),
     "decode-cpu": with_source(cpu_tables.decoding),
