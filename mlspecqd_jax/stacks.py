@@ -9,6 +9,7 @@ from mlspecqd_jax import console, jax_settings
 from mlspecqd_jax.arguments import brief, flag, instance
 from mlspecqd_jax.errors import InputError
 from mlspecqd_jax.loading.model import Model
+from mlspecqd_jax.network.network import Network
 from mlspecqd_jax.speculation.drafters.prompt_lookup import PromptLookup
 from mlspecqd_jax.speculation.level import Level
 from mlspecqd_jax.speculation.protocols import Scorer
@@ -55,11 +56,14 @@ def stack(target: Model, *drafters: Any, exact: bool = True, share_cache: bool =
 
     def level(i: int) -> Level:
         model, last = models[i], i + 1 == len(models)
+        multiple = 1 if i else rows
+        narrower = model.network.narrower(model.params, lengths[i] + 1) if isinstance(scorers[i].model, Network) else ()
         return Level(
             *scorers[i],
             innermost if last else level(i + 1),
             lengths[i],
-            window_multiple=1 if i else rows,
+            window_multiple=multiple,
+            widths=tuple(width for width in narrower if width % multiple == 0),
             share_cache=share_cache and i > 0 and is_twin(model, models[i - 1]),
         )
 

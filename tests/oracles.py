@@ -8,7 +8,7 @@ import numpy as np
 from toys import quick_jit
 
 from mlspecqd_jax.speculation.choosing import DRAW, RESIDUAL, gumbel, noise
-from mlspecqd_jax.speculation.level import SLACK
+from mlspecqd_jax.speculation.buffers import SLACK
 from mlspecqd_jax.speculation.settings import Sampling
 
 

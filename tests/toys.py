@@ -243,7 +243,8 @@ def ask_of(sequences, wanted, draft_len, cache=None, below=0):
     """Return what a target without features asks of its drafter, where `below` levels under that may draft all they can."""
     batch = len(sequences.length)
     lent = Lent(cache, None, jnp.zeros((batch,), jnp.int32))
-    return Ask(sequences, wanted, jnp.full((below, batch), LARGEST_INT, jnp.int32), lent, draft_len, depth=1, refeed=0)
+    limits, fed = jnp.full((below, batch), LARGEST_INT, jnp.int32), jnp.asarray(sequences.length) - 1
+    return Ask(sequences, wanted, limits, lent, draft_len, depth=1, fed=fed, refeed=0)
 
 
 def ragged(prompts, size, filler=0):

@@ -113,6 +113,11 @@ class Network:
             )
         return found
 
+    def narrower(self, params: dict[str, Leaf], whole: int) -> tuple[int, ...]:
+        """Return the widths under `whole` at which a pass takes much less time, ascending (see `ops.narrower`)."""
+        embedding = cast(jax.Array, params[EMBEDDING])
+        return ops.narrower(whole, embedding.dtype.name, chip_of(next(iter(embedding.devices()))), self.mesh)
+
     def init_cache(self, params: dict[str, jax.Array], batch: int, slots: int) -> list[KVCache]:
         """Return zeroed caches of `slots` positions for every layer, in the dtype of the embedding."""
         dtype = params[EMBEDDING].dtype

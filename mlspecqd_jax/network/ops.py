@@ -24,7 +24,7 @@ from mlspecqd_jax.weights.quantized_array import Leaf
 from pallas_kernels import BLOCK, best_product, xla
 from pallas_kernels.xla import rows
 
-__all__ = ["attend", "implementation", "linear", "rms_norm", "rotary", "rotate", "row_multiple", "rows", "write"]
+__all__ = ["attend", "implementation", "linear", "narrower", "rms_norm", "rotary", "rotate", "row_multiple", "rows", "write"]
 
 
 def linear(x: jax.Array, w: Leaf, *, out_dtype: jnp.dtype | None = None) -> jax.Array:
@@ -123,6 +123,22 @@ def row_multiple(weights: Iterable[Leaf], dtype: str, chip: str, mesh: Mesh | No
             found.append(product_of(w, dtype, chip).row_multiple(chip, str(getattr(w, "dtype", dtype))))
     known = [multiple for multiple in found if multiple is not None]
     return math.lcm(*known) if len(known) == len(found) else None
+
+
+def narrower(whole: int, dtype: str, chip: str, mesh: Mesh | None = None) -> tuple[int, ...]:
+    """Return the widths under `whole` at which a window takes so much less time that a program of its own pays, ascending.
+
+    On CPU the C++ operations take time by the rows in use, so that one row spares no more than what is elementwise; in XLA's form
+    each row takes its time, and an even number of them. A chip runs as many rows as a window has in the time of one.
+
+    Args:
+      whole: the widest window.
+      dtype, chip, mesh: as of `row_multiple`.
+    """
+    if chip != "cpu":
+        return ()
+    in_cpp = mesh is None and cpu_kernels.usable(dtype)
+    return tuple(width for width in ((1,) if in_cpp else (2, 4, 8, 16, 32)) if width < whole)
 
 
 def implementation(chip: str) -> str:

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from mlspecqd_jax.speculation.buffers import SLACK
 from mlspecqd_jax.speculation.protocols import Draft
 from mlspecqd_jax.speculation.verification import Verdict
 
@@ -17,17 +18,27 @@ class Counts(NamedTuple):
     drafted: jax.Array  # int32 [B]
     accepted: jax.Array  # int32 [B, G], by position in the draft
     judged: jax.Array  # int32 [B, G]
-    passes: jax.Array  # int32, passes of the level's model in rounds (prefill apart)
+    by_rows: jax.Array  # int32 [SLACK + 1], passes of the level's model by how many rows were in use (prefill apart)
+
+    @property
+    def passes(self) -> jax.Array:
+        """Return how many passes of the level's model there were, int32 []."""
+        return self.by_rows.sum()
+
+    def passed(self, rows: jax.Array) -> "Counts":
+        """Add a pass with so many rows in use, int32 []."""
+        return self._replace(by_rows=self.by_rows.at[rows].add(1))
 
     @staticmethod
     def zeros(batch: int, draft_len: int) -> "Counts":
         """Return the counts before the first round."""
         zeros = functools.partial(jnp.zeros, dtype=jnp.int32)
-        return Counts(zeros((batch,)), zeros((batch,)), zeros((batch, draft_len)), zeros((batch, draft_len)), zeros(()))
+        drafts = (batch, draft_len)
+        return Counts(zeros((batch,)), zeros((batch,)), zeros(drafts), zeros(drafts), zeros((SLACK + 1,)))
 
 
 def count(counts: Counts, draft: Draft, verdict: Verdict, appended: jax.Array, unfinished: jax.Array) -> Counts:
-    """Add what a round did.
+    """Add what a round did to a draft.
 
     Args:
       counts: before the round.
@@ -42,10 +53,9 @@ def count(counts: Counts, draft: Draft, verdict: Verdict, appended: jax.Array, u
     kept = jnp.where(unfinished, jnp.where(whole, draft.length, jnp.minimum(draft.length, appended)), 0)
     accepted = g < jnp.minimum(kept, verdict.accepted)[:, None]
     judged = g < jnp.minimum(kept, verdict.accepted + 1)[:, None]
-    return Counts(
+    return counts._replace(
         rounds=counts.rounds + unfinished.astype(jnp.int32),
         drafted=counts.drafted + kept,
         accepted=counts.accepted + accepted.astype(jnp.int32),
         judged=counts.judged + judged.astype(jnp.int32),
-        passes=counts.passes + 1,
     )

@@ -17,10 +17,11 @@ import jax
 import jax.numpy as jnp
 
 from mlspecqd_jax.errors import InputError
-from mlspecqd_jax.speculation.buffers import padded, read_at, write_at
-from mlspecqd_jax.speculation.choosing import adjust, log_probability
+from mlspecqd_jax.speculation.buffers import SLACK, filled, padded, read_at, write_at
 from mlspecqd_jax.speculation.counts import Counts, count
+from mlspecqd_jax.speculation.judging import Judged, judge, kept
 from mlspecqd_jax.speculation.protocols import (
+    PADDING,
     Ask,
     Draft,
     Drafter,
@@ -32,10 +33,10 @@ from mlspecqd_jax.speculation.protocols import (
     check_scored,
 )
 from mlspecqd_jax.speculation.settings import Sampling
-from mlspecqd_jax.speculation.state import DrafterState, State, is_unfinished
-from mlspecqd_jax.speculation.verification import Verdict, verify
+from mlspecqd_jax.speculation.state import DrafterState, State, is_unfinished, rolled_back
+from mlspecqd_jax.speculation.widths import run_narrowest
 
-SLACK = 64  # buffer positions beyond the last token, for the window of one round of any level
+CATCH_UP = 16  # tokens that a cache of its own is fed at once
 
 
 @jax.tree_util.register_dataclass
@@ -52,6 +53,8 @@ class Level:
     draft_len: int = dataclasses.field(metadata={"static": True}, default=0)
     # Every window is rounded up to a multiple of this many rows, so that stacks of any draft_len compute a row alike (exactness).
     window_multiple: int = dataclasses.field(metadata={"static": True}, default=1)
+    # Windows narrower than that of a whole draft for which a pass is compiled, ascending: rounds that draft little run these.
+    widths: tuple[int, ...] = dataclasses.field(metadata={"static": True}, default=())
     # Whether to read the verifier's cache and to write the drafted positions there, where verification overwrites them.
     share_cache: bool = dataclasses.field(metadata={"static": True}, default=False)
 
@@ -61,6 +64,8 @@ class Level:
                 f"draft_len is {self.draft_len} {'without' if self.drafter is None else 'with'} a drafter; "
                 "give both, or neither for plain decoding"
             )
+        if any(width % self.window_multiple for width in self.widths):
+            raise InputError(f"widths are {self.widths}, but windows are multiples of {self.window_multiple} rows; give multiples")
         for depth, level in enumerate(self.levels):
             if level.window(depth) > SLACK:
                 raise InputError(
@@ -81,8 +86,8 @@ class Level:
 
     @property
     def must_follow(self) -> bool:
-        """Whether this level, as a drafter, or what drafts for it keeps a cache that must be fed what was appended above."""
-        return not self.share_cache or (self.drafter is not None and self.drafter.must_follow)
+        """Whether this level, as a drafter, runs in every round of its verifier, since what drafts for it must."""
+        return self.drafter is not None and (self.drafter.must_follow or self.drafter.uses_features)
 
     @property
     def uses_features(self) -> bool:
@@ -102,6 +107,11 @@ class Level:
         """Return the number of positions that one round feeds to the model, `refeed` of them for the second time."""
         return -(-(refeed + self.draft_len + 1) // self.window_multiple) * self.window_multiple
 
+    def all_widths(self, refeed: int = 0) -> tuple[int, ...]:
+        """Return the widths of the windows for which a pass is compiled, ascending."""
+        whole = self.window(refeed)
+        return (*(width for width in self.widths if width < whole), whole)
+
     def score(self, tokens: jax.Array, start: jax.Array, cache: Any) -> Scored:
         """Run one pass of the model over tokens [B, W] at positions start[r] + 0..W-1, and check what it returns."""
         features = self._lends_features
@@ -112,7 +122,8 @@ class Level:
         below = None if self.drafter is None else self.drafter.init(batch, slots)
         cache = None if self.share_cache else self.model.init_cache(self.params, batch, slots)
         counts = Counts.zeros(batch, self.draft_len)
-        return DrafterState(cache, self._no_features(batch, slots), jnp.zeros((batch,), jnp.int32), below, counts)
+        none = jnp.zeros((batch,), jnp.int32)
+        return DrafterState(cache, self._no_features(batch, slots), none, none, below, counts)
 
     def feed(self, state: DrafterState, tokens: jax.Array, start: jax.Array, lent: Lent) -> DrafterState:
         """Feed a piece of the prompts to every cache of this level and those below (see `Drafter`)."""
@@ -121,7 +132,8 @@ class Level:
         else:
             scored = self.score(tokens, start, state.cache)
             mine = Lent(scored.cache, scored.features, start)
-            state = state._replace(cache=scored.cache)
+            there = jnp.sum(tokens != PADDING, axis=1)
+            state = state._replace(cache=scored.cache, fed=jnp.where(there > 0, start + there, state.fed))
         if self.drafter is None:
             return state
         return state._replace(below=self.drafter.feed(state.below, tokens, start, mine))
@@ -132,6 +144,8 @@ class Level:
         batch = length.shape[0]
         probs = jnp.zeros((batch, ask.draft_len, sampling.vocab_size)) if sampling.rule == "rejection" else None
         limit = length + ask.wanted
+        if not self.share_cache:
+            state = self._caught_up(state, ask)
         begun = State(
             tokens=tokens,
             length=length,
@@ -141,28 +155,42 @@ class Level:
             cache=ask.lent.cache if self.share_cache else state.cache,
             features=state.features,
             scored_from=state.scored_from,
+            fed=ask.fed if self.share_cache else state.fed,
             below=state.below,
             counts=state.counts,
             probs=probs,
             logprobs=None,
         )
-
-        def run(progress, refeed):
-            return run_round(self, progress, limit, sampling, ask.limits, ask.depth, refeed)
-
         refeed = ask.refeed if self.share_cache else ask.depth
-        if refeed:
-            begun = run(begun, refeed)
 
         def more(progress):
-            # A cache of its own, here or below, must catch up in every round of the verifier, also where no draft is of use.
-            first = self.must_follow & (progress.counts.passes == state.counts.passes)
+            first = self.must_follow & (progress.counts.passes == begun.counts.passes)
             return first | jnp.any(is_unfinished(progress, limit))
 
-        end = jax.lax.while_loop(more, lambda progress: run(progress, 0), begun)
+        def run(progress):
+            return run_round(self, progress, limit, sampling, ask.limits, ask.depth, refeed)
+
+        end = jax.lax.while_loop(more, run, begun)
         draft = Draft(read_at(end.tokens, end.begin, ask.draft_len), end.probs, end.length - end.begin)
-        state = DrafterState(None if self.share_cache else end.cache, end.features, end.scored_from, end.below, end.counts)
+        state = DrafterState(None if self.share_cache else end.cache, end.features, end.scored_from, end.fed, end.below, end.counts)
         return draft, state, ask.lent._replace(cache=end.cache) if self.share_cache else ask.lent
+
+    def _caught_up(self, state: DrafterState, ask: Ask) -> DrafterState:
+        """Feed what was appended above while nothing was asked, but for the last `ask.depth` tokens, which a round feeds itself."""
+        tokens, length = ask.sequences
+        asked = self.must_follow | jnp.any(ask.wanted > 0)
+
+        def lacks(state):
+            return asked & jnp.any(state.fed < length - 1 - ask.depth)
+
+        def feed(state):
+            window = padded(read_at(tokens, state.fed, CATCH_UP), state.fed, length - 1)
+            cache = self.score(window, state.fed, state.cache).cache
+            fed = jnp.minimum(state.fed + CATCH_UP, length - 1)
+            rows = jnp.clip(jnp.max(length - 1 - state.fed), 0, CATCH_UP)
+            return state._replace(cache=cache, fed=fed, counts=state.counts.passed(rows))
+
+        return jax.lax.while_loop(lacks, feed, state)
 
     def _no_features(self, batch: int, slots: int) -> jax.Array | None:
         """Return the features of a round before there was one: zeros [B, draft_len + 1, F], or None where nobody uses them."""
@@ -190,54 +218,62 @@ def run_round(
       sampling: the rows' settings.
       limits: int32 [D, B], how many tokens each level below may draft a round, outermost first.
       depth: how many levels above it there are.
-      refeed: how many tokens before the pending one to feed again (fewer where a row has fewer).
+      refeed: static, how many tokens before the pending one the cache lacks at most (`progress.fed`); they are fed too.
     """
     unfinished = is_unfinished(progress, limit)
-    length, rows = progress.length, level.draft_len + 1
-    draft, below, cache = _drafted(level, progress, limit, unfinished, sampling, limits, depth, refeed)
+    length = progress.length
+    start = jnp.clip(progress.fed, length - 1 - refeed, length - 1)
+    draft, below, cache = _drafted(level, progress, limit, unfinished, sampling, limits, depth, start, refeed)
     tokens = write_at(progress.tokens, length, draft.tokens)
-    start = jnp.maximum(length - 1 - refeed, 0)
     # A draft's row that is finished here may yet have to catch up; the target's has nothing to be fed.
-    known = length + draft.length if depth else jnp.where(unfinished, length + draft.length, 0)
-    window = padded(read_at(tokens, start, level.window(refeed)), start, known)
-    logits, cache, features = level.score(window, start, cache)
+    known = length + draft.length if depth else jnp.where(unfinished, length + draft.length, start)
+    rows = jnp.max(known - start)
 
-    def of_round(x):  # [B, W, ...] -> [B, G + 1, ...]
-        return read_at(x, length - 1 - start, rows) if refeed else x[:, :rows]
+    def score(width, cache):
+        n = min(width, level.draft_len + 1)
+        window = padded(read_at(tokens, start, width), start, known)
+        logits, cache, features = level.score(window, start, cache)
 
-    logits = _fitted(of_round(logits), sampling.vocab_size)
-    adjusted = adjust(logits, tokens, length[:, None] + jnp.arange(rows)[None, :], sampling)
-    verdict = verify(_lawful(adjusted) if depth else adjusted, draft, length, sampling, depth)
-    appended, ended = _cut(verdict, length, limit, unfinished, sampling.stop_token_ids)
+        def of_round(x):  # [B, W, ...] -> [B, n, ...]
+            return read_at(x, length - 1 - start, n) if refeed else x[:, :n]
+
+        judged = judge(of_round(logits), tokens, length, draft, sampling, depth, progress.logprobs is not None)
+        return cache, (judged, None if progress.features is None else filled(of_round(features), level.draft_len + 1))
+
+    nothing = Judged.nothing(draft, progress.logprobs is not None), progress.features
+    cache, (judged, features) = run_narrowest(level.all_widths(refeed), rows, score, cache, nothing)
+    verdict = judged.verdict
+    appended, ended = kept(judged, length, limit, unfinished, sampling.stop_token_ids)
     broken = progress.broken
-    if depth == 0:  # a draft's are replaced by lawful ones
-        lawful = _lawful_rows(adjusted, verdict, sampling)
-        broken |= unfinished & (lawful < appended)
+    if depth == 0:  # a draft's logits are replaced by lawful ones
+        broken |= unfinished & (judged.lawful < appended)
         ended &= ~broken
-        appended = jnp.minimum(appended, lawful)
+        appended = jnp.minimum(appended, judged.lawful)
     probs, logprobs = progress.probs, progress.logprobs
     if probs is not None and verdict.probs is not None:
         probs = write_at(probs, length - progress.begin, verdict.probs)
     if logprobs is not None:
-        logprobs = write_at(logprobs, length, log_probability(logits, verdict.tokens))
+        logprobs = write_at(logprobs, length, judged.logprobs)
+    length = length + appended
     return progress._replace(
-        tokens=write_at(tokens, length, verdict.tokens),
-        length=length + appended,
+        tokens=write_at(tokens, progress.length, verdict.tokens),
+        length=length,
         ended=progress.ended | ended,
         broken=broken,
         cache=cache,
-        features=None if progress.features is None else of_round(features),
-        scored_from=length - 1,
-        below=below,
-        counts=count(progress.counts, draft, verdict, appended, unfinished),
+        features=features,
+        scored_from=progress.length - 1,
+        fed=length - 1,
+        below=rolled_back(below, length - 1),
+        counts=count(progress.counts, draft, verdict, appended, unfinished).passed(rows),
         probs=probs,
         logprobs=logprobs,
     )
 
 
-def _drafted(level, progress, limit, unfinished, sampling, limits, depth, refeed):
+def _drafted(level, progress, limit, unfinished, sampling, limits, depth, start, refeed):
     if level.drafter is None:
-        return Draft.empty(unfinished.shape[0], sampling.vocab_size), progress.below, progress.cache
+        return Draft.empty(unfinished.shape[0], sampling), progress.below, progress.cache
     # The token after the draft comes from the verifier, so one less than what is missing is of use.
     useful = jnp.where(unfinished, jnp.clip(limit - progress.length - 1, 0, level.draft_len), 0)
     ask = Ask(
@@ -247,53 +283,9 @@ def _drafted(level, progress, limit, unfinished, sampling, limits, depth, refeed
         lent=Lent(progress.cache, progress.features, progress.scored_from),
         draft_len=level.draft_len,
         depth=depth + 1,
+        fed=start,
         refeed=refeed,
     )
     proposal = level.drafter.propose(progress.below, ask, sampling)
     draft, below, lent = check_proposal(proposal, level.drafter, ask, sampling)
     return draft, below, lent.cache
-
-
-def _fitted(logits: jax.Array, vocab_size: int) -> jax.Array:
-    """Cut or pad a draft's logits with -inf to the target's vocabulary: models of one tokenizer pad it differently."""
-    missing = max(vocab_size - logits.shape[-1], 0)
-    return jnp.pad(logits[..., :vocab_size], ((0, 0), (0, 0), (0, missing)), constant_values=-jnp.inf)
-
-
-def _lawful(logits: jax.Array) -> jax.Array:
-    """Replace each row that nothing can be drawn from (NaN, +inf, or -inf throughout) by certainty of token 0.
-
-    A broken draft must still hand up what it drew from; that it is never accepted costs speed alone.
-    """
-    usable = jnp.all(logits < jnp.inf, axis=-1) & jnp.any(logits > -jnp.inf, axis=-1)
-    certain = jnp.where(jnp.arange(logits.shape[-1]) == 0, 0.0, -jnp.inf)
-    return jnp.where(usable[..., None], logits, certain[None, None, :])
-
-
-def _lawful_rows(logits: jax.Array, verdict: Verdict, sampling: Sampling) -> jax.Array:
-    """Return int32 [B], how many leading rows of logits [B, W, V] can be chosen from: no NaN, no +inf, not -inf throughout.
-
-    NaN and +inf come before every depth in an argmax, so greedy tokens tell of them without another pass over V.
-    """
-
-    def of_chosen(logits):
-        return jnp.take_along_axis(logits, verdict.tokens[..., None], axis=-1)[..., 0]
-
-    def of_all(logits):
-        return jnp.max(logits, axis=-1)
-
-    if sampling.synthetic_acceptance is not None:
-        largest = of_all(logits)
-    else:
-        largest = jax.lax.cond(jnp.any(sampling.temperature > 0), of_all, of_chosen, logits)
-    return jnp.sum(jnp.cumprod(jnp.isfinite(largest).astype(jnp.int32), axis=1), axis=1)
-
-
-def _cut(verdict: Verdict, length, limit, unfinished, stop_token_ids):
-    """Return how many of the verdict's tokens each row keeps, and whether the last kept one is a stop token."""
-    g = jnp.arange(verdict.tokens.shape[1])[None, :]
-    stops = jnp.any(verdict.tokens[..., None] == stop_token_ids[None, None, :], axis=-1)
-    to_stop = jnp.min(jnp.where(stops, g + 1, verdict.tokens.shape[1] + 1), axis=1)
-    kept = jnp.minimum(jnp.minimum(verdict.accepted + 1, limit - length), to_stop)
-    kept = jnp.where(unfinished, kept, 0)
-    return kept, unfinished & (kept == to_stop)

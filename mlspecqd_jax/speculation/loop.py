@@ -15,9 +15,9 @@ import numpy as np
 from mlspecqd_jax import jax_settings
 from mlspecqd_jax.arguments import LARGEST_INT, brief, instance, integers, is_array, number, whole
 from mlspecqd_jax.errors import InputError
-from mlspecqd_jax.speculation.buffers import padded
+from mlspecqd_jax.speculation.buffers import SLACK, padded
 from mlspecqd_jax.speculation.control import Fixed
-from mlspecqd_jax.speculation.level import SLACK, Level, run_round
+from mlspecqd_jax.speculation.level import Level, run_round
 from mlspecqd_jax.speculation.protocols import Control, Lent, check_limits
 from mlspecqd_jax.speculation.settings import Sampling
 from mlspecqd_jax.speculation.stack import Stack, outermost
@@ -82,6 +82,7 @@ def begin(
         cache=empty.cache,
         features=empty.features,
         scored_from=empty.scored_from,
+        fed=length - 1,
         below=empty.below,
         counts=empty.counts,
         probs=None,
@@ -114,7 +115,7 @@ def feed(
         piece = jax.lax.dynamic_slice(state.tokens, (0, i * width), (batch, width))
         return level.feed(fed, padded(piece, start, state.begin - 1), start, Lent(None, None, start))
 
-    fed = DrafterState(state.cache, state.features, state.scored_from, state.below, state.counts)
+    fed = DrafterState(state.cache, state.features, state.scored_from, state.fed, state.below, state.counts)
     return state._replace(**jax.lax.fori_loop(first, end, feed_piece, fed)._asdict())
 
 

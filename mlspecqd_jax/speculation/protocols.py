@@ -62,9 +62,10 @@ class Draft(NamedTuple):
     length: jax.Array  # int32 [B], how many of the G are proposed
 
     @staticmethod
-    def empty(batch: int, vocab_size: int) -> "Draft":
+    def empty(batch: int, sampling: Sampling) -> "Draft":
         """Return the draft of no tokens: verifying it is plain decoding."""
-        return Draft(jnp.zeros((batch, 0), jnp.int32), jnp.zeros((batch, 0, vocab_size)), jnp.zeros((batch,), jnp.int32))
+        probs = jnp.zeros((batch, 0, sampling.vocab_size)) if sampling.rule == "rejection" else None
+        return Draft(jnp.zeros((batch, 0), jnp.int32), probs, jnp.zeros((batch,), jnp.int32))
 
     @staticmethod
     def certain(tokens: jax.Array, length: jax.Array, sampling: Sampling) -> "Draft":
@@ -92,9 +93,10 @@ class Ask(NamedTuple):
     # Static: how many levels above the drafter there are. A cache of its own may lack as many tokens before the pending one, since
     # each of them may have appended one that the drafter never ran.
     depth: int
-    # Static: how many tokens before the pending one the verifier feeds again this round. A drafter that shares its cache feeds
-    # these and must not write below them.
-    refeed: int
+    # int32 [B], how many leading positions the verifier's cache holds; its pass feeds what follows them. A drafter that shares its
+    # cache feeds the same and must not write below.
+    fed: jax.Array
+    refeed: int  # static, how many tokens before the pending one these lack at most
 
 
 class Drafter(Protocol):
@@ -110,7 +112,7 @@ class Drafter(Protocol):
 
     @property
     def must_follow(self) -> bool:
-        """Whether it, or what drafts for it, is asked in every round, to be fed what was appended above."""
+        """Whether it, or what drafts for it, is asked in every round, also where none of its tokens is of use."""
 
     @property
     def uses_features(self) -> bool:

@@ -6,6 +6,7 @@ Notation: B batch, S buffer length, G draft_len, V vocabulary, F features.
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from mlspecqd_jax.speculation.counts import Counts
 
@@ -16,6 +17,7 @@ class DrafterState(NamedTuple):
     cache: Any  # None where it shares its verifier's
     features: jax.Array | None  # of the last pass, [B, draft_len + 1, F], where its drafter uses them
     scored_from: jax.Array  # int32 [B], the position of the first of these
+    fed: jax.Array  # int32 [B], how many leading positions its own cache holds
     below: Any  # its drafter's state
     counts: Counts
 
@@ -31,6 +33,7 @@ class State(NamedTuple):
     cache: Any
     features: jax.Array | None  # of the last pass, [B, draft_len + 1, F], where the drafter uses them
     scored_from: jax.Array  # int32 [B], the position of the first of these
+    fed: jax.Array  # int32 [B], how many leading positions the cache holds
     below: Any  # the drafter's state
     counts: Counts
     probs: jax.Array | None  # f32 [B, G, V], what the tokens from `begin` on were drawn from: under the rejection rule, for a draft
@@ -42,6 +45,13 @@ class State(NamedTuple):
 def is_unfinished(progress: State, limit: jax.Array) -> jax.Array:
     """Return bool [B]: which rows have neither ended, nor broken, nor reached their limit."""
     return ~progress.ended & ~progress.broken & (progress.length < limit)
+
+
+def rolled_back(state: Any, fed: jax.Array) -> Any:
+    """Return a drafter's state in which the caches of all levels hold at most `fed` [B] positions: what follows was not accepted."""
+    if not isinstance(state, DrafterState):
+        return state
+    return state._replace(fed=jnp.minimum(state.fed, fed), below=rolled_back(state.below, fed))
 
 
 def counts_of(state: State | DrafterState) -> tuple[Counts, ...]:

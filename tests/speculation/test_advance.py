@@ -56,7 +56,7 @@ def test_step_advance_and_generate_tokens_are_one():
     more = jit_step(stack, whole, limits, sampling)
     assert rows(more.tokens, more.length) == rows(whole.tokens, whole.length)
     assert logprob_rows(more) == logprob_rows(whole)
-    assert same(more.counts._replace(passes=0), whole.counts._replace(passes=0))
+    assert same(more.counts._replace(by_rows=0), whole.counts._replace(by_rows=0))
 
 
 def test_resuming_with_a_higher_limit_and_with_other_sampling():

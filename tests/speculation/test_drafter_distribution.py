@@ -11,7 +11,7 @@ from oracles import filtered_oracle, softmax
 from other_tokens import dictionary_of, translated
 from toys import Toy, ToyDrafter, level, quick_jit, ragged
 
-from mlspecqd_jax.speculation.level import SLACK
+from mlspecqd_jax.speculation.buffers import SLACK
 from mlspecqd_jax.speculation.loop import generate_tokens
 from mlspecqd_jax.speculation.settings import Sampling
 

@@ -10,7 +10,7 @@ from loops import MIXED, PENALIZED, PROMPTS, B, G, S, V, generate, plain, sampli
 from oracles import decode_oracle
 from toys import level, logprob_rows
 
-from mlspecqd_jax.speculation.level import SLACK
+from mlspecqd_jax.speculation.buffers import SLACK
 
 
 def replayed_counts(truth, begin, limit, drafts, draft_length):

@@ -15,8 +15,8 @@ from frequencies import count_sequences, g_test
 from oracles import filtered_oracle, softmax
 from toys import Markov, chain, level_counts, quick_jit, ragged
 
-from mlspecqd_jax.speculation import level as levels
-from mlspecqd_jax.speculation.level import SLACK
+from mlspecqd_jax.speculation import judging
+from mlspecqd_jax.speculation.buffers import SLACK
 from mlspecqd_jax.speculation.loop import generate_tokens
 from mlspecqd_jax.speculation.settings import Sampling
 from mlspecqd_jax.speculation.verification import verify
@@ -171,6 +171,6 @@ def bonus_from_the_draft(logits, draft, position, sampling, level=0):
 )
 def test_a_wrong_rule_is_seen(monkeypatch, name, mutated):
     """The same test, and how far a mutation is from passing it."""
-    monkeypatch.setattr(levels, "verify", mutated)
+    monkeypatch.setattr(judging, "verify", mutated)
     traced_anew = quick_jit(lambda *given: generate_tokens(*given))
     assert p_values(counted(*traced_anew(*arguments(name, "rejection", SHORT))[:2]))[0] < 1e-6

@@ -23,7 +23,7 @@ from oracles import choice_oracle, lookup_oracle, perturbation_of
 from scipy import stats
 from toys import level_counts
 
-from mlspecqd_jax.speculation.level import SLACK
+from mlspecqd_jax.speculation.buffers import SLACK
 
 slow, exhaustive = pytest.mark.slow, pytest.mark.exhaustive
 

@@ -28,7 +28,8 @@ from loops import (
 from oracles import decode_oracle
 from toys import EMPTY, Markov, ToyDrafter, chain, level, logprob_rows, pick_rows, ragged, rows, run
 
-from mlspecqd_jax.speculation.level import SLACK, Level
+from mlspecqd_jax.speculation.buffers import SLACK
+from mlspecqd_jax.speculation.level import Level
 from mlspecqd_jax.speculation.loop import buffer_length, init
 from mlspecqd_jax.speculation.settings import Sampling
 

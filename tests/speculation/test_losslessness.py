@@ -29,7 +29,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toys import MODULUS, Toy, chain, level_counts, ragged, rows, run
 
-from mlspecqd_jax.speculation.level import SLACK, Level
+from mlspecqd_jax.speculation.buffers import SLACK
+from mlspecqd_jax.speculation.level import Level
 
 slow = pytest.mark.slow
 FAST = ["own", "shared", "shared>ngram"]

@@ -236,7 +236,7 @@ def test_no_draft_is_plain_sampling(rule):
     p = conditionals(1)[0]
     sampling = Sampling.create(ROWS, V, temperature=1, rule=rule)
     logits = jnp.asarray(np.broadcast_to(np.log(p), (ROWS, 1, V)), jnp.float32)
-    verdict = jit_verify(logits, Draft.empty(ROWS, V), jnp.full((ROWS,), 3, jnp.int32), sampling, 0)
+    verdict = jit_verify(logits, Draft.empty(ROWS, sampling), jnp.full((ROWS,), 3, jnp.int32), sampling, 0)
     assert verdict.tokens.shape == (ROWS, 1)
     assert not np.any(verdict.accepted)
     assert g_test(np.bincount(np.asarray(verdict.tokens)[:, 0], minlength=V), p) > 1e-3

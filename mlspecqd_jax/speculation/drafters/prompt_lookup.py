@@ -49,7 +49,14 @@ class PromptLookup:
     def propose(self, state: None, ask: Ask, sampling: Sampling) -> tuple[Draft, None, Lent]:
         """Propose what followed the last tokens before (see `Drafter`)."""
         tokens, length = ask.sequences
-        found, source = jax.vmap(self._search)(tokens, length)  # bool [B], int32 [B]
+
+        def search():
+            return jax.vmap(self._search)(tokens, length)  # bool [B], int32 [B]
+
+        def nothing():
+            return jnp.zeros_like(length, bool), jnp.zeros_like(length)
+
+        found, source = jax.lax.cond(jnp.any(ask.wanted > 0), search, nothing)
         if sampling.synthetic_acceptance is not None:  # coins decide what is accepted, so there must be something to accept
             found = jnp.ones_like(found)
         period = jnp.maximum(length - source, 1)
