@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from toys import quick_jit
 
-from mlspecqd_jax.speculation.choosing import DRAW, RESIDUAL, gumbel, noise
 from mlspecqd_jax.speculation.buffers import SLACK
+from mlspecqd_jax.speculation.choosing import DRAW, RESIDUAL, gumbel, noise
 from mlspecqd_jax.speculation.settings import Sampling
 
 
@@ -62,8 +62,12 @@ def _gumbel_of_rows(seeds, size, vocab_size, purpose):
 
 def perturbation_of(sampling: Sampling, size):
     """Return the package's noise for plain decoding, [B, size, V], by index of the token that it draws."""
-    purpose = DRAW if sampling.rule == "coupled" else RESIDUAL
-    return np.asarray(_gumbel_of_rows(sampling.seed, size, sampling.vocab_size, purpose))
+    if sampling.rule == "coupled":
+        return np.asarray(_gumbel_of_rows(sampling.seed, size, sampling.vocab_size, DRAW))
+    # Under rejection each round has noise of its own, and a round of plain decoding draws the token at which it begins.
+    seeds = jax.vmap(lambda t: sampling.of_round(jnp.full_like(sampling.seed, t, jnp.int32)).seed)(jnp.arange(size))
+    of_rounds = jax.vmap(lambda seeds: _gumbel_of_rows(seeds, size, sampling.vocab_size, RESIDUAL))(seeds)  # [size, B, size, V]
+    return np.asarray(jnp.diagonal(of_rounds, axis1=0, axis2=2).transpose(0, 2, 1))
 
 
 def choice_oracle(logits, row, prompt_length, settings, r, perturbation):

@@ -99,13 +99,24 @@ def draw(logits: jax.Array, keys: jax.Array, sampling: Sampling) -> jax.Array:
     Returns:
       int32 [B, W], an exact draw from softmax(filtered logits) of each row.
     """
+    return jnp.argmax(compared(logits, keys, sampling), axis=-1).astype(jnp.int32)
+
+
+def compared(logits: jax.Array, keys: jax.Array, sampling: Sampling) -> jax.Array:
+    """Return what `draw` takes the largest of, f32 [B, W, V]."""
     greedy = (sampling.temperature == 0)[:, None, None]
 
     def drawn(x):
         return jnp.where(greedy, x, filtered(x, sampling) + gumbel(keys, x.shape[-1]))
 
-    x = jax.lax.cond(jnp.any(sampling.temperature > 0), drawn, lambda x: x, logits)
-    return jnp.argmax(x, axis=-1).astype(jnp.int32)
+    return jax.lax.cond(jnp.any(sampling.temperature > 0), drawn, lambda x: x, logits)
+
+
+def lead(x: jax.Array) -> jax.Array:
+    """Return by how much the largest of x [..., V] exceeds the next, f32 [...]; infinity where nothing else is left."""
+    best = jnp.argmax(x, axis=-1, keepdims=True)
+    others = jnp.where(jnp.arange(x.shape[-1]).reshape((1,) * (x.ndim - 1) + (-1,)) == best, -jnp.inf, x)
+    return jnp.max(x, axis=-1) - jnp.max(others, axis=-1)
 
 
 def probabilities(logits: jax.Array, sampling: Sampling) -> jax.Array:

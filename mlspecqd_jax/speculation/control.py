@@ -35,6 +35,9 @@ class Fixed:
         """Return int32 [D, B]."""
         return state
 
+    def guide(self, state, left):
+        """Return None: drafts are as long as they may be."""
+
     def update(self, state, counts):
         """Return the state as it is."""
         return state

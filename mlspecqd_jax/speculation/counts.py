@@ -18,6 +18,7 @@ class Counts(NamedTuple):
     drafted: jax.Array  # int32 [B]
     accepted: jax.Array  # int32 [B, G], by position in the draft
     judged: jax.Array  # int32 [B, G]
+    by_class: jax.Array  # int32 [2, B, 8, 2], accepted and judged by source and class (of `guide`), where drafts have classes
     by_rows: jax.Array  # int32 [SLACK + 1], passes of the level's model by how many rows were in use (prefill apart)
 
     @property
@@ -34,7 +35,7 @@ class Counts(NamedTuple):
         """Return the counts before the first round."""
         zeros = functools.partial(jnp.zeros, dtype=jnp.int32)
         drafts = (batch, draft_len)
-        return Counts(zeros((batch,)), zeros((batch,)), zeros(drafts), zeros(drafts), zeros((SLACK + 1,)))
+        return Counts(zeros((batch,)), zeros((batch,)), zeros(drafts), zeros(drafts), zeros((2, batch, 8, 2)), zeros((SLACK + 1,)))
 
 
 def count(counts: Counts, draft: Draft, verdict: Verdict, appended: jax.Array, unfinished: jax.Array) -> Counts:
@@ -53,7 +54,13 @@ def count(counts: Counts, draft: Draft, verdict: Verdict, appended: jax.Array, u
     kept = jnp.where(unfinished, jnp.where(whole, draft.length, jnp.minimum(draft.length, appended)), 0)
     accepted = g < jnp.minimum(kept, verdict.accepted)[:, None]
     judged = g < jnp.minimum(kept, verdict.accepted + 1)[:, None]
+    by_class = counts.by_class
+    if draft.classes is not None:
+        both = jnp.stack([accepted, judged], axis=-1).astype(jnp.int32)  # [B, G, 2]
+        here = jax.nn.one_hot(draft.classes, by_class.shape[2], dtype=jnp.int32)  # [B, G, 8]
+        by_class = by_class.at[draft.source].add(jnp.einsum("bgc,bgx->bcx", here, both))
     return counts._replace(
+        by_class=by_class,
         rounds=counts.rounds + unfinished.astype(jnp.int32),
         drafted=counts.drafted + kept,
         accepted=counts.accepted + accepted.astype(jnp.int32),

@@ -23,15 +23,26 @@ class Judged(NamedTuple):
     logprobs: jax.Array | None  # f32 [B, G + 1], of the verdict's tokens, if asked for
 
     @staticmethod
-    def nothing(draft: Draft, logprobs: bool) -> "Judged":
+    def nothing(draft: Draft, *, logprobs: bool, leads: bool) -> "Judged":
         """Return what is judged before there is a pass, in the shapes of what is judged of a draft."""
         none = jnp.zeros_like(draft.length)
         tokens = jnp.zeros((draft.tokens.shape[0], draft.tokens.shape[1] + 1), jnp.int32)
         probs = None if draft.probs is None else filled(draft.probs, tokens.shape[1])
-        return Judged(Verdict(tokens, none, probs), none, tokens.astype(jnp.float32) if logprobs else None)
+        zeros = tokens.astype(jnp.float32)
+        return Judged(Verdict(tokens, none, probs, zeros if leads else None), none, zeros if logprobs else None)
 
 
-def judge(logits: jax.Array, tokens: jax.Array, position: jax.Array, draft: Draft, sampling: Sampling, depth: int, logprobs: bool):
+def judge(
+    logits: jax.Array,
+    tokens: jax.Array,
+    position: jax.Array,
+    draft: Draft,
+    sampling: Sampling,
+    depth: int,
+    *,
+    logprobs: bool,
+    leads: bool,
+):
     """Verify a draft by the logits of a window.
 
     Args:
@@ -42,6 +53,7 @@ def judge(logits: jax.Array, tokens: jax.Array, position: jax.Array, draft: Draf
       sampling: the rows' settings.
       depth: of the level that judges; a draft's logits are made lawful.
       logprobs: whether to hand up the log-probabilities of the verdict's tokens.
+      leads: whether to hand up by how much each of them was ahead.
 
     Returns:
       Judged.
@@ -49,11 +61,12 @@ def judge(logits: jax.Array, tokens: jax.Array, position: jax.Array, draft: Draf
     rows, whole = logits.shape[1], draft.tokens.shape[1] + 1
     logits = _fitted(logits, sampling.vocab_size)
     adjusted = adjust(logits, tokens, position[:, None] + jnp.arange(rows)[None, :], sampling)
-    seen = Draft(draft.tokens[:, : rows - 1], None if draft.probs is None else draft.probs[:, : rows - 1], draft.length)
-    verdict = verify(_lawful(adjusted) if depth else adjusted, seen, position, sampling, depth)
+    probs = None if draft.probs is None else draft.probs[:, : rows - 1]
+    seen = draft._replace(tokens=draft.tokens[:, : rows - 1], probs=probs)
+    verdict = verify(_lawful(adjusted) if depth else adjusted, seen, position, sampling, depth, leads)
     lawful = jnp.full_like(position, rows) if depth else _lawful_rows(adjusted, verdict, sampling)
     return Judged(
-        Verdict(*(None if part is None else filled(part, whole) if part.ndim > 1 else part for part in verdict)),
+        jax.tree.map(lambda part: filled(part, whole) if part.ndim > 1 else part, verdict),
         lawful,
         filled(log_probability(logits, verdict.tokens), whole) if logprobs else None,
     )

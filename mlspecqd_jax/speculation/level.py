@@ -19,6 +19,16 @@ import jax.numpy as jnp
 from mlspecqd_jax.errors import InputError
 from mlspecqd_jax.speculation.buffers import SLACK, filled, padded, read_at, write_at
 from mlspecqd_jax.speculation.counts import Counts, count
+from mlspecqd_jax.speculation.guide import (
+    MODEL,
+    Guide,
+    another_round_pays,
+    chances,
+    class_of_lead,
+    for_its_drafter,
+    modelled,
+    surviving,
+)
 from mlspecqd_jax.speculation.judging import Judged, judge, kept
 from mlspecqd_jax.speculation.protocols import (
     PADDING,
@@ -33,7 +43,7 @@ from mlspecqd_jax.speculation.protocols import (
     check_scored,
 )
 from mlspecqd_jax.speculation.settings import Sampling
-from mlspecqd_jax.speculation.state import DrafterState, State, is_unfinished, rolled_back
+from mlspecqd_jax.speculation.state import DrafterState, State, counts_of, is_unfinished, rolled_back
 from mlspecqd_jax.speculation.widths import run_narrowest
 
 CATCH_UP = 16  # tokens that a cache of its own is fed at once
@@ -71,13 +81,15 @@ class Level:
                 raise InputError(
                     f"draft_len {level.draft_len} needs a window of {level.window(depth)} positions; at most {SLACK} are supported"
                 )
-        if isinstance(self.drafter, Level) and self.drafter.share_cache and self.drafter.model != self.model:
+        below = level_of(self.drafter)
+        if below is not None and below.share_cache and below.model != self.model:
             raise InputError("a drafter can share its verifier's cache only if it is the same model with other weights")
 
     @property
     def levels(self) -> "tuple[Level, ...]":
         """This level and those below it, outermost first."""
-        return (self, *(self.drafter.levels if isinstance(self.drafter, Level) else ()))
+        below = level_of(self.drafter)
+        return (self, *(() if below is None else below.levels))
 
     @property
     def name(self) -> str:
@@ -160,18 +172,32 @@ class Level:
             counts=state.counts,
             probs=probs,
             logprobs=None,
+            classes=None if ask.guide is None else jnp.zeros((batch, ask.draft_len), jnp.int32),
         )
         refeed = ask.refeed if self.share_cache else ask.depth
 
+        def so_far(progress):  # of what is drafted, as `guide` wants to know it
+            drafted = progress.length - progress.begin
+            alive = surviving(chances(ask.guide, MODEL, progress.classes), drafted)
+            alive = jnp.where(drafted == 0, 1, read_at(alive, jnp.maximum(drafted - 1, 0), 1)[:, 0])
+            alive = jnp.where(is_unfinished(progress, limit), alive, 0)
+            spent = modelled(ask.guide.times[1:], counts_of(progress)) - modelled(ask.guide.times[1:], counts_of(begun))
+            return alive, jnp.max(drafted), spent
+
         def more(progress):
             first = self.must_follow & (progress.counts.passes == begun.counts.passes)
-            return first | jnp.any(is_unfinished(progress, limit))
+            wanted = jnp.any(is_unfinished(progress, limit))
+            if ask.guide is not None:
+                wanted &= another_round_pays(ask.guide, *so_far(progress))
+            return first | wanted
 
         def run(progress):
-            return run_round(self, progress, limit, sampling, ask.limits, ask.depth, refeed)
+            guide = None if ask.guide is None or self.drafter is None else for_its_drafter(ask.guide, *so_far(progress))
+            return run_round(self, progress, limit, sampling, ask.limits, ask.depth, refeed, guide)
 
         end = jax.lax.while_loop(more, run, begun)
-        draft = Draft(read_at(end.tokens, end.begin, ask.draft_len), end.probs, end.length - end.begin)
+        tokens = read_at(end.tokens, end.begin, ask.draft_len)
+        draft = Draft(tokens, end.probs, end.length - end.begin, end.classes, MODEL)
         state = DrafterState(None if self.share_cache else end.cache, end.features, end.scored_from, end.fed, end.below, end.counts)
         return draft, state, ask.lent._replace(cache=end.cache) if self.share_cache else ask.lent
 
@@ -207,7 +233,14 @@ class Level:
 
 
 def run_round(
-    level: Level, progress: State, limit: jax.Array, sampling: Sampling, limits: jax.Array, depth: int = 0, refeed: int = 0
+    level: Level,
+    progress: State,
+    limit: jax.Array,
+    sampling: Sampling,
+    limits: jax.Array,
+    depth: int = 0,
+    refeed: int = 0,
+    guide: Guide | None = None,
 ) -> State:
     """Draft, score, verify: append 1 to draft_len + 1 tokens to every unfinished row.
 
@@ -219,15 +252,19 @@ def run_round(
       limits: int32 [D, B], how many tokens each level below may draft a round, outermost first.
       depth: how many levels above it there are.
       refeed: static, how many tokens before the pending one the cache lacks at most (`progress.fed`); they are fed too.
+      guide: of the level's drafter, or None.
     """
     unfinished = is_unfinished(progress, limit)
     length = progress.length
     start = jnp.clip(progress.fed, length - 1 - refeed, length - 1)
-    draft, below, cache = _drafted(level, progress, limit, unfinished, sampling, limits, depth, start, refeed)
+    sampling = sampling.of_round(length)
+    draft, below, cache = _drafted(level, progress, limit, unfinished, sampling, limits, depth, start, refeed, guide)
     tokens = write_at(progress.tokens, length, draft.tokens)
     # A draft's row that is finished here may yet have to catch up; the target's has nothing to be fed.
     known = length + draft.length if depth else jnp.where(unfinished, length + draft.length, start)
     rows = jnp.max(known - start)
+
+    told = {"logprobs": progress.logprobs is not None, "leads": progress.classes is not None}
 
     def score(width, cache):
         n = min(width, level.draft_len + 1)
@@ -237,10 +274,10 @@ def run_round(
         def of_round(x):  # [B, W, ...] -> [B, n, ...]
             return read_at(x, length - 1 - start, n) if refeed else x[:, :n]
 
-        judged = judge(of_round(logits), tokens, length, draft, sampling, depth, progress.logprobs is not None)
+        judged = judge(of_round(logits), tokens, length, draft, sampling, depth, **told)
         return cache, (judged, None if progress.features is None else filled(of_round(features), level.draft_len + 1))
 
-    nothing = Judged.nothing(draft, progress.logprobs is not None), progress.features
+    nothing = Judged.nothing(draft, **told), progress.features
     cache, (judged, features) = run_narrowest(level.all_widths(refeed), rows, score, cache, nothing)
     verdict = judged.verdict
     appended, ended = kept(judged, length, limit, unfinished, sampling.stop_token_ids)
@@ -249,11 +286,13 @@ def run_round(
         broken |= unfinished & (judged.lawful < appended)
         ended &= ~broken
         appended = jnp.minimum(appended, judged.lawful)
-    probs, logprobs = progress.probs, progress.logprobs
+    probs, logprobs, classes = progress.probs, progress.logprobs, progress.classes
     if probs is not None and verdict.probs is not None:
         probs = write_at(probs, length - progress.begin, verdict.probs)
     if logprobs is not None:
         logprobs = write_at(logprobs, length, judged.logprobs)
+    if classes is not None:
+        classes = write_at(classes, length - progress.begin, class_of_lead(verdict.leads))
     length = length + appended
     return progress._replace(
         tokens=write_at(tokens, progress.length, verdict.tokens),
@@ -268,10 +307,16 @@ def run_round(
         counts=count(progress.counts, draft, verdict, appended, unfinished).passed(rows),
         probs=probs,
         logprobs=logprobs,
+        classes=classes,
     )
 
 
-def _drafted(level, progress, limit, unfinished, sampling, limits, depth, start, refeed):
+def level_of(drafter: Any) -> Level | None:
+    """Return the level that a drafter is, or that drafts in it beside something else, if there is one."""
+    return drafter if isinstance(drafter, Level) else getattr(drafter, "level", None)
+
+
+def _drafted(level, progress, limit, unfinished, sampling, limits, depth, start, refeed, guide):
     if level.drafter is None:
         return Draft.empty(unfinished.shape[0], sampling), progress.below, progress.cache
     # The token after the draft comes from the verifier, so one less than what is missing is of use.
@@ -285,6 +330,7 @@ def _drafted(level, progress, limit, unfinished, sampling, limits, depth, start,
         depth=depth + 1,
         fed=start,
         refeed=refeed,
+        guide=guide,
     )
     proposal = level.drafter.propose(progress.below, ask, sampling)
     draft, below, lent = check_proposal(proposal, level.drafter, ask, sampling)

@@ -69,8 +69,10 @@ def begin(
     if size < widest + 1:
         raise InputError(f"tokens has {size} positions, but a window of {widest} needs more; see buffer_length")
     control = Fixed.create(batch) if control is None else control
-    if not all(hasattr(control, method) for method in ("init", "limits", "update")):
-        raise InputError(f"control is {brief(control)}, but must have init, limits and update: see mlsd.Control, or leave it out")
+    if not all(hasattr(control, method) for method in ("init", "limits", "guide", "update")):
+        raise InputError(
+            f"control is {brief(control)}, but must have init, limits, guide and update: see mlsd.Control, or leave it out"
+        )
     length = jnp.asarray(length).astype(jnp.int32)
     empty = level.init(batch, size)
     return State(
@@ -161,7 +163,9 @@ def step(stack: Stack | Level, state: State, limit: jax.Array, sampling: Samplin
     sampling = dataclasses.replace(sampling, prompt_length=_checked(state).begin)
     batch, control = state.length.shape[0], state.control
     limits = check_limits(control.limits(state.plan), control, len(level.draft_lens), batch)
-    state = run_round(level, state, _clipped(limit, state), sampling, limits)
+    limit = _clipped(limit, state)
+    guide = control.guide(state.plan, jnp.where(is_unfinished(state, limit), limit - state.length, 0))
+    state = run_round(level, state, limit, sampling, limits, guide=guide)
     return state._replace(plan=control.update(state.plan, counts_of(state)))
 
 

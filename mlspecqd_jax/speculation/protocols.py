@@ -60,6 +60,8 @@ class Draft(NamedTuple):
     tokens: jax.Array  # int32 [B, G]
     probs: jax.Array | None  # f32 [B, G, V]; None under the coupled rule
     length: jax.Array  # int32 [B], how many of the G are proposed
+    classes: jax.Array | None = None  # int32 [B, G], of `guide`, where its drafter is guided and has an opinion of its tokens
+    source: jax.Array | int = 1  # int32 [], LOOKUP or MODEL of `guide`
 
     @staticmethod
     def empty(batch: int, sampling: Sampling) -> "Draft":
@@ -97,6 +99,7 @@ class Ask(NamedTuple):
     # cache feeds the same and must not write below.
     fed: jax.Array
     refeed: int  # static, how many tokens before the pending one these lack at most
+    guide: Any = None  # of `guide`, what drafts are worth; None is to draft all that is wanted
 
 
 class Drafter(Protocol):
@@ -143,6 +146,9 @@ class Control(Protocol):
 
     def limits(self, state: Any) -> jax.Array:
         """Return int32 [D, B]: how many tokens every drafter, outermost first, may draft for each row a round."""
+
+    def guide(self, state: Any, left: jax.Array) -> Any:
+        """Return the `Guide` of the target's drafter in this round, or None; `left` int32 [B] is how many tokens rows lack."""
 
     def update(self, state: Any, counts: tuple) -> Any:
         """Return the state after a round, given the `Counts` of every level, outermost first."""

@@ -101,6 +101,21 @@ class Sampling:
             logprobs=flag("logprobs", logprobs),
         )
 
+    def of_round(self, length: jax.Array) -> "Sampling":
+        """Return the settings of a round that begins at `length` [B]: under rejection, with noise that no other round has.
+
+        What was drawn beyond a rejection is thus told apart from what is drawn there later, so that the length of a draft may be
+        chosen by all that went before: else a position's noise would be known before it is used. Under the coupled rule a
+        position's noise is one for all rounds and levels, and what is drawn depends on no draft.
+        """
+        if self.rule == "coupled":
+            return self
+
+        def one(seed, length):
+            return jax.random.bits(jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), length), dtype=jnp.uint32)
+
+        return dataclasses.replace(self, seed=jax.vmap(one)(self.seed, length))
+
 
 def _seeds(seed, batch: int) -> jax.Array:
     given = sequence("seed", seed, ROWS)

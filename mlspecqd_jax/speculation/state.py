@@ -38,6 +38,7 @@ class State(NamedTuple):
     counts: Counts
     probs: jax.Array | None  # f32 [B, G, V], what the tokens from `begin` on were drawn from: under the rejection rule, for a draft
     logprobs: jax.Array | None  # f32 [B, S], of the tokens chosen, when asked for
+    classes: jax.Array | None = None  # int32 [B, G], of `guide`, of the tokens from `begin` on: for a draft that is guided
     control: Any = None  # a `Control` of all levels below, where there is nobody above
     plan: Any = None  # the control's state
 
@@ -48,7 +49,7 @@ def is_unfinished(progress: State, limit: jax.Array) -> jax.Array:
 
 
 def rolled_back(state: Any, fed: jax.Array) -> Any:
-    """Return a drafter's state in which the caches of all levels hold at most `fed` [B] positions: what follows was not accepted."""
+    """Return a drafter's state in which all caches hold at most `fed` [B] positions: what follows was not accepted."""
     if not isinstance(state, DrafterState):
         return state
     return state._replace(fed=jnp.minimum(state.fed, fed), below=rolled_back(state.below, fed))

@@ -27,9 +27,12 @@ class Verdict(NamedTuple):
     tokens: jax.Array  # int32 [B, G + 1]
     accepted: jax.Array  # int32 [B]
     probs: jax.Array | None  # f32 [B, G + 1, V], the verifier's own distributions; None under the coupled rule
+    leads: jax.Array | None = None  # f32 [B, G + 1], by how much the largest of what was chosen from was ahead, if asked for
 
 
-def verify(logits: jax.Array, draft: Draft, position: jax.Array, sampling: Sampling, depth: int = 0) -> Verdict:
+def verify(
+    logits: jax.Array, draft: Draft, position: jax.Array, sampling: Sampling, depth: int = 0, leads: bool = False
+) -> Verdict:
     """Accept the longest lawful prefix of a draft and choose the token after it.
 
     Args:
@@ -38,22 +41,24 @@ def verify(logits: jax.Array, draft: Draft, position: jax.Array, sampling: Sampl
       position: int32 [B], index of the first drafted token in the row's own sequence.
       sampling: the rows' settings; `sampling.rule` selects the rule.
       depth: how many levels are above the verifier, which keeps the rejection rule's noise apart between levels.
+      leads: whether to hand up by how much each choice was ahead of the next.
     """
     t = position[:, None] + jnp.arange(logits.shape[1])[None, :]  # [B, G + 1]
     rule = _coupled if sampling.rule == "coupled" else _rejection
-    verdict = rule(logits, draft, t, sampling, depth)
+    verdict = rule(logits, draft, t, sampling, depth, leads)
     if sampling.synthetic_acceptance is None or draft.tokens.shape[1] == 0:
         return verdict
     return _synthetic(verdict, draft, t, sampling, depth)
 
 
-def _coupled(logits, draft, t, sampling, depth):
-    own = choosing.draw(logits, choosing.noise(sampling.seed, t, 0, choosing.DRAW), sampling)
+def _coupled(logits, draft, t, sampling, depth, leads):
+    compared = choosing.compared(logits, choosing.noise(sampling.seed, t, 0, choosing.DRAW), sampling)
+    own = jnp.argmax(compared, axis=-1).astype(jnp.int32)
     accepted = _prefix(draft.tokens == own[:, :-1], draft.length)
-    return Verdict(own, accepted, None)
+    return Verdict(own, accepted, None, choosing.lead(compared) if leads else None)
 
 
-def _rejection(logits, draft, t, sampling, depth):
+def _rejection(logits, draft, t, sampling, depth, leads):
     p = choosing.probabilities(logits, sampling)
     q = jnp.pad(draft.probs, ((0, 0), (0, 1), (0, 0)))
     g = jnp.arange(logits.shape[1])[None, :]
@@ -79,7 +84,7 @@ def _rejection(logits, draft, t, sampling, depth):
         residual,
     )
     tokens = jnp.where(g < accepted[:, None], jnp.pad(draft.tokens, ((0, 0), (0, 1))), drawn.astype(jnp.int32))
-    return Verdict(tokens, accepted, p)
+    return Verdict(tokens, accepted, p, choosing.lead(jnp.log(p)) if leads else None)
 
 
 def _synthetic(verdict, draft, t, sampling, depth):
@@ -88,7 +93,7 @@ def _synthetic(verdict, draft, t, sampling, depth):
     accepted = _prefix(coins < sampling.synthetic_acceptance[depth], draft.length)
     drafted = jnp.arange(t.shape[1])[None, :] < accepted[:, None]
     tokens = jnp.where(drafted, jnp.pad(draft.tokens, ((0, 0), (0, 1))), verdict.tokens)
-    return Verdict(tokens, accepted, verdict.probs)
+    return verdict._replace(tokens=tokens, accepted=accepted)
 
 
 def _prefix(matches: jax.Array, length: jax.Array) -> jax.Array:

@@ -126,10 +126,10 @@ def fed_otherwise(drafter_shares, change):
     """Return a `run_round` that begins elsewhere, for drafters that share their cache or those that do not."""
     real = levels.run_round
 
-    def mutated(level, progress, limit, sampling, limits, depth=0, refeed=0):
+    def mutated(level, progress, limit, sampling, limits, depth=0, refeed=0, guide=None):
         if depth > 0 and level.share_cache == drafter_shares and (refeed > 0 or change < 0):
             progress, refeed = progress._replace(fed=progress.fed + change), max(refeed, refeed - change)
-        return real(level, progress, limit, sampling, limits, depth, refeed)
+        return real(level, progress, limit, sampling, limits, depth, refeed, guide)
 
     return mutated
 

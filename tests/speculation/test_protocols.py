@@ -206,6 +206,9 @@ class Alternating:
     def limits(self, state):
         return state[1].at[0].set(3 * (state[0] % 2)).at[1:].set(1)
 
+    def guide(self, state, left):
+        return None
+
     def update(self, state, counts):
         return counts[0].passes, state[1]
 
@@ -243,7 +246,7 @@ def test_a_control_that_returns_something_else_is_told_what_is_needed(limits, me
 
 def test_what_is_no_control_is_refused():
     tokens, sampling = jnp.zeros((1, 256), jnp.int32), mlsd.Sampling.create(1, V)
-    with pytest.raises(mlsd.InputError, match="control is 3, but must have init, limits and update"):
+    with pytest.raises(mlsd.InputError, match="control is 3, but must have init, limits, guide and update"):
         mlsd.init(Level(Counting(), jnp.int32(1)), tokens, jnp.array([1]), sampling, control=3)
 
 

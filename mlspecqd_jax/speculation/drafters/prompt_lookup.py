@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from mlspecqd_jax.arguments import number
 from mlspecqd_jax.errors import InputError
+from mlspecqd_jax.speculation.guide import LOOKUP, best_length, chances, class_of_match, surviving, undrafted
 from mlspecqd_jax.speculation.protocols import Ask, Draft, Lent
 from mlspecqd_jax.speculation.settings import Sampling
 
@@ -51,21 +52,30 @@ class PromptLookup:
         tokens, length = ask.sequences
 
         def search():
-            return jax.vmap(self._search)(tokens, length)  # bool [B], int32 [B]
+            return jax.vmap(self._search)(tokens, length)
 
         def nothing():
-            return jnp.zeros_like(length, bool), jnp.zeros_like(length)
+            return jnp.zeros_like(length), jnp.zeros_like(length)
 
-        found, source = jax.lax.cond(jnp.any(ask.wanted > 0), search, nothing)
+        matched, source = jax.lax.cond(jnp.any(ask.wanted > 0), search, nothing)
+        found = matched > 0
         if sampling.synthetic_acceptance is not None:  # coins decide what is accepted, so there must be something to accept
             found = jnp.ones_like(found)
         period = jnp.maximum(length - source, 1)
         index = source[:, None] + jnp.arange(ask.draft_len)[None, :] % period[:, None]
         proposed = jnp.take_along_axis(tokens, index, axis=1, mode="clip")
-        return Draft.certain(proposed, jnp.where(found, ask.wanted, 0), sampling), state, ask.lent
+        draft = Draft.certain(proposed, jnp.where(found, ask.wanted, 0), sampling)
+        draft = draft if ask.guide is None else self._guided(draft, matched, ask.guide)
+        return draft, state, ask.lent
+
+    def _guided(self, draft, matched, guide):
+        classes = class_of_match(matched, draft.tokens.shape[1])
+        value, length = best_length(guide, surviving(chances(guide, LOOKUP, classes), draft.length), 0.0)
+        length = jnp.where(value > undrafted(guide), jnp.minimum(draft.length, length), 0)
+        return draft._replace(length=length, classes=classes, source=LOOKUP)
 
     def _search(self, tokens, length):
-        """Return whether one row [S] has a match, and the position that follows it."""
+        """Return how many tokens of one row [S] match, and the position that follows them there; 0 without a match."""
         size = tokens.shape[0]
         end = jnp.arange(size)  # a candidate's last token is at end - 1, what followed it at end
         matched = (end > 0) & (end < length)  # so far, by comparing the last i tokens
@@ -76,4 +86,4 @@ class PromptLookup:
                 any_ = jnp.any(matched)
                 best = jnp.where(any_, i, best)
                 source = jnp.where(any_, jnp.max(jnp.where(matched, end, 0)), source)
-        return best > 0, source
+        return best, source

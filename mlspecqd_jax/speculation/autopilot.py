@@ -1,0 +1,134 @@
+"""`Autopilot`: the control that learns what drafts are worth while it generates, and never loses more than it may.
+
+After each round it reads the counts of all levels: passes by rows give the time that the round took by a table of costs, verdicts
+by class the chances of acceptance. Both are forgotten bit by bit, the chances towards a prior.
+
+The account: a round may take no more time than plain decoding would have taken for what the rows have by then, a little more, and
+an allowance. So whatever is accepted or not, generating takes at most 1.004 times as long as plain decoding, and the allowance, in
+the time of that table.
+
+Notation: B batch, L levels, R rows of a window.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from mlspecqd_jax.speculation.buffers import SLACK
+from mlspecqd_jax.speculation.counts import Counts
+from mlspecqd_jax.speculation.guide import MODEL, Guide, modelled
+
+LOSS = 1.004  # times plain decoding's time
+ALLOWANCE, ALLOWANCE_OF_ALL = 2.0, 0.016  # passes of plain decoding for one row; for several, a part of all that they are asked for
+FORGET_A_VERDICT, FORGET_A_TOKEN = 0.98, 0.995  # what remains of counts after each
+FORGET_A_ROUND = 0.94  # of the rate at which tokens are made
+FORGET_A_PACE = 0.9
+FIRST_RETRY, LAST_RETRY = 16, 128  # rounds after which a model that seems not to pay drafts once more
+
+
+class Learnt(NamedTuple):
+    """What the autopilot knows, as it goes around with the rounds."""
+
+    tables: jax.Array  # f32 [L, 2, B, 8, 2], accepted and judged by level, source and class: counts, and the prior in tokens
+    made: jax.Array  # f32 [B, 2], tokens and time, of which the rate
+    pace: jax.Array  # f32 [L, 3], rounds of each level, their time and their tokens
+    done: jax.Array  # int32 [B], new tokens
+    time: jax.Array  # f32 [], of all rounds
+    least: jax.Array  # f32 [], the least that was ever left of the allowance
+    idle: jax.Array  # int32 [2], rounds since a model drafted for the target, and after how many it is to try
+    last: tuple[Counts, ...]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Autopilot:
+    """A `Control` that drafts what pays by what it has learnt; all of it is traced, so that another table is no other program."""
+
+    times: jax.Array  # f32 [L, SLACK + 1], of a pass of each level by rows in use, in those of plain decoding
+    prior: jax.Array  # f32 [L, 2, 8, 2], accepted and judged by level, source and class, in tokens
+    rate: jax.Array  # f32 [], tokens in the time of a plain pass, to begin with
+
+    def init(self, draft_lens, batch):
+        """Return what is known before the first round (see `Control`)."""
+        levels = len(self.times)
+        tables = jnp.broadcast_to(self.prior[:, :, None], (levels, 2, batch, 8, 2)).astype(jnp.float32)
+        # A level that has a drafter makes some 1.6 tokens in a pass over three rows.
+        each = jnp.minimum(self.times[:, 1], self.times[:, 3] / 1.6)
+        each = each.at[-1].set(jnp.where(len(draft_lens) < levels, self.times[-1, 1], each[-1]))
+        counts = tuple(Counts.zeros(batch, n) for n in (*draft_lens, *(0,) * (levels - len(draft_lens))))
+        return Learnt(
+            tables=tables,
+            made=jnp.broadcast_to(jnp.stack([12 * self.rate, jnp.float32(12)]), (batch, 2)),
+            pace=jnp.stack([jnp.full_like(each, 4), 4 * each, jnp.full_like(each, 4)], axis=1),
+            done=jnp.zeros((batch,), jnp.int32),
+            time=jnp.float32(0),
+            least=jnp.float32(jnp.inf),
+            idle=jnp.asarray([0, FIRST_RETRY], jnp.int32),
+            last=counts,
+        )
+
+    def limits(self, state):
+        """Return limits that leave all to the guide."""
+        drafters = sum(counts.accepted.shape[1] > 0 for counts in state.last)
+        return jnp.full((drafters, state.done.shape[0]), SLACK, jnp.int32)
+
+    def guide(self, state, left):
+        """Return what the target's drafts are worth now (see `Control`)."""
+        tables = state.tables
+        accept = (tables[..., 0] + 0.3) / (tables[..., 1] + 0.6)
+        mean = tables[..., 0].sum(-1) / tables[..., 1].sum(-1)
+        # Rows go around together, so what counts is the row that has most left.
+        weight = (left / jnp.maximum(jnp.max(left), 1)).astype(jnp.float32) ** 8
+        weight = weight / jnp.maximum(weight.sum(), 1e-6)
+        rate = jnp.sum(weight * jnp.maximum(state.made[:, 0] / state.made[:, 1], 1 / self.times[0, 1]))
+        rows = jnp.minimum(1 + jnp.arange(SLACK + 1), SLACK)
+        return Guide(
+            times=self.times,
+            accept=accept,
+            mean=mean,
+            pace=jnp.stack([state.pace[:, 2] / state.pace[:, 0], state.pace[:, 1] / state.pace[:, 0]], axis=1),
+            weight=weight,
+            worth=1 / rate,
+            after=self.times[0, rows],
+            room=self._balance(state, left) + LOSS * self.times[0, 1],
+            retry=state.idle[0] >= state.idle[1],
+        )
+
+    def _balance(self, state, left):
+        """Return what is left of the allowance, f32 []."""
+        asked = jnp.max(state.done + left)
+        allowance = ALLOWANCE_OF_ALL * asked.astype(jnp.float32)
+        if state.done.shape[0] == 1:
+            allowance = jnp.minimum(allowance, ALLOWANCE)
+        plain = (asked - jnp.max(left)).astype(jnp.float32) * self.times[0, 1]
+        return allowance + LOSS * plain - state.time
+
+    def update(self, state, counts):
+        """Return what is known after a round (see `Control`)."""
+        new = jax.tree.map(jnp.subtract, counts, state.last)
+        seen = jnp.stack([each.by_class for each in new]).astype(jnp.float32)  # [L, 2, B, 8, 2]
+        made = [(each.rounds + each.accepted.sum(axis=1)).astype(jnp.float32) for each in new]
+        verdicts = seen[..., 1].sum(-1)  # [L, 2, B]
+        kept = FORGET_A_VERDICT**verdicts * FORGET_A_TOKEN ** made[0]
+        prior = self.prior[:, :, None]
+        tables = prior + (state.tables - prior) * kept[..., None, None] + seen
+        times = jnp.stack([modelled(self.times[i:], new[i:]) for i in range(len(new))])
+        passes = jnp.stack([each.passes for each in new]).astype(jnp.float32)
+        each_pass = jnp.stack([tokens.sum() / jnp.maximum(each.rounds.sum(), 1) for tokens, each in zip(made, new, strict=True)])
+        pace = FORGET_A_PACE ** passes[:, None] * state.pace + jnp.stack([passes, times, passes * each_pass], axis=1)
+        drafted, accepted = seen[0, MODEL, ..., 1].sum() > 0, seen[0, MODEL, ..., 0].sum() > 0
+        period = jnp.where(accepted, FIRST_RETRY, state.idle[1])
+        tried = drafted & (state.idle[0] >= state.idle[1]) & ~accepted
+        period = jnp.where(tried, jnp.minimum(2 * period, LAST_RETRY), period)
+        return Learnt(
+            tables=tables,
+            made=FORGET_A_ROUND * state.made + jnp.stack([made[0], jnp.broadcast_to(times[0], made[0].shape)], axis=1),
+            pace=pace,
+            done=state.done + made[0].astype(jnp.int32),
+            time=state.time + times[0],
+            least=state.least,
+            idle=jnp.stack([jnp.where(drafted, 0, state.idle[0] + 1), period]).astype(jnp.int32),
+            last=counts,
+        )
