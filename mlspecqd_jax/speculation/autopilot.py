@@ -111,12 +111,13 @@ class Autopilot:
         seen = jnp.stack([each.by_class for each in new]).astype(jnp.float32)  # [L, 2, B, 8, 2]
         made = [(each.rounds + each.accepted.sum(axis=1)).astype(jnp.float32) for each in new]
         verdicts = seen[..., 1].sum(-1)  # [L, 2, B]
-        kept = FORGET_A_VERDICT**verdicts * FORGET_A_TOKEN ** made[0]
+        kept = FORGET_A_VERDICT**verdicts * FORGET_A_TOKEN ** made[0][None, None]
         prior = self.prior[:, :, None]
         tables = prior + (state.tables - prior) * kept[..., None, None] + seen
         times = jnp.stack([modelled(self.times[i:], new[i:]) for i in range(len(new))])
         passes = jnp.stack([each.passes for each in new]).astype(jnp.float32)
-        each_pass = jnp.stack([tokens.sum() / jnp.maximum(each.rounds.sum(), 1) for tokens, each in zip(made, new, strict=True)])
+        rounds = jnp.stack([jnp.maximum(each.rounds.sum(), 1) for each in new]).astype(jnp.float32)
+        each_pass = jnp.stack([tokens.sum() for tokens in made]) / rounds
         pace = FORGET_A_PACE ** passes[:, None] * state.pace + jnp.stack([passes, times, passes * each_pass], axis=1)
         drafted, accepted = seen[0, MODEL, ..., 1].sum() > 0, seen[0, MODEL, ..., 0].sum() > 0
         period = jnp.where(accepted, FIRST_RETRY, state.idle[1])

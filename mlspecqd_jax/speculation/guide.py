@@ -58,20 +58,23 @@ def chances(guide: Guide, source: int, classes: jax.Array) -> jax.Array:
 
 def surviving(chance: jax.Array, length: jax.Array) -> jax.Array:
     """Return the chance that each token and all before it are accepted, of `length` [B] tokens with these chances [B, G]."""
-    return jnp.cumprod(chance, axis=1) * (jnp.arange(chance.shape[1])[None, :] < length[:, None])
+    return jnp.where(jnp.arange(chance.shape[1])[None, :] < length[:, None], jnp.cumprod(chance, axis=1), 0.0)
 
 
-def best_length(guide: Guide, survive: jax.Array, each: jax.Array | float) -> tuple[jax.Array, jax.Array]:
+def best_length(
+    guide: Guide, survive: jax.Array, each: jax.Array | float, once: jax.Array | float = 0.0
+) -> tuple[jax.Array, jax.Array]:
     """Return what the best draft is worth, less its time, and its length of at least 1: f32 [], int32 []; -inf where none can be.
 
     Args:
       guide: of the judge.
       survive: f32 [B, G], of `surviving`.
       each: time of a drafted token.
+      once: time that drafting takes besides.
     """
     length = jnp.arange(1, survive.shape[1] + 1)
     gained = jnp.cumsum(jnp.sum(guide.weight[:, None] * survive, axis=0))
-    drafting = length.astype(jnp.float32) * each
+    drafting = length.astype(jnp.float32) * each + once
     value = guide.worth * (1 + gained) - guide.times[0, length + 1] - drafting
     possible = (drafting + guide.after[length] <= guide.room) & (jnp.max(survive, axis=0) > 0)
     value = jnp.where(possible, value, -jnp.inf)

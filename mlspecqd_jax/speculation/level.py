@@ -1,9 +1,8 @@
-"""The recursion: levels, each a model and what drafts for it, and the one round that all of them share.
+"""The recursion: levels, each a model and what drafts for it.
 
-A round (`run_round`) takes a draft, scores it in one pass of the level's model, and appends 1 to draft_len + 1 tokens, each an
-exact sample of that model. What a level puts out is therefore an exact sample of its own model whatever drafts below it, so a
-level can itself draft for the level above: `Level.propose` runs rounds until the draft is full (ML-SpecQD, arXiv 2503.13565, for
-any depth). Plain decoding is the level without a drafter: its draft is empty and its window is the pending token.
+What a level puts out is an exact sample of its own model whatever drafts below it (`round`), so a level can itself draft for the
+level above: `Level.propose` runs rounds until the draft is full (ML-SpecQD, arXiv 2503.13565, for any depth), or until more of it
+would not pay. Plain decoding is the level without a drafter: its draft is empty and its window is the pending token.
 
 Notation: B batch, S buffer length, W window, G draft_len, V vocabulary. `length` is the only position state: the token at
 length - 1 is *pending* (chosen, not yet fed to the model); caches are indexed by absolute position and whatever lies beyond the
@@ -17,19 +16,17 @@ import jax
 import jax.numpy as jnp
 
 from mlspecqd_jax.errors import InputError
-from mlspecqd_jax.speculation.buffers import SLACK, filled, padded, read_at, write_at
-from mlspecqd_jax.speculation.counts import Counts, count
+from mlspecqd_jax.speculation.buffers import SLACK, padded, read_at
+from mlspecqd_jax.speculation.counts import Counts
 from mlspecqd_jax.speculation.guide import (
     MODEL,
-    Guide,
+    affordable,
     another_round_pays,
     chances,
-    class_of_lead,
     for_its_drafter,
     modelled,
     surviving,
 )
-from mlspecqd_jax.speculation.judging import Judged, judge, kept
 from mlspecqd_jax.speculation.protocols import (
     PADDING,
     Ask,
@@ -38,13 +35,11 @@ from mlspecqd_jax.speculation.protocols import (
     Lent,
     Scored,
     Scorer,
-    Sequences,
-    check_proposal,
     check_scored,
 )
+from mlspecqd_jax.speculation.round import run_round
 from mlspecqd_jax.speculation.settings import Sampling
-from mlspecqd_jax.speculation.state import DrafterState, State, counts_of, is_unfinished, rolled_back
-from mlspecqd_jax.speculation.widths import run_narrowest
+from mlspecqd_jax.speculation.state import DrafterState, State, counts_of, is_unfinished
 
 CATCH_UP = 16  # tokens that a cache of its own is fed at once
 
@@ -155,6 +150,8 @@ class Level:
         tokens, length = ask.sequences
         batch = length.shape[0]
         probs = jnp.zeros((batch, ask.draft_len, sampling.vocab_size)) if sampling.rule == "rejection" else None
+        if ask.guide is not None:
+            ask = self._afforded(state, ask, ask.guide)
         limit = length + ask.wanted
         if not self.share_cache:
             state = self._caught_up(state, ask)
@@ -201,6 +198,21 @@ class Level:
         state = DrafterState(None if self.share_cache else end.cache, end.features, end.scored_from, end.fed, end.below, end.counts)
         return draft, state, ask.lent._replace(cache=end.cache) if self.share_cache else ask.lent
 
+    def debt(self, state: DrafterState, ask: Ask) -> jax.Array:
+        """Return the time, of a guided ask, that catching up takes before anything is drafted, f32 []."""
+        if self.share_cache:
+            return jnp.float32(0)
+        times = ask.guide.times[1]
+        lacks = jnp.max(ask.sequences.length - 1 - state.fed)
+        pieces = (jnp.maximum(lacks - ask.depth, 0) + CATCH_UP - 1) // CATCH_UP
+        return pieces.astype(jnp.float32) * times[CATCH_UP] + times[1 + jnp.clip(lacks, 0, ask.depth)] - times[1]
+
+    def _afforded(self, state, ask, guide):
+        """Take the debt from the room; want nothing where that leaves none."""
+        guide = guide._replace(room=guide.room - self.debt(state, ask))
+        can = affordable(guide, jnp.int32(0), jnp.float32(0))
+        return ask._replace(guide=guide, wanted=jnp.where(can, ask.wanted, 0))
+
     def _caught_up(self, state: DrafterState, ask: Ask) -> DrafterState:
         """Feed what was appended above while nothing was asked, but for the last `ask.depth` tokens, which a round feeds itself."""
         tokens, length = ask.sequences
@@ -232,106 +244,6 @@ class Level:
         return jnp.zeros(found.shape, found.dtype)
 
 
-def run_round(
-    level: Level,
-    progress: State,
-    limit: jax.Array,
-    sampling: Sampling,
-    limits: jax.Array,
-    depth: int = 0,
-    refeed: int = 0,
-    guide: Guide | None = None,
-) -> State:
-    """Draft, score, verify: append 1 to draft_len + 1 tokens to every unfinished row.
-
-    Args:
-      level: whose exact samples to append.
-      progress: where the rows stand.
-      limit: int32 [B], the length at which a row is finished.
-      sampling: the rows' settings.
-      limits: int32 [D, B], how many tokens each level below may draft a round, outermost first.
-      depth: how many levels above it there are.
-      refeed: static, how many tokens before the pending one the cache lacks at most (`progress.fed`); they are fed too.
-      guide: of the level's drafter, or None.
-    """
-    unfinished = is_unfinished(progress, limit)
-    length = progress.length
-    start = jnp.clip(progress.fed, length - 1 - refeed, length - 1)
-    sampling = sampling.of_round(length)
-    draft, below, cache = _drafted(level, progress, limit, unfinished, sampling, limits, depth, start, refeed, guide)
-    tokens = write_at(progress.tokens, length, draft.tokens)
-    # A draft's row that is finished here may yet have to catch up; the target's has nothing to be fed.
-    known = length + draft.length if depth else jnp.where(unfinished, length + draft.length, start)
-    rows = jnp.max(known - start)
-
-    told = {"logprobs": progress.logprobs is not None, "leads": progress.classes is not None}
-
-    def score(width, cache):
-        n = min(width, level.draft_len + 1)
-        window = padded(read_at(tokens, start, width), start, known)
-        logits, cache, features = level.score(window, start, cache)
-
-        def of_round(x):  # [B, W, ...] -> [B, n, ...]
-            return read_at(x, length - 1 - start, n) if refeed else x[:, :n]
-
-        judged = judge(of_round(logits), tokens, length, draft, sampling, depth, **told)
-        return cache, (judged, None if progress.features is None else filled(of_round(features), level.draft_len + 1))
-
-    nothing = Judged.nothing(draft, **told), progress.features
-    cache, (judged, features) = run_narrowest(level.all_widths(refeed), rows, score, cache, nothing)
-    verdict = judged.verdict
-    appended, ended = kept(judged, length, limit, unfinished, sampling.stop_token_ids)
-    broken = progress.broken
-    if depth == 0:  # a draft's logits are replaced by lawful ones
-        broken |= unfinished & (judged.lawful < appended)
-        ended &= ~broken
-        appended = jnp.minimum(appended, judged.lawful)
-    probs, logprobs, classes = progress.probs, progress.logprobs, progress.classes
-    if probs is not None and verdict.probs is not None:
-        probs = write_at(probs, length - progress.begin, verdict.probs)
-    if logprobs is not None:
-        logprobs = write_at(logprobs, length, judged.logprobs)
-    if classes is not None:
-        classes = write_at(classes, length - progress.begin, class_of_lead(verdict.leads))
-    length = length + appended
-    return progress._replace(
-        tokens=write_at(tokens, progress.length, verdict.tokens),
-        length=length,
-        ended=progress.ended | ended,
-        broken=broken,
-        cache=cache,
-        features=features,
-        scored_from=progress.length - 1,
-        fed=length - 1,
-        below=rolled_back(below, length - 1),
-        counts=count(progress.counts, draft, verdict, appended, unfinished).passed(rows),
-        probs=probs,
-        logprobs=logprobs,
-        classes=classes,
-    )
-
-
 def level_of(drafter: Any) -> Level | None:
     """Return the level that a drafter is, or that drafts in it beside something else, if there is one."""
     return drafter if isinstance(drafter, Level) else getattr(drafter, "level", None)
-
-
-def _drafted(level, progress, limit, unfinished, sampling, limits, depth, start, refeed, guide):
-    if level.drafter is None:
-        return Draft.empty(unfinished.shape[0], sampling), progress.below, progress.cache
-    # The token after the draft comes from the verifier, so one less than what is missing is of use.
-    useful = jnp.where(unfinished, jnp.clip(limit - progress.length - 1, 0, level.draft_len), 0)
-    ask = Ask(
-        sequences=Sequences(progress.tokens, progress.length),
-        wanted=jnp.minimum(useful, limits[0]),
-        limits=limits[1:],
-        lent=Lent(progress.cache, progress.features, progress.scored_from),
-        draft_len=level.draft_len,
-        depth=depth + 1,
-        fed=start,
-        refeed=refeed,
-        guide=guide,
-    )
-    proposal = level.drafter.propose(progress.below, ask, sampling)
-    draft, below, lent = check_proposal(proposal, level.drafter, ask, sampling)
-    return draft, below, lent.cache

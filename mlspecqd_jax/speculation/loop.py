@@ -17,8 +17,9 @@ from mlspecqd_jax.arguments import LARGEST_INT, brief, instance, integers, is_ar
 from mlspecqd_jax.errors import InputError
 from mlspecqd_jax.speculation.buffers import SLACK, padded
 from mlspecqd_jax.speculation.control import Fixed
-from mlspecqd_jax.speculation.level import Level, run_round
+from mlspecqd_jax.speculation.level import Level
 from mlspecqd_jax.speculation.protocols import Control, Lent, check_limits
+from mlspecqd_jax.speculation.round import run_round
 from mlspecqd_jax.speculation.settings import Sampling
 from mlspecqd_jax.speculation.stack import Stack, outermost
 from mlspecqd_jax.speculation.state import DrafterState, State, counts_of, is_unfinished

@@ -25,6 +25,7 @@ from chains import (
 from toys import level_counts, quick_jit, ragged, rows
 
 from mlspecqd_jax.speculation import level as levels
+from mlspecqd_jax.speculation import round as rounds
 from mlspecqd_jax.speculation.level import Level
 from mlspecqd_jax.speculation.loop import advance, generate_tokens
 
@@ -117,7 +118,7 @@ def test_every_draft_is_accepted_in_full_after_a_resume(name, rule):
         assert rows(state.tokens, state.length) == generate(plain, state.length, sampling)[0]
 
 
-def cut_without_bonus(judged, length, limit, unfinished, stop_token_ids, real=levels.kept):
+def cut_without_bonus(judged, length, limit, unfinished, stop_token_ids, real=rounds.kept):
     n, ended = real(judged, length, limit, unfinished, stop_token_ids)
     return jnp.where(unfinished, jnp.clip(judged.verdict.accepted, 1, n), 0), ended
 
@@ -150,7 +151,7 @@ MUTATIONS = {
 
 
 def run_mutated(monkeypatch, name, attribute, mutated, stack):
-    monkeypatch.setattr(f"{levels.__name__}.{attribute}", mutated)
+    monkeypatch.setattr(f"{(rounds if attribute == 'kept' else levels).__name__}.{attribute}", mutated)
     sampling = sampling_of(seed=7, **MIXED)
     tokens, length = ragged(PROMPTS, S, toy.alarm)
     mutated_run = quick_jit(lambda *arguments: generate_tokens(*arguments))  # traced anew

@@ -52,23 +52,21 @@ class Either:
     def propose(self, state: Any, ask: Ask, sampling: Sampling) -> tuple[Draft, Any, Lent]:
         """Ask one of them for as many tokens as pay, and the other for none (see `Drafter`)."""
         found, _, lent = self.lookup.propose(None, ask, sampling)
-        by_lookup = found.length > 0 if ask.guide is None else jnp.broadcast_to(~self._model_pays(ask, found), found.length.shape)
+        by_lookup = found.length > 0
+        if ask.guide is not None:
+            by_lookup = jnp.broadcast_to(~self._model_pays(state, ask, found), by_lookup.shape)
         drafted, state, lent = self.level.propose(state, ask._replace(wanted=jnp.where(by_lookup, 0, ask.wanted)), sampling)
 
         def either(found, drafted):
             return jnp.where(by_lookup.reshape(-1, *(1,) * (found.ndim - 1)), found, drafted)
 
+        merged = jax.tree.map(either, found._replace(source=by_lookup), drafted._replace(source=by_lookup))
         # Where sources are told apart there is one for all rows.
-        sources = {"source": jnp.where(by_lookup[0], LOOKUP, MODEL)}
-        return (
-            jax.tree.map(either, found._replace(source=by_lookup), drafted._replace(source=by_lookup))._replace(**sources),
-            state,
-            lent,
-        )
+        return merged._replace(source=jnp.where(by_lookup[0], LOOKUP, MODEL)), state, lent
 
-    def _model_pays(self, ask, found):
+    def _model_pays(self, state, ask, found):
         guide = ask.guide
         looked_up, _ = best_length(guide, surviving(chances(guide, LOOKUP, found.classes), found.length), 0.0)
         mean = jnp.broadcast_to(guide.mean[0, MODEL][:, None], found.tokens.shape)
-        drafted, _ = best_length(guide, surviving(mean, ask.wanted), guide.each)
+        drafted, _ = best_length(guide, surviving(mean, ask.wanted), guide.each, self.level.debt(state, ask))
         return (drafted > jnp.maximum(undrafted(guide), looked_up)) | (guide.retry & (drafted > -jnp.inf))
