@@ -15,11 +15,11 @@ import sys
 from pathlib import Path
 
 import jax
+import predictions
 import prompts as prompt_files
 from machine import describe, publish
 
 import mlspecqd_jax as mlsd
-from mlspecqd_jax.speculation.theory import rounds_for, tokens_per_round
 from mlspecqd_jax.weights.formats import FORMATS
 
 CHOICES = {"greedy": {}, "coupled": {"temperature": 0.8}, "rejection": {"temperature": 0.8, "rule": "rejection"}}
@@ -53,17 +53,9 @@ def named(model):
 
 
 def measure(stack, prompts, plain, arguments) -> dict:
-    """Return the levels of one run, the formulae's word for them, and whether the tokens are those of plain decoding."""
+    """Return the levels of one run, and whether the tokens are those of plain decoding."""
     out = mlsd.generate(stack, prompts, **arguments)
-    levels = out.report["levels"]
-    judges = [level for level in levels if level["draft_len"]]
-    result = {"levels": levels, "equal": None if plain is None else out.tokens == plain.tokens}
-    result["predicted_tokens_per_round"] = tokens_per_round(judges[0]["token_acceptance"], judges[0]["draft_len"])
-    if len(judges) > 1:
-        outer, inner = judges[:2]
-        result["inner_rounds_per_round"] = inner["rounds"] / outer["rounds"]
-        result["predicted_inner_rounds_per_round"] = rounds_for(outer["draft_len"], inner["token_acceptance"], inner["draft_len"])
-    return result
+    return {"levels": out.report["levels"], "equal": None if plain is None else out.tokens == plain.tokens}
 
 
 def memory(model) -> dict:
@@ -123,10 +115,10 @@ def main() -> None:
             for name, (drafters, how) in chosen.items():
                 run = measure(mlsd.stack(model, *drafters, **how), prompts, plain, arguments)
                 runs.append({"dtype": dtype, "choice": choice, "stack": name} | run)
-                target = run["levels"][0]
+                accepted = run["levels"][0]["token_acceptance"]
                 print(
-                    f"{dtype} {choice} {name}: token acceptance {target['token_acceptance']:.3f}, "
-                    f"{target['mean_acceptance_length']:.2f} tokens a round ({run['predicted_tokens_per_round']:.2f} predicted), "
+                    f"{dtype} {choice} {name}: token acceptance {accepted:.3f}, "
+                    f"{predictions.tokens_a_round(run['levels'], len(prompts))} tokens a round (predicted), "
                     f"equal to plain decoding: {run['equal']}",
                     flush=True,
                 )

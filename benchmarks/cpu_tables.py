@@ -1,6 +1,6 @@
 """The tables of what runs on CPU: weight products, decoding, and peers."""
 
-from mlspecqd_jax.speculation.theory import rounds_for, speedup
+from mlspecqd_jax.speculation.theory import Profile, pass_time, rounds_for, speedup
 
 DRAFT_LENGTHS = range(1, 16)
 ACCEPTANCE = 0.9
@@ -74,7 +74,7 @@ def decoding(result: dict) -> str:
 def over_plain(result: dict, name: str) -> tuple[float, float, float]:
     """Return how many times as fast as plain decoding a stack is, the same without luck, and tokens a round by the formula."""
     lengths, rates = result["stacks"][name]
-    expected = result["new"] / rounds_for(result["new"], rates[0], lengths[0]) if rates else 1
+    expected = result["new"] / rounds_for(result["new"], [rates[0]] * lengths[0]) if rates else 1
     times = result["generation_seconds"]["plain"]["median"] / result["generation_seconds"][name]["median"]
     return times, times * expected / result["tokens_per_round"][name], expected
 
@@ -123,5 +123,6 @@ def peers(result: dict) -> str:
 def best(median: dict, target: str, draft: str) -> float:
     """Return the least seconds a token, over draft_len, of a target with a draft."""
     one = median[f"{target}: 1 position"]
-    more = max(median[f"{target}: 8 positions"] / one - 1, 0) / 7
-    return one / max(speedup(ACCEPTANCE, g, g * median[draft] / one, more) for g in DRAFT_LENGTHS)
+    passes = pass_time({1: one, 8: max(median[f"{target}: 8 positions"], one)})
+    drafts = Profile(lambda rows: median[draft])
+    return one / max(speedup([Profile(passes, [ACCEPTANCE] * g), drafts]) for g in DRAFT_LENGTHS)

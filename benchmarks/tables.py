@@ -14,6 +14,7 @@ import accelerator_tables
 import aot_tables
 import cpu_tables
 import headlines
+import predictions
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -46,23 +47,28 @@ def acceptance(result: dict) -> str:
     runs = {(run["stack"], run["choice"]): run for run in result["runs"]}
     stacks, choices = (list(dict.fromkeys(run[key] for run in result["runs"])) for key in ("stack", "choice"))
     head = " | ".join("greedy" if choice == "greedy" else f"{choice}, T = 0.8" for choice in choices)
-    rates = [f"| drafts | token acceptance: {head} | tokens a round, greedy (formula) |"]
+    rates = [f"| drafts | token acceptance: {head} | tokens a round, greedy (predicted) |"]
     positions = ["| mxfp4:6, P(accepted if judged) at position | 1 | 2 | 3 | 4 | 5 | 6 |"]
-    nested = ["| nested, greedy | token acceptance of the inner draft | inner rounds a round (formula) |"]
+    nested = ["| nested, greedy | token acceptance of the inner draft | inner rounds a round (predicted) |"]
     for table in (rates, positions, nested):
         table.append("|---" * (table[0].count("|") - 1) + "|")
     for name in stacks:
         greedy, *_ = chosen = [runs[name, choice] for choice in choices]
         each = " | ".join(f"{run['levels'][0]['token_acceptance']:.3f}" for run in chosen)
-        tokens = f"{greedy['levels'][0]['mean_acceptance_length']:.2f} ({greedy['predicted_tokens_per_round']:.2f})"
-        rates.append(f"| {name} | {each} | {tokens} |")
-        if "inner_rounds_per_round" in greedy:
-            inner = f"{greedy['inner_rounds_per_round']:.2f} ({greedy['predicted_inner_rounds_per_round']:.2f})"
-            nested.append(f"| {name} | {greedy['levels'][1]['token_acceptance']:.3f} | {inner} |")
+        levels, prompts = greedy["levels"], result["prompts"]
+        rates.append(f"| {name} | {each} | {predictions.tokens_a_round(levels, prompts)} |")
+        if levels[1]["draft_len"]:
+            inner = predictions.inner_rounds_a_round(levels, prompts)
+            nested.append(f"| {name} | {levels[1]['token_acceptance']:.3f} | {inner} |")
     for choice in choices:
         each = runs["mxfp4:6", choice]["levels"][0]["acceptance_by_position"]
         positions.append(f"| {choice} | {' | '.join(f'{rate:.3f}' for rate in each)} |")
-    note = "The formula supposes a full draft in every round; look-up without a match drafts nothing."
+    note = (
+        "Predicted: from acceptance by position and from how often look-up finds a match, for texts of this length, as if rounds "
+        "were independent of each other."
+    )
+    if any("judged_by_position" not in run["levels"][0] for run in result["runs"]):
+        note += " Not so for look-up, whose matches were not counted yet."
     last = f"{environment(result)}; `{result['command']}`."
     nested = [*nested, ""] if len(nested) > 2 else []
     return "\n".join([*rates, "", *positions, "", *nested, note, equality(result), memory(result["memory"]), "", last])
@@ -72,7 +78,7 @@ def demo_acceptance(result: dict) -> str:
     """Return the table of what the demo accepts, a line for each draft and what judges it."""
     temperatures = sorted({row["temperature"] for row in result["rows"]})
     head = " | ".join("greedy" if t == 0 else f"T = {t:g}" for t in temperatures)
-    lines = [f"| stack | token acceptance: {head} | tokens a round, greedy (formula) |", "|---" * (len(temperatures) + 2) + "|"]
+    lines = [f"| stack | token acceptance: {head} | tokens a round, greedy (predicted) |", "|---" * (len(temperatures) + 2) + "|"]
     found = {(row["stack"], row["judge"], row["temperature"]): row for row in result["rows"]}
     for stack, judge in dict.fromkeys((stack, judge) for stack, judge, _ in found):
         each = " | ".join(f"{found[stack, judge, t]['token_acceptance']:.3f}" for t in temperatures)

@@ -24,7 +24,7 @@ import jax
 
 import mlspecqd_jax as mlsd
 from mlspecqd_jax import specs
-from mlspecqd_jax.speculation.theory import rounds_for
+from mlspecqd_jax.speculation.theory import match_rate, rounds_for
 
 PROMPTS = Path(__file__).resolve().parent / "prompts.jsonl"
 OUTER, INNER = 6, 3  # draft_len
@@ -43,7 +43,7 @@ def stacks_of(small: str | None) -> dict[str, list[str]]:
 
 
 def measure(model, small: str | None, prompts: list[str], options: argparse.Namespace, load) -> Iterator[dict]:
-    """Yield a row for each stack, temperature and level that judges a draft: what it accepts, and how well a formula knew."""
+    """Yield a row for each stack, temperature and level that judges a draft: what it accepts, and how well theory knew."""
     arguments = {"max_new_tokens": options.new_tokens}
     for label, written in stacks_of(small).items():
         stack = mlsd.stack(model, *specs.drafters(specs.parse(written), model, load))
@@ -59,28 +59,31 @@ def measure(model, small: str | None, prompts: list[str], options: argparse.Name
 def of_level(report: dict, i: int) -> dict:
     """Return acceptance of the draft that level i judges, and tokens a round of it.
 
-    Rounds of the outermost level give the text, those of a level below the drafts for the level above. The formula takes each
-    token to be accepted with the same probability, whatever came before.
+    Rounds of the outermost level give the text, those of a level below the drafts for the level above. The prediction takes
+    acceptance to depend on the position in the draft alone, and look-up to find a match equally often everywhere.
     """
-    level = report["levels"][i]
-    accepted, length = level["token_acceptance"], level["draft_len"]
+    level, drafter = report["levels"][i : i + 2]
+    acceptance = [rate or 0.0 for rate in level["acceptance_by_position"]]
     if i == 0:
         wanted = [request["new_tokens"] for request in report["requests"]]
         measured = sum(wanted) / level["rounds"]
-        predicted = sum(wanted) / sum(rounds_for(n, accepted, length) for n in wanted)
     else:
         above = report["levels"][i - 1]
+        wanted = [above["draft_len"]]
         measured = above["drafted"] / level["rounds"]
-        predicted = above["draft_len"] / rounds_for(above["draft_len"], accepted, length)
+    match = 1.0
+    if not drafter["passes"]:  # look-up, while a model drafts whenever a draft is of use
+        match = match_rate(level["judged_by_position"][0] / level["rounds"], acceptance, round(sum(wanted) / len(wanted)))
     return {
         "verifier": level["name"],
-        "draft": report["levels"][i + 1]["name"],
-        "draft_len": length,
+        "draft": drafter["name"],
+        "draft_len": level["draft_len"],
+        "rounds": level["rounds"],
         "judged_by_position": level["judged_by_position"],
-        "token_acceptance": accepted,
+        "token_acceptance": level["token_acceptance"],
         "acceptance_by_position": level["acceptance_by_position"],
         "tokens_per_round": measured,
-        "predicted_tokens_per_round": predicted,
+        "predicted_tokens_per_round": sum(wanted) / sum(rounds_for(n, acceptance, match) for n in wanted),
     }
 
 

@@ -69,7 +69,7 @@ def by_position(axis, rows: list[dict]) -> None:
 
 
 def predicted(axis, rows: list[dict], temperatures: list[float]) -> None:
-    """Draw a point for each draft and temperature against the line on which the formula is right."""
+    """Draw a point for each draft and temperature against the line on which the prediction is right."""
     most = max(max(row["tokens_per_round"], row["predicted_tokens_per_round"]) for row in rows) + 0.4
     axis.plot([1, most], [1, most], color=GREY, linewidth=0.8, zorder=0)
     for row in rows:
@@ -85,7 +85,7 @@ def predicted(axis, rows: list[dict], temperatures: list[float]) -> None:
         )
     ticks = range(1, int(most) + 1)
     axis.set(xlim=(0.8, most), ylim=(0.8, most), xticks=ticks, yticks=ticks, aspect="equal")
-    axis.set(xlabel="predicted from the share accepted", ylabel="measured")
+    axis.set(xlabel="predicted from acceptance by position", ylabel="measured")
     axis.set_title("tokens a round", loc="left")
     marks = [
         Line2D([], [], color=GREY, marker=MARKERS[i % len(MARKERS)], linestyle="", label=f"T = {t:g}")

@@ -11,6 +11,7 @@ from mlspecqd_jax.speculation.counts import Counts
 from mlspecqd_jax.speculation.settings import Sampling
 from mlspecqd_jax.speculation.stack import Stack
 from mlspecqd_jax.speculation.state import State, counts_of
+from mlspecqd_jax.speculation.theory import tokens_per_round
 
 JUDGED, COLLAPSED = 64, 0.2  # a token acceptance below this, among at least so many judged, is warned of
 
@@ -40,7 +41,7 @@ def summarize(counts: Counts, row: int | None = None) -> dict[str, Any]:
         "judged": int(judged.sum()),
         "acceptance_rate": _ratio(accepted.sum(), drafted),
         "token_acceptance": _ratio(accepted.sum(), judged.sum()),
-        "mean_acceptance_length": 1 + accepted.sum().item() / rounds if drafts and rounds else None,
+        "mean_acceptance_length": tokens_per_round(accepted.tolist(), rounds) if drafts and rounds else None,
         "acceptance_by_position": [_ratio(a, j) for a, j in zip(accepted, judged, strict=True)],
         "judged_by_position": judged.tolist(),
     }

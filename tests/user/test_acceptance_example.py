@@ -25,7 +25,7 @@ def level(name, draft_len, **counts):
 
 @pytest.fixture
 def report():
-    """Two levels that judge, as a generation reports them: every draft of three is accepted in full by the twin."""
+    """Two levels that judge, as a generation reports them: look-up drafts in every round, and the twin accepts all of it."""
     return {
         "levels": [
             level(
@@ -37,6 +37,7 @@ def report():
                 token_acceptance=0.5,
                 acceptance_by_position=[0.5] * 6,
                 judged_by_position=[10] * 6,
+                passes=10,
             ),
             level(
                 "twin",
@@ -47,8 +48,9 @@ def report():
                 token_acceptance=1.0,
                 acceptance_by_position=[1.0] * 3,
                 judged_by_position=[20] * 3,
+                passes=20,
             ),
-            level("ngram", 0, rounds=0, judged=0),
+            level("ngram", 0, rounds=0, judged=0, passes=0),
         ],
         "requests": [{"new_tokens": 10}, {"new_tokens": 1}],
     }
@@ -58,9 +60,20 @@ def test_tokens_a_round_are_predicted_for_the_tokens_that_there_are(script, repo
     outer, inner = (script.of_level(report, i) for i in (0, 1))
     assert (outer["verifier"], outer["draft"]) == ("demo", "twin")
     assert outer["tokens_per_round"] == 1.1
-    assert outer["predicted_tokens_per_round"] == pytest.approx(11 / (1 + script.rounds_for(10, 0.5, 6)))
+    assert outer["predicted_tokens_per_round"] == pytest.approx(11 / (1 + script.rounds_for(10, [0.5] * 6)))
     assert (inner["verifier"], inner["draft"]) == ("twin", "ngram")
     assert inner["tokens_per_round"] == inner["predicted_tokens_per_round"] == 3  # a draft of 6 takes two rounds: 4 and 2
+
+
+def test_look_up_is_predicted_by_how_often_it_found_a_draft(script, report):
+    inner = report["levels"][1]
+    inner |= {"judged_by_position": [8, 8, 4], "acceptance_by_position": [1.0, 0.5, None]}
+    row = script.of_level(report, 1)
+    match = script.match_rate(8 / 20, [1.0, 0.5, 0.0], 6)
+    assert 8 / 20 < match < 1
+    assert row["predicted_tokens_per_round"] == pytest.approx(6 / script.rounds_for(6, [1.0, 0.5, 0.0], match))
+    report["levels"][2]["passes"] = 20  # a model, which drafts whenever it is asked
+    assert script.of_level(report, 1)["predicted_tokens_per_round"] == 6 / script.rounds_for(6, [1.0, 0.5, 0.0])
 
 
 def test_the_table_has_a_line_for_each_row(script, report):
