@@ -24,8 +24,8 @@ MODEL_HELP = "folder, .gguf file, owner/name or owner/name/FILE.gguf id"
 DRAFT_HELP = (
     "BASE[:LEN], what drafts for the model, repeated for what drafts for the draft; BASE is a format such as mxfp4 (the same "
     "weights in it; auto4.5: a format for each weight, 4.5 bits on average), MODEL[@FORMAT] (one that is quantized already drafts "
-    "as it is stored), ngram, or none (plain decoding); the default is what was found to pay for models of this size on this "
-    "device: ngram for small ones, mxfp4 for large ones on CPU"
+    "as it is stored), ngram, or none (plain decoding); LEN tokens a round, or without any LEN as many as pay; the default, auto, "
+    "is what was found to pay for models of this size on this device: ngram for small ones, mxfp4 for large ones on CPU"
 )
 CALIBRATE_HELP = (
     "round the weights of twins in a format so that they make up for each other's errors, on text that the model writes: better "
@@ -156,11 +156,20 @@ def _generate(a: argparse.Namespace) -> None:
     from mlspecqd_jax.loading import models
 
     load = functools.cache(functools.partial(models.load, dtype=a.dtype))
+    if specs.AUTO in a.draft and len(a.draft) > 1:
+        raise InputError("--draft auto chooses all drafts and stands alone; leave the others out")
+    a.draft = [] if a.draft == [specs.AUTO] else a.draft
     specs.parse(a.draft, a.calibrate)  # refused before anything is loaded
     target = load(a.model, dequantize=True) if a.dequantize else load(a.model)  # as drafts are: one name is loaded once
     drafts = a.draft or planner.default_drafts(target)
-    drafters = specs.drafters(specs.parse(drafts, a.calibrate), target, load, a.calibrate)
-    stack = stacks.stack(target, *drafters, exact=not a.inexact, share_cache=not a.own_cache)
+    parsed = specs.parse(drafts, a.calibrate)
+    stack = stacks.stack(
+        target,
+        *specs.drafters(parsed, target, load, a.calibrate),
+        exact=not a.inexact,
+        share_cache=not a.own_cache,
+        lengths=specs.lengths(parsed),
+    )
     if a.json or a.compare or len(prompts) > 1:
         out = (generation.compare if a.compare else generation.generate)(stack, prompts, **arguments)
         if a.json:

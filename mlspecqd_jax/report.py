@@ -7,7 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from mlspecqd_jax.speculation.autopilot import Autopilot
 from mlspecqd_jax.speculation.counts import Counts
+from mlspecqd_jax.speculation.guide import LOOKUP, MODEL
 from mlspecqd_jax.speculation.settings import Sampling
 from mlspecqd_jax.speculation.stack import Stack
 from mlspecqd_jax.speculation.state import State, counts_of
@@ -47,17 +49,40 @@ def summarize(counts: Counts, row: int | None = None) -> dict[str, Any]:
     }
 
 
+def passes_of(counts: Counts) -> dict[str, Any]:
+    """Return the passes of a level, also by how many rows were in use, and its verdicts by source, where drafts told theirs."""
+    by_source = counts.by_class.sum(axis=(1, 2))
+    return {
+        "passes": int(counts.by_rows.sum()),
+        "passes_by_rows": {str(rows): int(n) for rows, n in enumerate(counts.by_rows) if n},
+        "judged_by_source": {name: int(by_source[i, 1]) for i, name in ((LOOKUP, "lookup"), (MODEL, "model"))},
+        "accepted_by_source": {name: int(by_source[i, 0]) for i, name in ((LOOKUP, "lookup"), (MODEL, "model"))},
+    }
+
+
+def autopilot_of(state: State) -> dict[str, float | None] | None:
+    """Return what the autopilot counted, in passes of plain decoding, or None where there was none.
+
+    `time` of all rounds by its table; `speedup` over plain decoding by that table; `least_ahead`: how far rounds were ahead of
+    plain decoding when they were the least so, below 0 where the allowance was drawn on.
+    """
+    if not isinstance(state.control, Autopilot):
+        return None
+    time, most = float(state.plan.time), int(state.plan.done.max())
+    return {"time": time, "speedup": most / time if time else None, "least_ahead": float(state.plan.least) if time else None}
+
+
 def build(stack: Stack, state: State, sampling: Sampling, new_tokens: list[int], timing: Timing) -> dict[str, Any]:
     """Return the report of one generation as plain JSON values; levels[0] is the target, what it judges counted there."""
     counts = jax.device_get(counts_of(state))
     levels = [
-        {"name": card.name, "draft_len": level.draft_len} | summarize(of_level) | {"passes": int(of_level.passes)}
+        {"name": card.name, "draft_len": level.draft_len} | summarize(of_level) | passes_of(of_level)
         for card, level, of_level in zip(stack.cards, stack.levels, counts, strict=True)
     ]
     innermost = stack.levels[-1].drafter
     if innermost is not None:  # drafts without a model, so that there is nothing to count
         nothing = jax.device_get(Counts.zeros(len(new_tokens), 0))
-        levels.append({"name": innermost.name, "draft_len": 0} | summarize(nothing) | {"passes": 0})
+        levels.append({"name": innermost.name, "draft_len": 0} | summarize(nothing) | passes_of(nothing))
     total = sum(new_tokens)
     rates = sampling.synthetic_acceptance
     return {
@@ -68,6 +93,7 @@ def build(stack: Stack, state: State, sampling: Sampling, new_tokens: list[int],
         ],
         "rule": sampling.rule,
         "exact": stack.exact,
+        "autopilot": autopilot_of(state),
         "synthetic_acceptance": None
         if rates is None
         else [round(rate, 6) for rate in rates.tolist()],  # then the text is meaningless
@@ -87,7 +113,10 @@ def warnings_of(report: dict[str, Any]) -> list[str]:
         f"{level['name']} accepts {level['token_acceptance']:.0%} of the tokens that {below['name']} drafts ({level['judged']} "
         "judged), which is hardly worth it; draft with another model, or draft fewer tokens"
         for level, below in itertools.pairwise(report["levels"])
-        if report["synthetic_acceptance"] is None and level["judged"] >= JUDGED and level["token_acceptance"] < COLLAPSED
+        if report["synthetic_acceptance"] is None
+        and report["autopilot"] is None
+        and level["judged"] >= JUDGED
+        and level["token_acceptance"] < COLLAPSED
     ]
 
 

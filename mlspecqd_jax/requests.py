@@ -112,4 +112,6 @@ def request(stack: Stack, prompts, arguments: dict[str, Any]) -> Request:
     rows, limit = len(batch.length), {name: arguments.pop(name) for name in ("draft_limit",) if name in arguments}
     sampling = Sampling.create(rows, stack.level.model.vocab_size, **arguments)
     loop.check(stack, sampling)
-    return Request(batch, sampling, Fixed.create(rows, **limit), stops)
+    fixed = Fixed.create(rows, **limit)
+    control = fixed if stack.control is None else stack.control.capped(fixed.draft_limit)
+    return Request(batch, sampling, control, stops)

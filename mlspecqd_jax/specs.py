@@ -1,9 +1,9 @@
 """Drafters as written on the command line: SPEC = BASE[:LEN], outermost first.
 
-BASE is a FORMAT (the twin of the level above), MODEL[@FORMAT], `ngram`, or `none` (plain decoding, alone); LEN is the draft_len. In
-place of a FORMAT, `auto` and a number, such as auto4.5, is a format for each weight, so many bits on average. A MODEL that is
-quantized already is read as it is stored, as the twin of the level above where it can be that; a GGUF file with a FORMAT is
-dequantized, and cast anew.
+BASE is a FORMAT (the twin of the level above), MODEL[@FORMAT], `ngram`, or `none` (plain decoding, alone); LEN is the draft_len:
+one fixes all lengths, and without any drafts are as long as pays. In place of a FORMAT, `auto` and a number, such as auto4.5, is a
+format for each weight, so many bits on average. A MODEL that is quantized already is read as it is stored, as the twin of the level
+above where it can be that; a GGUF file with a FORMAT is dequantized, and cast anew.
 """
 
 import functools
@@ -21,7 +21,7 @@ from mlspecqd_jax.stacks import check_draft_len, default_draft_len
 from mlspecqd_jax.weights.formats import FORMATS
 from mlspecqd_jax.weights.quantization import bits_of
 
-NGRAM, NONE = "ngram", "none"
+NGRAM, NONE, AUTO = "ngram", "none", "auto"
 
 
 class Spec(NamedTuple):
@@ -115,5 +115,11 @@ def drafters(specs: Sequence[Spec], target: Model, load: Callable[..., Model], c
         else:
             above = above if spec.model is None else load(spec.model)
             drafter = above if spec.format is None else twins(above, spec.format, calibrate)
-        pairs.append((drafter, spec.draft_len or default_draft_len(drafter, nested=i > 0)))
+        auto = lengths(specs) == "auto"
+        pairs.append((drafter, spec.draft_len or default_draft_len(drafter, nested=i > 0, auto=auto)))
     return pairs
+
+
+def lengths(specs: Sequence[Spec]) -> str:
+    """Return whether drafts are as long as pays or as they are written, as `stack` takes it: one LEN fixes all."""
+    return "auto" if specs and all(spec.draft_len is None for spec in specs) else "fixed"

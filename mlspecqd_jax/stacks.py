@@ -1,17 +1,23 @@
 """`stack`: a target and its drafters, outermost first, checked against each other and built into one `Stack`."""
 
+import itertools
 import math
 from typing import Any, NamedTuple
 
 from jax.sharding import NamedSharding, PartitionSpec
 
 from mlspecqd_jax import console, jax_settings
-from mlspecqd_jax.arguments import brief, flag, instance
+from mlspecqd_jax.arguments import brief, choice, flag, instance
 from mlspecqd_jax.errors import InputError
 from mlspecqd_jax.loading.model import Model
 from mlspecqd_jax.network.network import Network
+from mlspecqd_jax.pass_times import guessed
+from mlspecqd_jax.planner import default_drafts
+from mlspecqd_jax.speculation.autopilot import Autopilot
+from mlspecqd_jax.speculation.drafters.either import Either
 from mlspecqd_jax.speculation.drafters.prompt_lookup import PromptLookup
 from mlspecqd_jax.speculation.level import Level
+from mlspecqd_jax.speculation.priors import prior
 from mlspecqd_jax.speculation.protocols import Scorer
 from mlspecqd_jax.speculation.stack import Stack
 from mlspecqd_jax.speculation.translated import Dictionary, Translated, TranslatedParams
@@ -20,27 +26,38 @@ from mlspecqd_jax.text.token_map import TokenMap, token_map
 from mlspecqd_jax.weights.placement import place
 from pallas_kernels.product import ONE_WIDTH
 
+LENGTHS = ("fixed", "auto")
+
 
 @jax_settings.held
-def stack(target: Model, *drafters: Any, exact: bool = True, share_cache: bool = True) -> Stack:
+def stack(target: Model, *drafters: Any, exact: bool = True, share_cache: bool = True, lengths: str = "fixed") -> Stack:
     """Build what generates: a target, what drafts for it, what drafts for that, and so on; the target alone decodes plainly.
 
     Args:
       target: the model whose output is wanted.
       *drafters: outermost first, each (drafter, draft_len) or a drafter alone (5 tokens, 3 if it drafts for a draft, 4 for prompt
         look-up). A drafter is a `Model`, such as the level's own twin `target.quantized()`, or `prompt_lookup()`, which must be
-        the last. A model of another tokenizer drafts what its tokens and the target's have in common; stderr says how much.
+        the last; a model of another tokenizer drafts what its tokens and the target's have in common, and stderr says how much.
+        "auto" alone is what was found to pay for models of the target's size on its device, with lengths="auto".
       exact: pad every window of the target to a multiple of rows at which a row's result does not depend on the window, so that
         all stacks give the same tokens in the weights' dtype (CPU: 2 rows, or none where the C++ products run; GPU and TPU: 16,
         hence draft_len <= 15). False drops the padding: fastest, and equal up to rounding.
       share_cache: let twins read and write their verifier's cache; False gives each a cache of its own.
+      lengths: "fixed" drafts so many tokens in each round; "auto" as many as pay, from none up to the draft_len (15 where none is
+        given, 7 if it drafts for a draft), by a model or by look-up, which such a stack has anyway, and takes no more than about
+        two per cent longer than plain decoding whatever is accepted.
 
     Raises:
       InputError: a drafter does not fit the level above it; one sentence on how.
     """
     instance("target", target, Model, "a Model, as mlsd.load returns it")
     exact, share_cache = flag("exact", exact), flag("share_cache", share_cache)
-    pairs = [_pair(drafter, nested=i > 0) for i, drafter in enumerate(drafters)]
+    if drafters == ("auto",):
+        drafters, lengths = tuple(_drafter(name, target) for name in default_drafts(target)), "auto"
+    auto = choice("lengths", lengths, LENGTHS) == "auto"
+    pairs = [_pair(drafter, nested=i > 0, auto=auto) for i, drafter in enumerate(drafters)]
+    if auto:
+        pairs = _with_lookup(pairs)
     rows = exact_rows(target, pairs[0][1] if pairs else 0) if exact else 1
     models, scorers = [target], [_Scorer(target.network, target.params)]
     translations: dict[Any, _Translation] = {}
@@ -52,22 +69,29 @@ def stack(target: Model, *drafters: Any, exact: bool = True, share_cache: bool =
         elif i + 1 < len(pairs):
             raise InputError(f"{name_of(drafter)} has no weights that {name_of(pairs[i + 1][0])} could draft for; put it last")
     innermost = None if not pairs or isinstance(pairs[-1][0], Model) else pairs[-1][0]
-    lengths = [draft_len for _, draft_len in pairs] + [0] * (len(models) > len(pairs))
+    lookup = innermost if auto and isinstance(innermost, PromptLookup) else None
+    if auto and len(models) > 2:  # a draft of a draft's draft costs next to nothing
+        innermost, pairs = None, pairs[:-1]
+    draft_lens = [draft_len for _, draft_len in pairs] + [0] * (len(models) > len(pairs))
 
     def level(i: int) -> Level:
         model, last = models[i], i + 1 == len(models)
+        drafter = innermost if last else level(i + 1)
+        if lookup is not None and not last:
+            drafter = Either(drafter, lookup)
         multiple = 1 if i else rows
-        narrower = model.network.narrower(model.params, lengths[i] + 1) if isinstance(scorers[i].model, Network) else ()
+        narrower = model.network.narrower(model.params, draft_lens[i] + 1) if isinstance(scorers[i].model, Network) else ()
         return Level(
             *scorers[i],
-            innermost if last else level(i + 1),
-            lengths[i],
+            drafter,
+            draft_lens[i],
             window_multiple=multiple,
             widths=tuple(width for width in narrower if width % multiple == 0),
             share_cache=share_cache and i > 0 and is_twin(model, models[i - 1]),
         )
 
-    return Stack(level(0), tuple(model.card for model in models), exact)
+    control = _autopilot(models, len(pairs)) if auto else None
+    return Stack(level(0), tuple(model.card for model in models), exact, control)
 
 
 def prompt_lookup(max_ngram: int = 3, min_ngram: int = 1) -> PromptLookup:
@@ -100,8 +124,10 @@ def name_of(drafter: Any) -> str:
     return drafter.card.name if isinstance(drafter, Model) else getattr(drafter, "name", type(drafter).__name__)
 
 
-def default_draft_len(drafter: Any, nested: bool) -> int:
-    """Return the draft_len of a drafter that is given without one."""
+def default_draft_len(drafter: Any, nested: bool, auto: bool = False) -> int:
+    """Return the draft_len of a drafter that is given without one, or the most where lengths are chosen as they pay."""
+    if auto:
+        return 7 if nested else 15
     return 4 if isinstance(drafter, PromptLookup) else 3 if nested else 5
 
 
@@ -114,7 +140,7 @@ def check_draft_len(draft_len: Any) -> int:
     return draft_len
 
 
-def _pair(given: Any, nested: bool) -> tuple[Any, int]:
+def _pair(given: Any, nested: bool, auto: bool) -> tuple[Any, int]:
     drafter, *rest = given if isinstance(given, (tuple, list)) and given else (given,)
     drafts = hasattr(drafter, "init") and hasattr(drafter, "propose") and not isinstance(drafter, type)
     if not isinstance(drafter, Model) and not drafts:
@@ -123,7 +149,28 @@ def _pair(given: Any, nested: bool) -> tuple[Any, int]:
         )
     if len(rest) > 1:
         raise InputError(f"{name_of(drafter)} comes with {len(rest)} values, but needs one, its draft_len")
-    return drafter, check_draft_len(rest[0]) if rest else default_draft_len(drafter, nested)
+    return drafter, check_draft_len(rest[0]) if rest else default_draft_len(drafter, nested, auto)
+
+
+def _drafter(name: str, target: Model) -> Model | PromptLookup:
+    return PromptLookup() if name == "ngram" else target.quantized(name)
+
+
+def _with_lookup(pairs: list[tuple[Any, int]]) -> list[tuple[Any, int]]:
+    """Return the same with look-up at the end, where there is none; no other drafter without a model can be guided."""
+    other = next((drafter for drafter, _ in pairs if not isinstance(drafter, (Model, PromptLookup))), None)
+    if other is not None:
+        raise InputError(f'lengths="auto" is for models and prompt_lookup(), not for {name_of(other)}; pass lengths="fixed"')
+    if pairs and isinstance(pairs[-1][0], PromptLookup):
+        return pairs
+    lookup = PromptLookup()
+    return [*pairs, (lookup, default_draft_len(lookup, nested=bool(pairs), auto=True))]
+
+
+def _autopilot(models: list[Model], drafters: int) -> Autopilot:
+    twins = [is_twin(draft, verifier) for verifier, draft in itertools.pairwise(models)]
+    times = guessed([model.pass_bytes for model in models], models[0].runs_on)
+    return Autopilot.create(times, prior([*twins, False]), drafters)
 
 
 def _check_fits(draft: Model, target: Model) -> None:

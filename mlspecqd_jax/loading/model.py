@@ -7,6 +7,7 @@ from typing import cast
 import jax
 import jax.numpy as jnp
 
+import cpu_kernels
 from mlspecqd_jax import arguments, jax_settings
 from mlspecqd_jax.errors import InputError
 from mlspecqd_jax.loading import checkpoint, precision_search
@@ -16,7 +17,7 @@ from mlspecqd_jax.text.card import Card
 from mlspecqd_jax.weights.cast import check_scale_rule
 from mlspecqd_jax.weights.quantization import Policy, Recipe, bits_of, default_policy, formats_of, quantize_params, recipe_of_bits
 from mlspecqd_jax.weights.quantized_array import Leaf
-from mlspecqd_jax.weights.tensors import EMBEDDING
+from mlspecqd_jax.weights.tensors import EMBEDDING, HEAD
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -46,6 +47,21 @@ class Model:
     @property
     def nbytes(self) -> int:
         return sum(leaf.nbytes for leaf in self.params.values())
+
+    @property
+    def pass_bytes(self) -> int:
+        """What a pass over one row reads of the weights: all but an embedding that is not the head."""
+        gathered = EMBEDDING if HEAD in self.params else None
+        return sum(leaf.nbytes for name, leaf in self.params.items() if name != gathered)
+
+    @property
+    def runs_on(self) -> str:
+        """What runs its products: cpu (C++), cpu-xla (XLA on a CPU), gpu or tpu."""
+        platform = next(iter(self.embedding.devices())).platform
+        if platform != "cpu":
+            return "tpu" if platform == "tpu" else "gpu"
+        in_cpp = self.embedding.dtype == jnp.bfloat16 and self.network.mesh is None and cpu_kernels.usable()
+        return "cpu" if in_cpp else "cpu-xla"
 
     @jax_settings.held
     def quantized(

@@ -36,7 +36,7 @@ class Learnt(NamedTuple):
     pace: jax.Array  # f32 [L, 3], rounds of each level, their time and their tokens
     done: jax.Array  # int32 [B], new tokens
     time: jax.Array  # f32 [], of all rounds
-    least: jax.Array  # f32 [], the least that was ever left of the allowance
+    least: jax.Array  # f32 [], the least that rounds were ever ahead of plain decoding; below 0 the allowance was drawn on
     idle: jax.Array  # int32 [2], rounds since a model drafted for the target, and after how many it is to try
     last: tuple[Counts, ...]
 
@@ -49,6 +49,20 @@ class Autopilot:
     times: jax.Array  # f32 [L, SLACK + 1], of a pass of each level by rows in use, in those of plain decoding
     prior: jax.Array  # f32 [L, 2, 8, 2], accepted and judged by level, source and class, in tokens
     rate: jax.Array  # f32 [], tokens in the time of a plain pass, to begin with
+    most: jax.Array  # int32 [D, B or 1], how many tokens each level may draft a round, outermost first
+    allowance: jax.Array  # f32 [], times what is usual; infinity lifts the account
+
+    @staticmethod
+    def create(times, prior, drafters: int, *, rate: float = 1.3, most: int = SLACK, allowance: float = 1.0) -> "Autopilot":
+        """Put together a control of a stack with so many `drafters`; see the fields."""
+        f32 = jnp.float32
+        caps = jnp.full((drafters, 1), most, jnp.int32)
+        return Autopilot(jnp.asarray(times, f32), jnp.asarray(prior, f32), f32(rate), caps, f32(allowance))
+
+    def capped(self, draft_limit: jax.Array) -> "Autopilot":
+        """Return the same with at most so many tokens [B] a round for the target."""
+        most = jnp.broadcast_to(self.most, (len(self.most), len(draft_limit)))
+        return dataclasses.replace(self, most=most.at[:1].set(jnp.minimum(most[:1], draft_limit[None])))
 
     def init(self, draft_lens, batch):
         """Return what is known before the first round (see `Control`)."""
@@ -70,9 +84,8 @@ class Autopilot:
         )
 
     def limits(self, state):
-        """Return limits that leave all to the guide."""
-        drafters = sum(counts.accepted.shape[1] > 0 for counts in state.last)
-        return jnp.full((drafters, state.done.shape[0]), SLACK, jnp.int32)
+        """Return the caps; the rest is the guide's (see `Control`)."""
+        return jnp.broadcast_to(self.most, (len(self.most), *state.done.shape))
 
     def guide(self, state, left):
         """Return what the target's drafts are worth now (see `Control`)."""
@@ -102,6 +115,7 @@ class Autopilot:
         allowance = ALLOWANCE_OF_ALL * asked.astype(jnp.float32)
         if state.done.shape[0] == 1:
             allowance = jnp.minimum(allowance, ALLOWANCE)
+        allowance *= self.allowance
         plain = (asked - jnp.max(left)).astype(jnp.float32) * self.times[0, 1]
         return allowance + LOSS * plain - state.time
 
@@ -121,15 +135,17 @@ class Autopilot:
         pace = FORGET_A_PACE ** passes[:, None] * state.pace + jnp.stack([passes, times, passes * each_pass], axis=1)
         drafted, accepted = seen[0, MODEL, ..., 1].sum() > 0, seen[0, MODEL, ..., 0].sum() > 0
         period = jnp.where(accepted, FIRST_RETRY, state.idle[1])
+        done, time = state.done + made[0].astype(jnp.int32), state.time + times[0]
+        ahead = LOSS * jnp.max(done).astype(jnp.float32) * self.times[0, 1] - time
         tried = drafted & (state.idle[0] >= state.idle[1]) & ~accepted
         period = jnp.where(tried, jnp.minimum(2 * period, LAST_RETRY), period)
         return Learnt(
             tables=tables,
             made=FORGET_A_ROUND * state.made + jnp.stack([made[0], jnp.broadcast_to(times[0], made[0].shape)], axis=1),
             pace=pace,
-            done=state.done + made[0].astype(jnp.int32),
-            time=state.time + times[0],
-            least=state.least,
+            done=done,
+            time=time,
+            least=jnp.minimum(state.least, ahead),
             idle=jnp.stack([jnp.where(drafted, 0, state.idle[0] + 1), period]).astype(jnp.int32),
             last=counts,
         )

@@ -50,7 +50,7 @@ def init(
       tokens: int32 [B, S], left-aligned prompts; S at least the final length plus SLACK (`buffer_length`).
       length: int32 [B], prompt lengths, at least 1.
       sampling: the rows' settings.
-      control: of draft lengths; None lets every level draft its draft_len.
+      control: of draft lengths; None is the stack's own, or else lets every level draft its draft_len.
       prefill_width: static; prompts are fed in pieces of (at most) this many tokens.
     """
     prefill_width = whole("prefill_width", prefill_width)
@@ -69,6 +69,7 @@ def begin(
     widest = max(each.window(depth) for depth, each in enumerate(level.levels))
     if size < widest + 1:
         raise InputError(f"tokens has {size} positions, but a window of {widest} needs more; see buffer_length")
+    control = stack.control if control is None and isinstance(stack, Stack) else control
     control = Fixed.create(batch) if control is None else control
     if not all(hasattr(control, method) for method in ("init", "limits", "guide", "update")):
         raise InputError(

@@ -20,6 +20,7 @@ class Stack:
     cards: tuple[Any, ...] = dataclasses.field(metadata={"static": True})
     # Whether every stack of this target gives the same tokens: then all windows of the target compute a row alike.
     exact: bool = dataclasses.field(metadata={"static": True})
+    control: Any = None  # a `Control` of draft lengths where a caller brings none; None drafts all that may be drafted
 
     def __post_init__(self):
         if self.level.share_cache:

@@ -22,7 +22,7 @@ def test_generate_prints_text_to_stdout_and_the_rest_to_stderr(capsys):
     value = json.loads(as_json)
     assert out == value["text"][0] + "\n"
     assert "demo < ngram" in err
-    assert "by default drafted with --draft ngram:4;" in err
+    assert "by default drafted with --draft ngram;" in err
     assert "12 tokens" in err
     assert "tokens drafted by ngram" in err
     assert "tokens/s" in err
@@ -60,7 +60,7 @@ def test_drafts_of_the_command_line(capsys):
 def test_a_draft_that_is_hardly_accepted_is_warned_of_on_stderr(capsys, monkeypatch):
     monkeypatch.setattr(report, "JUDGED", 1)
     monkeypatch.setattr(report, "COLLAPSED", 1.1)
-    code, out, err = run(capsys, "generate", *SHORT)
+    code, out, err = run(capsys, "generate", *SHORT, "--draft", "ngram:4")
     assert code == 0
     assert "mlspecqd: warning: demo accepts" in err
     assert "warning" not in out

@@ -21,7 +21,13 @@ def test_specs_spell_drafters(demo):
 
     assert pairs("none") == []
     [(twin, length)] = pairs("mxfp4")
-    assert (twin.card.name, length) == ("demo@mxfp4", 5)
+    assert (twin.card.name, length) == ("demo@mxfp4", 15)  # as many as pay, up to that
+    assert [length for _, length in pairs("mxfp4", "mxfp8_e4m3")] == [15, 7]
+    assert [specs.lengths(specs.parse(given)) for given in (["mxfp4", "ngram"], ["mxfp4:3", "ngram"], ["none"])] == [
+        "auto",
+        "fixed",
+        "fixed",
+    ]
     found = pairs("mxfp8_e4m3:8", "mxfp4", "ngram")
     assert [(stacks.name_of(drafter), length) for drafter, length in found] == [
         ("demo@mxfp8_e4m3", 8),

@@ -11,6 +11,8 @@ import mlspecqd_jax as mlsd
 from mlspecqd_jax import stacks
 from mlspecqd_jax.network import network
 from mlspecqd_jax.programs import ONE_ALGORITHM
+from mlspecqd_jax.speculation.buffers import SLACK
+from mlspecqd_jax.speculation.drafters.either import Either
 from mlspecqd_jax.weights.cast import quantize
 from mlspecqd_jax.weights.tensors import EMBEDDING
 
@@ -34,6 +36,41 @@ def test_stacks_are_built_from_the_inside(demo, other):
     own = mlsd.stack(demo, (twin, 6), share_cache=False)
     assert [level.share_cache for level in own.levels] == [False, False]
     assert mlsd.stack(demo, (twin, 6), exact=False).level.window() == 7
+
+
+def test_what_pays_is_drafted_by_a_model_or_look_up(demo, other):
+    """lengths="auto": look-up beside each model, caps in place of lengths, and times guessed from bytes."""
+    twin, lookup = demo.quantized(), mlsd.prompt_lookup(max_ngram=4)
+    alone = mlsd.stack(demo, lengths="auto")
+    assert lengths(alone) == [15]
+    assert alone.level.drafter == mlsd.prompt_lookup()
+    one = mlsd.stack(demo, (twin, 6), lookup, lengths="auto")
+    assert lengths(one) == [6, 7]
+    assert one.level.drafter == Either(one.levels[1], lookup)
+    assert one.levels[1].drafter == lookup
+    two = mlsd.stack(demo, twin, other, lengths="auto")
+    assert lengths(two) == [15, 7, 0]
+    assert [type(level.drafter) for level in two.levels] == [Either, Either, type(None)]
+    assert [card.name for card in two.cards] == ["demo", "demo@mxfp4", "other"]
+    times = two.control.times
+    assert times.shape == (3, SLACK + 1)
+    assert times[0, 1] == 1
+    assert 0.2 < times[1, 1] < 0.6
+    assert two.control.most.tolist() == [[SLACK]] * 2
+    chance = two.control.prior[..., 0] / two.control.prior[..., 1]
+    assert chance[0, 1, 3] > chance[1, 1, 3]  # a twin's token is better by its lead than another model's
+    by_default = mlsd.stack(demo, "auto")
+    assert lengths(by_default) == [15]  # look-up, for a model of this size
+
+
+def test_what_cannot_be_guided_is_refused(demo):
+    class Own:
+        name, init, propose = "own", None, None
+
+    with pytest.raises(mlsd.InputError, match=r'lengths="auto" is for models and prompt_lookup\(\), not for own; pass lengths="fixed"'):
+        mlsd.stack(demo, Own(), lengths="auto")
+    with pytest.raises(mlsd.InputError, match="lengths is 'some', but must be one of fixed, auto"):
+        mlsd.stack(demo, lengths="some")
 
 
 def test_twins_share_what_is_not_quantized(demo):
