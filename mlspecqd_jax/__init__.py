@@ -12,8 +12,11 @@ from mlspecqd_jax.errors import InputError
 from mlspecqd_jax.generation import Generation, Stream, compare, generate, stream
 from mlspecqd_jax.loading.model import Model
 from mlspecqd_jax.loading.models import convert, load
+from mlspecqd_jax.planning import plan
+from mlspecqd_jax.plans import Plan
 from mlspecqd_jax.programs import compiler_options
 from mlspecqd_jax.requests import Batch, prepare
+from mlspecqd_jax.speculation.autopilot import Autopilot
 from mlspecqd_jax.speculation.control import Fixed
 from mlspecqd_jax.speculation.counts import Counts
 from mlspecqd_jax.speculation.level import Level
@@ -31,6 +34,7 @@ __all__ = [
     "PADDING",
     "Arguments",
     "Ask",
+    "Autopilot",
     "Batch",
     "Card",
     "Control",
@@ -43,6 +47,7 @@ __all__ = [
     "Lent",
     "Level",
     "Model",
+    "Plan",
     "Sampling",
     "Scored",
     "Scorer",
@@ -60,6 +65,7 @@ __all__ = [
     "generate_tokens",
     "init",
     "load",
+    "plan",
     "prepare",
     "prompt_lookup",
     "stack",

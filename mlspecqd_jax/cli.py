@@ -1,4 +1,4 @@
-"""The shell command `mlspecqd`: generate, convert, info, sensitivity.
+"""The shell command `mlspecqd`: generate, convert, info, plan, sensitivity.
 
 Text goes to stdout, everything else to stderr. Exit codes: 0 done; 1 internal error; 2 bad input, with one line that says what to
 change; 130 interrupted.
@@ -80,7 +80,7 @@ def _show_warning(message, *details, **more):
 def _parser() -> Parser:
     parser = Parser(prog="mlspecqd", description="Generate text with a Hugging Face model in JAX.", allow_abbrev=False)
     commands = parser.add_subparsers(
-        dest="command", required=True, metavar="generate | convert | info | sensitivity", parser_class=Parser
+        dest="command", required=True, metavar="generate | convert | info | plan | sensitivity", parser_class=Parser
     )
 
     g = commands.add_parser("generate", help="continue prompts", allow_abbrev=False)
@@ -112,6 +112,14 @@ def _parser() -> Parser:
     i = commands.add_parser("info", help="say what a model is and what would run it", allow_abbrev=False)
     i.set_defaults(run=_info)
     i.add_argument("model", nargs="?", default="demo", metavar="MODEL", help=f"{MODEL_HELP}, demo (default) or demo-small")
+
+    p = commands.add_parser("plan", help="measure what drafts cost and gain here, and keep it", allow_abbrev=False)
+    p.set_defaults(run=_plan)
+    p.add_argument("model", nargs="?", default="demo", metavar="MODEL", help=f"{MODEL_HELP}, demo (default) or demo-small")
+    p.add_argument("--draft", action="append", default=[], metavar="SPEC", help="as of generate, without lengths")
+    p.add_argument("--prompt", action="append", metavar="TEXT", help="what is asked here; repeat it for several")
+    p.add_argument("--dtype", default="bfloat16", metavar="D", help="bfloat16 (default), float32 or float16")
+    p.add_argument("--json", action="store_true", help="print one JSON object")
 
     s = commands.add_parser("sensitivity", help="say what each weight costs in each format", allow_abbrev=False)
     s.set_defaults(run=_sensitivity)
@@ -272,6 +280,25 @@ def _info(a: argparse.Namespace) -> None:
         }
     ).items():
         console.put(f"{name + ':':22}{value}\n")
+
+
+def _plan(a: argparse.Namespace) -> None:
+    from mlspecqd_jax import planning, plans, specs
+    from mlspecqd_jax.loading import models
+
+    parsed = specs.parse(a.draft)
+    if a.draft and specs.lengths(parsed) == "fixed":
+        raise InputError(
+            f"--draft {' '.join(a.draft)} is not what a plan is of: give drafts without lengths, which it is to choose"
+        )
+    load = functools.cache(functools.partial(models.load, dtype=a.dtype))
+    target = load(a.model)
+    _, plan = planning.plan(target, *specs.drafters(parsed, target, load), prompts=a.prompt)
+    if a.json:
+        console.put(json.dumps(plans.as_json(plan)) + "\n")
+        return
+    console.put(planning.table(plan) + "\n")
+    console.say(f"[kept in {plans.path_of(plan.key)} for the next start]")
 
 
 def _sensitivity(a: argparse.Namespace) -> None:

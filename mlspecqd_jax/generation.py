@@ -109,13 +109,13 @@ def _run(stack: Stack, prompts, most_rounds: int, arguments: Mapping[str, Any]):
     """
     asked = request(stack, prompts, dict(arguments))
     batch, sampling, _, stops = asked
-    state, compile_seconds = _compile(stack, asked)
+    state, compile_seconds = compiled(stack, asked)
     rows, begin, limit = range(len(batch.length)), np.asarray(batch.length), np.array(batch.limit)
     prompt_tokens = [np.asarray(batch.tokens)[r, : begin[r]].tolist() for r in rows]
     yield [""] * len(rows)
 
     began = time.perf_counter()
-    state = _prefill(stack, state, batch)
+    state = prefilled(stack, state, batch)
     decoders = [Detokenizer(stack.card.tokenizer, prompt, stops) if stack.card.tokenizer else None for prompt in prompt_tokens]
     length, rounds = begin, 1
     while True:
@@ -152,7 +152,7 @@ def _run(stack: Stack, prompts, most_rounds: int, arguments: Mapping[str, Any]):
 
 
 @jax_settings.held
-def _compile(stack: Stack, asked: Request) -> tuple[State, float]:
+def compiled(stack: Stack, asked: Request) -> tuple[State, float]:
     """Compile by calls that have nothing to do; return the state in which nothing is fed yet, and the seconds it took."""
     began = time.perf_counter()
     run, (batch, sampling, control, _) = programs(stack), asked
@@ -163,7 +163,7 @@ def _compile(stack: Stack, asked: Request) -> tuple[State, float]:
 
 
 @jax_settings.held
-def _prefill(stack: Stack, state: State, batch: Batch) -> State:
+def prefilled(stack: Stack, state: State, batch: Batch) -> State:
     """Feed the prompts, some pieces a call."""
     width = piece_width(batch.prefill_width, batch.tokens.shape[1])
     total = -(-(int(np.max(batch.length)) - 1) // width)

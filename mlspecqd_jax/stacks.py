@@ -13,6 +13,7 @@ from mlspecqd_jax.loading.model import Model
 from mlspecqd_jax.network.network import Network
 from mlspecqd_jax.pass_times import guessed
 from mlspecqd_jax.planner import default_drafts
+from mlspecqd_jax.plans import kept, key_of
 from mlspecqd_jax.speculation.autopilot import Autopilot
 from mlspecqd_jax.speculation.drafters.either import Either
 from mlspecqd_jax.speculation.drafters.prompt_lookup import PromptLookup
@@ -90,8 +91,9 @@ def stack(target: Model, *drafters: Any, exact: bool = True, share_cache: bool =
             share_cache=share_cache and i > 0 and is_twin(model, models[i - 1]),
         )
 
-    control = _autopilot(models, len(pairs)) if auto else None
-    return Stack(level(0), tuple(model.card for model in models), exact, control)
+    outermost = level(0)
+    control = _autopilot(models, outermost) if auto else None
+    return Stack(outermost, tuple(model.card for model in models), exact, control)
 
 
 def prompt_lookup(max_ngram: int = 3, min_ngram: int = 1) -> PromptLookup:
@@ -167,10 +169,12 @@ def _with_lookup(pairs: list[tuple[Any, int]]) -> list[tuple[Any, int]]:
     return [*pairs, (lookup, default_draft_len(lookup, nested=bool(pairs), auto=True))]
 
 
-def _autopilot(models: list[Model], drafters: int) -> Autopilot:
+def _autopilot(models: list[Model], level: Level) -> Autopilot:
+    """Return what controls the lengths: by times that were measured and kept (`plans`), or that bytes let guess."""
     twins = [is_twin(draft, verifier) for verifier, draft in itertools.pairwise(models)]
-    times = guessed([model.pass_bytes for model in models], models[0].runs_on)
-    return Autopilot.create(times, prior([*twins, False]), drafters)
+    plan = kept(key_of(level))
+    times = guessed([model.pass_bytes for model in models], models[0].runs_on) if plan is None else plan.times
+    return Autopilot.create(times, prior([*twins, False]), len(level.draft_lens))
 
 
 def _check_fits(draft: Model, target: Model) -> None:

@@ -60,9 +60,14 @@ class Autopilot:
         return Autopilot(jnp.asarray(times, f32), jnp.asarray(prior, f32), f32(rate), caps, f32(allowance))
 
     def capped(self, draft_limit: jax.Array) -> "Autopilot":
-        """Return the same with at most so many tokens [B] a round for the target."""
-        most = jnp.broadcast_to(self.most, (len(self.most), len(draft_limit)))
-        return dataclasses.replace(self, most=most.at[:1].set(jnp.minimum(most[:1], draft_limit[None])))
+        """Return the same for a batch, with at most so many tokens [B] a round for the target.
+
+        The rows of a batch are in one pass together: times are those of so many windows, in passes of as many rows.
+        """
+        batch = len(draft_limit)
+        times = self.times[:, jnp.minimum(batch * jnp.arange(SLACK + 1), SLACK)] / self.times[0, min(batch, SLACK)]
+        most = jnp.broadcast_to(self.most, (len(self.most), batch))
+        return dataclasses.replace(self, times=times, most=most.at[:1].set(jnp.minimum(most[:1], draft_limit[None])))
 
     def init(self, draft_lens, batch):
         """Return what is known before the first round (see `Control`)."""

@@ -1,7 +1,7 @@
 """Chances of acceptance before anything was seen: what drafts of a kind were found to be worth by class.
 
 A twin errs by noise on its logits, so that a token whose logit was ahead by m stays the target's choice with chance
-Phi(m / (s sqrt 2)), s being the size of that noise: about 0.5 for twins in four bits, and 2 for models that were trained apart.
+Phi(m / (s sqrt 2)), s being the size of that noise: 0.5 to 1 for twins in four bits, about 2 for models that were trained apart.
 """
 
 import math
@@ -11,8 +11,8 @@ import numpy as np
 from mlspecqd_jax.speculation.guide import CLASSES
 
 MIDDLES = (0.06, 0.19, 0.38, 0.75, 1.5, 3.0, 6.0, 12.0)  # of the leads of each class
-TWIN, APART = 0.5, 2.0  # s
-MATCHED = (0.35, 0.5, 0.65, 0.75, 0.8, 0.85, 0.85, 0.9)  # chance of look-up's tokens, by how many matched before
+TWIN, APART = 0.8, 2.0  # s
+MATCHED = (0.25, 0.45, 0.65, 0.8, 0.8, 0.85, 0.9, 0.95)  # chance of look-up's tokens, by how many matched before
 WEIGHT = 4.0  # tokens that a table counts for
 
 

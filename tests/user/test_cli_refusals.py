@@ -41,6 +41,7 @@ from mlspecqd_jax import cli, generation
         (["generate", *SHORT, "--draft", "mxfp4:90"], ["draft_len 90 needs a window", "at most 64"]),
         (["generate", *SHORT, "--draft", "ngram", "--draft", "mxfp4"], ["--draft mxfp4 cannot draft for ngram"]),
         (["generate", *SHORT, "--draft", "mxfp4", "--draft", "none"], ["--draft none is plain decoding"]),
+        (["generate", *SHORT, "--draft", "auto", "--draft", "mxfp4"], ["--draft auto chooses all drafts and stands alone"]),
         (["generate", *SHORT, "--synthetic-acceptance", "0.9,x"], ["--synthetic-acceptance", "0.9,x' is no number"]),
         (["generate", *SHORT, "--synthetic-acceptance", "1.5"], ["synthetic_acceptance is 1.5"]),
         (["generate", *SHORT, "--synthetic-acceptance", "0.5,0.5,0.5"], ["3 rates", "1 levels"]),

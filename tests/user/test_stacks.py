@@ -67,7 +67,9 @@ def test_what_cannot_be_guided_is_refused(demo):
     class Own:
         name, init, propose = "own", None, None
 
-    with pytest.raises(mlsd.InputError, match=r'lengths="auto" is for models and prompt_lookup\(\), not for own; pass lengths="fixed"'):
+    with pytest.raises(
+        mlsd.InputError, match=r'lengths="auto" is for models and prompt_lookup\(\), not for own; pass lengths="fixed"'
+    ):
         mlsd.stack(demo, Own(), lengths="auto")
     with pytest.raises(mlsd.InputError, match="lengths is 'some', but must be one of fixed, auto"):
         mlsd.stack(demo, lengths="some")

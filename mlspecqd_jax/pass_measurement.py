@@ -1,0 +1,138 @@
+"""What passes take on this machine: measured by the very program that generates, with drafts of forced lengths.
+
+A round's seconds are those of its passes, so that rounds of several lengths give the time of a pass of each level by rows in use,
+by least squares: piecewise linear in the rows, and never less for more of them. Of several tries the shortest counts: whatever
+else the machine does only adds to it.
+
+Notation: L levels, D levels that draft.
+"""
+
+import itertools
+import time
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mlspecqd_jax import jax_settings
+from mlspecqd_jax.generation import compiled, prefilled
+from mlspecqd_jax.programs import programs
+from mlspecqd_jax.requests import Request, request
+from mlspecqd_jax.speculation.autopilot import Autopilot
+from mlspecqd_jax.speculation.buffers import SLACK
+from mlspecqd_jax.speculation.guide import CLASSES, LOOKUP
+from mlspecqd_jax.speculation.stack import Stack
+from mlspecqd_jax.speculation.state import State, counts_of
+
+KNOTS = (1, 2, 4, 8, 16)  # rows
+OUTER, INNER = (0, 1, 3, 7, 15), (0, 3, 7)  # forced lengths; inner ones under the longest
+ROUNDS = 2  # of each length at once
+LEAST, MOST = 3, 9  # times that each is tried
+CERTAIN = 0.999
+
+
+class Measured(NamedTuple):
+    """What was measured."""
+
+    times: np.ndarray  # f64 [L, SLACK + 1], in passes of the target over one row
+    plain: float  # seconds of a round of plain decoding
+    seconds: float  # that measuring took, compilation apart
+
+
+@jax_settings.held
+def measure(stack: Stack, prompt: list[int], *, budget: float = 2.0, **arguments) -> Measured:
+    """Time rounds of a stack with lengths="auto" after a prompt, one row of which is enough.
+
+    Args:
+      stack: whose program it is.
+      prompt: token ids; what follows them is thrown away.
+      budget: seconds after which no more is tried than the least.
+      **arguments: of `generate`, such as the temperature: what changes the program or its work.
+    """
+    asked = request(
+        stack, [_repeating(prompt)], {"max_new_tokens": ROUNDS * (max(OUTER) + 1) + 1, "stop_token_ids": (), **arguments}
+    )
+    state, _ = compiled(stack, asked)
+    state = jax.block_until_ready(prefilled(stack, state, asked.batch))
+    began = time.perf_counter()
+    lengths = [caps for caps in _forced(stack) if caps[0] <= min(7, stack.level.draft_len) or _is_quick(stack, asked, state)]
+    rows, seconds = [], []
+    found: dict[tuple[int, ...], list[float]] = {caps: [] for caps in lengths}
+    counts = {}
+    for i in range(MOST):
+        if i >= LEAST and time.perf_counter() - began > budget:
+            break
+        for caps in lengths:  # in turn, so that what else the machine does falls on all of them
+            counts[caps], spent = _rounds(stack, asked, state, caps)
+            found[caps].append(spent)
+    for caps in lengths:
+        rows.append(counts[caps])
+        seconds.append(min(found[caps]))
+    times = _solved(np.array(rows), np.array(seconds))
+    return Measured(times / times[0, 1], float(times[0, 1]), time.perf_counter() - began)
+
+
+def _forced(stack: Stack) -> list[tuple[int, ...]]:
+    """Return caps of every level that drafts, outermost first: of the target alone, then of what drafts for its draft."""
+    drafters = len(stack.level.draft_lens)
+    outer = [n for n in OUTER if n <= stack.level.draft_len]
+    caps = [(n, *(0,) * (drafters - 1)) for n in outer]
+    return caps + [(outer[-1], n, *(0,) * (drafters - 2)) for n in INNER[1:] if drafters > 1]
+
+
+def _forced_control(stack: Stack, caps: tuple[int, ...], batch: int) -> Autopilot:
+    """Return an autopilot to which drafts are free, so that it drafts all that the caps allow."""
+    levels = len(stack.levels)
+    times = np.zeros((levels, SLACK + 1))
+    times[:, 1:] = 1e-3 ** np.arange(levels)[:, None]  # whatever its length, a draft takes next to nothing of its verifier's pass
+    prior = np.full((levels, 2, CLASSES, 2), (CERTAIN, 1.0))
+    if levels > 1:
+        prior[0, LOOKUP, :, 0] = 1 - CERTAIN  # so that it is the model that drafts
+    control = Autopilot.create(times, prior, len(caps), rate=1.0, allowance=np.inf)
+    control = control.capped(jnp.full((batch,), SLACK, jnp.int32))
+    most = jnp.broadcast_to(jnp.asarray(caps, jnp.int32)[:, None], control.most.shape)
+    return Autopilot(control.times, control.prior, control.rate, most, control.allowance)
+
+
+def _rounds(stack: Stack, asked: Request, state: State, caps: tuple[int, ...]) -> tuple[np.ndarray, float]:
+    """Run some rounds on a copy of the state; return passes by level and rows [L, SLACK + 1], and their seconds."""
+    control = _forced_control(stack, caps, len(asked.batch.length))
+    begun = jax.tree.map(jnp.copy, state)._replace(
+        control=control, plan=control.init(stack.level.draft_lens, len(asked.batch.length))
+    )
+    jax.block_until_ready(begun)
+    began = time.perf_counter()
+    end = jax.block_until_ready(
+        programs(stack).advance(stack, begun, np.array(asked.batch.limit), asked.sampling, np.int32(ROUNDS))
+    )
+    seconds = time.perf_counter() - began
+    return np.stack([np.asarray(each.by_rows) for each in counts_of(end)]), seconds
+
+
+def _is_quick(stack: Stack, asked: Request, state: State) -> bool:
+    """Return whether long drafts can be tried within a budget of seconds."""
+    return _rounds(stack, asked, state, (0,) * len(stack.level.draft_lens))[1] < 0.02 * ROUNDS
+
+
+def _repeating(prompt: list[int]) -> list[int]:
+    """Return a prompt at whose end look-up finds something."""
+    return [*prompt[:16], *prompt[:16]]
+
+
+def _solved(passes: np.ndarray, seconds: np.ndarray) -> np.ndarray:
+    """Return the times [L, SLACK + 1] that explain `seconds` [rounds] of these passes [rounds, L, SLACK + 1] best."""
+    from scipy.optimize import nnls  # it takes longer to import than all of this package
+
+    levels = passes.shape[1]
+    basis = _basis()  # [knots, SLACK + 1]: a level's times are a sum of these, none of them less than 0 times
+    design = np.einsum("nlr,kr->nlk", passes, basis).reshape(len(passes), levels * len(basis))
+    weight = 1 / seconds  # relative errors
+    found, _ = nnls(design * weight[:, None], seconds * weight)
+    return found.reshape(levels, len(basis)) @ basis
+
+
+def _basis() -> np.ndarray:
+    rows = np.arange(SLACK + 1)
+    ramps = [np.clip((rows - low) / (high - low), 0, None if high == KNOTS[-1] else 1) for low, high in itertools.pairwise(KNOTS)]
+    return np.stack([(rows > 0).astype(float), *ramps])
