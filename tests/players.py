@@ -19,6 +19,7 @@ from mlspecqd_jax.speculation.drafters.either import Either
 from mlspecqd_jax.speculation.drafters.prompt_lookup import PromptLookup
 from mlspecqd_jax.speculation.level import Level
 from mlspecqd_jax.speculation.loop import generate_tokens
+from mlspecqd_jax.speculation.priors import MIDDLES
 from mlspecqd_jax.speculation.settings import Sampling
 
 TARGET, TWIN, SMALL = range(3)
@@ -104,3 +105,38 @@ def play(played, vocab_size, control: Autopilot):
     for r, begin in enumerate(played.begin):
         assert np.array_equal(tokens[r, begin : length[r]], text[r, begin : begin + played.new])
     return state
+
+
+def recorded(path) -> "dict[str, tuple[Played, int]]":
+    """Return the sets of `benchmarks/record_traces.py`, tokens renumbered from 0, each with its number of tokens."""
+    with np.load(path) as file:
+        arrays = {key: file[key] for key in file}
+    return {
+        name: _recorded({key: arrays[f"{name}/{key}"] for key in _KEYS if f"{name}/{key}" in arrays}) for name in _names(arrays)
+    }
+
+
+_KEYS = ("text", "begin", "hit", "twin", "small", "small_class")
+
+
+def _names(arrays):
+    return dict.fromkeys(key.partition("/")[0] for key in arrays)
+
+
+def _recorded(a):
+    leads = np.array(MIDDLES, np.float32)
+    begin, shape = a["begin"].astype(np.int32), a["twin"].shape
+    place = begin[:, None, None] + np.arange(shape[1])[None, :, None] + np.arange(shape[2])[None, None, :]
+    r = np.arange(shape[0])
+    _, text = np.unique(a["text"], return_inverse=True)
+    text = text.reshape(a["text"].shape).astype(np.int32)
+    wrong = int(text.max()) + 1  # a token that no text has
+    hit = np.unpackbits(a["hit"])[: np.prod(shape)].reshape(shape).astype(bool)
+    twin = np.where(hit, text[r[:, None, None], place], wrong).astype(np.int32)
+    small = small_lead = None
+    if "small" in a:
+        known = a["text"][r[:, None], place[:, :, 0]]
+        small, small_lead = np.full(text.shape, wrong, np.int32), np.zeros(text.shape, np.float32)
+        small[r[:, None], place[:, :, 0]] = np.where(a["small"] == known, text[r[:, None], place[:, :, 0]], wrong)
+        small_lead[r[:, None], place[:, :, 0]] = leads[a["small_class"]]
+    return Played(text, begin, twin, leads[a["twin"]], small, small_lead), wrong + 2
