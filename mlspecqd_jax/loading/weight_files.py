@@ -23,7 +23,10 @@ from mlspecqd_jax.weights.tensors import EMBEDDING, HEAD
 FILE, INDEX, SUFFIX = "model.safetensors", "model.safetensors.index.json", ".safetensors"
 FLOATS = ("F64", "F32", "F16", "BF16")
 # What a multimodal model's files put before the names of its language model, and what it is without.
-PREFIXES = ((r"(model\.language_model|language_model\.model)\.", "model."), (r"language_model\.lm_head\.", "lm_head."))
+PREFIXES = (
+    (r"(model\.language_model|language_model\.model|model\.text_model)\.", "model."),
+    (r"language_model\.lm_head\.", "lm_head."),
+)
 # Tensors that cannot change what a decoder of text puts out: buffers that are computed anew, scales of a quantized cache, heads for
 # other tasks, and what sees images.
 BALLAST = (
@@ -32,7 +35,8 @@ BALLAST = (
     r".*\.self_attn\.((attn\.)?[kvq]|kv|k_proj\.[kv]|v_proj\.[kv]|kv_cache|prob|prob_output)_(scale|zero_point|scaling_factor)",
     r".*\.self_attn\.(k|v)_proj\.output_scale",
     r"(score|classifier|qa_outputs|v_head|value_head|reward_head|regression_head)\..+",
-    r"(model\.)?(vision_tower|multi_modal_projector)\..+",
+    r"(model\.)?(vision_tower|vision_model|visual|multi_modal_projector|connector)\..+",
+    r"(model\.)?image_newline",
 )
 
 

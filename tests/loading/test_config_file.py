@@ -11,7 +11,7 @@ from refusals import refused
 
 from mlspecqd_jax.loading import config_file
 from mlspecqd_jax.network.config import Norm
-from mlspecqd_jax.network.families import FAMILIES
+from mlspecqd_jax.network.families import FAMILIES, config_of
 from mlspecqd_jax.network.network import Network
 from mlspecqd_jax.network.rope import rope_of
 from mlspecqd_jax.weights import tensors
@@ -25,7 +25,7 @@ def windows(config) -> list[int | None]:
     return [layer.mixer.window for layer in config.layers]
 
 
-@pytest.mark.parametrize("family", list(FAMILIES))
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text"])
 def test_absent_keys_take_the_defaults_of_transformers(tmp_path, family):
     import transformers
 
@@ -46,6 +46,15 @@ def test_absent_keys_take_the_defaults_of_transformers(tmp_path, family):
     assert mixer(ours).rope == rope_of(rope, mixer(ours).head_dim)
     assert (mixer(ours).bias, mixer(ours).output_bias, ours.layers[0].feed.bias) == (family == "qwen2", False, False)
     assert bool(mixer(ours).qk_norm) == (family in ("qwen3", "gemma3_text"))
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_absent_keys_are_the_family_s(tmp_path, family):
+    """Whatever is left to transformers' class is what a config of that class says, and no key is lost on the way to it."""
+    given = MINIMAL | {"num_key_value_heads": 4, "head_dim": 16, "max_position_embeddings": 128}
+    ours = parse(tmp_path, {"model_type": family} | given)
+    assert ours == config_of(family, **given)
+    assert (ours.vocab_size, ours.hidden_size, ours.max_positions, len(ours.layers)) == (97, 192, 128, 3)
 
 
 def test_defaults_that_are_easily_mistaken(tmp_path):
@@ -195,8 +204,8 @@ def test_a_window_of_a_family_without_one_has_no_effect(tmp_path):
 
 def test_a_head_size_is_honoured_by_every_family(tmp_path):
     for family in FAMILIES:
-        config = parse(tmp_path, {"model_type": family, "num_key_value_heads": 4, "head_dim": 14} | MINIMAL)
-        assert mixer(config).head_dim == 14
+        config = parse(tmp_path, {"model_type": family, "num_key_value_heads": 4, "head_dim": 16} | MINIMAL)
+        assert mixer(config).head_dim == 16
 
 
 def test_many_layers_take_no_longer_to_tell(tmp_path):

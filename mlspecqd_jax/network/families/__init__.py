@@ -1,12 +1,23 @@
 """What each family of models is: a function from transformers' config to a `Config`, by the model_type of config.json."""
 
 from mlspecqd_jax.network.config import Config
+from mlspecqd_jax.network.families.cohere import cohere, cohere2
+from mlspecqd_jax.network.families.ernie4_5 import ernie4_5
+from mlspecqd_jax.network.families.gemma import gemma
 from mlspecqd_jax.network.families.gemma2 import gemma2
 from mlspecqd_jax.network.families.gemma3 import gemma3
+from mlspecqd_jax.network.families.glm import glm, glm4
+from mlspecqd_jax.network.families.granite import granite, hyperclovax
+from mlspecqd_jax.network.families.helium import helium
 from mlspecqd_jax.network.families.llama import llama
 from mlspecqd_jax.network.families.mistral import mistral
+from mlspecqd_jax.network.families.olmo import olmo
+from mlspecqd_jax.network.families.phi3 import phi3
 from mlspecqd_jax.network.families.qwen2 import qwen2
 from mlspecqd_jax.network.families.qwen3 import qwen3
+from mlspecqd_jax.network.families.seed_oss import seed_oss
+from mlspecqd_jax.network.families.smollm3 import smollm3
+from mlspecqd_jax.network.families.vaultgemma import vaultgemma
 
 FAMILIES = {
     "llama": llama,
@@ -15,6 +26,25 @@ FAMILIES = {
     "qwen3": qwen3,
     "gemma2": gemma2,
     "gemma3_text": gemma3,
+    "gemma": gemma,
+    "vaultgemma": vaultgemma,
+    "granite": granite,
+    "hyperclovax": hyperclovax,
+    "olmo": olmo,
+    "smollm3": smollm3,
+    "phi3": phi3,
+    "glm": glm,
+    "glm4": glm4,
+    "cohere": cohere,
+    "cohere2": cohere2,
+    "ernie4_5": ernie4_5,
+    "helium": helium,
+    "seed_oss": seed_oss,
+    "ministral": mistral,
+    "cwm": mistral,
+    "qwen2_vl_text": qwen2,
+    "qwen2_5_vl_text": qwen2,
+    "qwen3_vl_text": qwen3,
 }
 
 
