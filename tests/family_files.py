@@ -20,6 +20,7 @@ _SIZES |= {"num_key_value_heads": 2, "max_position_embeddings": 640}
 # Older files name no padding token, and some classes' default lies beyond a small vocabulary.
 _IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 _YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
+_GROWING = _YARN | {"original_max_position_embeddings": 6, "llama_4_scaling_beta": 0.3}
 _VISION = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28}
 _VISION |= {"patch_size": 14}
 _QWEN_VISION = {"depth": 1, "hidden_size": 32, "intermediate_size": 40, "num_heads": 2, "patch_size": 14, "out_hidden_size": 48}
@@ -73,10 +74,36 @@ CONFIGS: dict[str, dict] = {
     "seed_oss": _text("seed_oss", head_dim=14, attention_out_bias=True, mlp_bias=True),
     "ministral": _text("ministral", head_dim=14, sliding_window=5, layer_types=["sliding_attention", "full_attention"]),
     "cwm": _text("cwm", head_dim=16, sliding_window=5, max_position_embeddings=16384, mlp_bias=True),
+    "olmo2": _text("olmo2", attention_bias=True),
+    "olmo3": _text(
+        "olmo3", sliding_window=5, layer_types=["sliding_attention", "full_attention"], rope_theta=10000.0, rope_scaling=_YARN
+    ),
+    "exaone4": _text("exaone4", num_hidden_layers=3, sliding_window=5, sliding_window_pattern=2),
+    "exaone4_all": _text("exaone4", sliding_window=None, layer_types=["full_attention"] * 2),
+    "hunyuan": _text(
+        "hunyuan_v1_dense", head_dim=14, attention_bias=True, rope_scaling={"type": "dynamic", "alpha": 50.0, "factor": 1.0}
+    ),
+    "granite_swa": _text(
+        "granite_swa",
+        num_hidden_layers=3,
+        sliding_window=5,
+        layer_rope_theta=[0, 10000.0, 500.0],
+        embedding_multiplier=3.0,
+        logits_scaling=4.0,
+        residual_multiplier=0.3,
+        attention_multiplier=0.3,
+    ),
     "gemma3_images": _with_images(
         "gemma3", _text("gemma3_text", head_dim=14, sliding_window=5, layer_types=["sliding_attention", "full_attention"])
     ),
     "mistral3": _with_images("mistral3", _text("mistral", head_dim=14, sliding_window=None), spatial_merge_size=1),
+    "ministral3": _with_images(
+        "mistral3",
+        _text(
+            "ministral3", head_dim=14, rope_parameters=_YARN | {"original_max_position_embeddings": 6, "llama_4_scaling_beta": 0.3}
+        ),
+        spatial_merge_size=1,
+    ),
     "qwen2_vl": _with_images("qwen2_vl", _text("qwen2_vl_text", **_MROPE), {"depth": 1, "embed_dim": 32, "num_heads": 2}),
     "qwen2_5_vl": _text("qwen2_5_vl", **_MROPE, tie_word_embeddings=True) | {"vision_config": _QWEN_VISION},
     "qwen3_vl": _with_images(
@@ -108,6 +135,8 @@ def drawn(name: str, shape: tuple[int, ...]) -> np.ndarray:
     noise = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape)
     if name.endswith("bias"):
         return (0.3 * noise).astype(np.float32)
+    if name.endswith("sinks"):
+        return noise.astype(np.float32)
     if len(shape) < 2 or "norm" in name:
         return (1 + 0.3 * noise).astype(np.float32)
     return (1.5 * noise / np.sqrt(shape[-1])).astype(np.float32)

@@ -21,7 +21,7 @@ from mlspecqd_jax.network.rope import ROPE_TYPES, rotated
 # Multimodal models, and the families that their language model, described by the key text_config, may have; the first by default.
 WRAPPERS = {
     "gemma3": ("gemma3_text",),
-    "mistral3": ("mistral",),
+    "mistral3": ("mistral", "ministral3"),
     "qwen2_vl": ("qwen2_vl_text",),
     "qwen2_5_vl": ("qwen2_5_vl_text",),
     "qwen3_vl": ("qwen3_vl_text",),
@@ -34,10 +34,10 @@ WRAPPERS = {
 }
 WITHOUT_TEXT_CONFIG = ("qwen2_vl", "qwen2_5_vl")  # whose first files hold the language model's keys beside vision_config
 PARTIAL = ("phi3", "glm", "glm4")  # families that may rotate a part of each head
-PATTERNED = ("gemma3_text", "cohere2")  # families that know sliding_window_pattern
+PATTERNED = ("gemma3_text", "cohere2", "exaone4")  # families that know sliding_window_pattern
 # What older files call a kind of rope; on a text, positions along three axes are the plain ones.
 ROPE_NAMES = {"su": "longrope", "mrope": "default"}
-ROPE_BY_KIND = ("gemma3_text",)  # whose rope_parameters are one set for each of LAYER_TYPES
+ROPE_BY_KIND = ("gemma3_text", "olmo3")  # whose rope_parameters are one set for each of LAYER_TYPES
 REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
 
@@ -152,8 +152,9 @@ def _check_values(path: pathlib.Path, raw: dict, family: str) -> None:
             _check_rope_keys(path, rope, f"rope_parameters: {kind}")
     kinds = raw.get("layer_types")
     layers = raw.get("num_hidden_layers", len(kinds or ()))  # text_config may leave it to the default
-    if raw.get("no_rope_layers") is not None:
-        check_numbers(path, "no_rope_layers", raw["no_rope_layers"], layers, least=0)
+    for key in ("no_rope_layers", "layer_rope_theta"):
+        if raw.get(key) is not None:
+            check_numbers(path, key, raw[key], layers, least=0)
     if kinds is not None and (len(kinds) != layers or any(kind not in LAYER_TYPES for kind in kinds)):
         raise InputError(
             f"{path}: layer_types is {brief(kinds)}, but must name one of {', '.join(LAYER_TYPES)} for each of {layers} layers"
@@ -165,7 +166,7 @@ def _check_rope_keys(path: pathlib.Path, rope: dict, name: str) -> None:
         raise InputError(f"{path}: {name} differ between layers, which is not supported; only one set for all layers is")
     check_table(path, rope, ROPE_KEYS, within=f"{name}: ")
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in (*ROPE_TYPES, *ROPE_NAMES):
+    if kind not in (*ROPE_TYPES, *ROPE_NAMES) and not (kind == "dynamic" and rope.get("alpha")):
         raise InputError(f"{path}: rope_type {brief(kind)} is not supported; supported: {', '.join(ROPE_TYPES)}")
     unknown = [key for key in rope if key not in ROPE_KEYS]
     if unknown:
@@ -208,7 +209,10 @@ def _check_rope(path: pathlib.Path, rope: dict[str, Any], dim: int, family: str)
         raise InputError(
             f"{path}: partial_rotary_factor {part} rotates {size} of {dim} elements of a head; an even number is needed"
         )
-    absent = [key for key in ROPE_TYPES[kind] if rope.get(key) is None]
+    if kind == "dynamic" and family != "hunyuan_v1_dense":
+        raise InputError(f"{path}: rope_type 'dynamic' changes what was computed of a text as it grows, which is not supported")
+    growing = ("llama_4_scaling_beta", "original_max_position_embeddings") if family == "ministral3" else ()
+    absent = [key for key in (*ROPE_TYPES.get(kind, ()), *growing) if rope.get(key) is None]
     if absent:
         raise InputError(f"{path}: rope_type '{kind}' needs the key '{absent[0]}'")
     if kind == "longrope":

@@ -66,7 +66,7 @@ KEYS: dict[str, Rule] = {
     "mlp_bias": FLAG,
     "use_sliding_window": FLAG,
     "sliding_window": _whole(1, POSITIONS, null=True),
-    "sliding_window_pattern": _whole(1, 1024),
+    "sliding_window_pattern": Rule("a whole number or text", (int, str), 1, 1024, null=True),
     "max_window_layers": _whole(0, POSITIONS),
     "layer_types": LIST,
     "rope_theta": _number(1, 1e15),
@@ -91,6 +91,7 @@ KEYS: dict[str, Rule] = {
     "use_post_norm": FLAG,
     "use_qk_norm": FLAG,
     "no_rope_layers": LIST,
+    "layer_rope_theta": LIST,
     "no_rope_layer_interval": _whole(1, 1024),
 }
 ROPE_KEYS: dict[str, Rule] = {
@@ -110,6 +111,9 @@ ROPE_KEYS: dict[str, Rule] = {
     "truncate": FLAG,
     "short_factor": LIST,
     "long_factor": LIST,
+    "alpha": _number(1e-3, 1e9, null=True),
+    "llama_4_scaling_beta": _number(0, 1e3, null=True),
+    "max_position_embeddings": _whole(1, POSITIONS),  # of no effect here
     "mrope_section": LIST,  # of no effect on a text
     "mrope_interleaved": FLAG,
 }

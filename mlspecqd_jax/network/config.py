@@ -30,6 +30,14 @@ class Rope:
 
 
 @dataclasses.dataclass(frozen=True)
+class Growth:
+    """What queries at position p are multiplied by: factors[p // period], behind the end the last."""
+
+    period: int
+    factors: tuple[float, ...]
+
+
+@dataclasses.dataclass(frozen=True)
 class Attention:
     """Grouped-query causal attention: softmax over cap * tanh(scale * q k / cap), and over a sink where there is one."""
 
@@ -43,6 +51,7 @@ class Attention:
     qk_norm: Norm | None = None  # of queries and keys, before the rotation
     qk_norm_of: Literal["head", "each", "all"] = "head"  # one for every head, one for each, or one of all heads' elements together
     qk_norm_last: bool = False  # after the rotation
+    growth: Growth | None = None
     clip: float | None = None  # bound of the magnitude of queries, keys and values
     cap: float | None = None
     sinks: bool = False  # a learned logit for each head, whose probability goes to no value

@@ -135,6 +135,8 @@ class Attention(nnx.Module):
         q, k, v = self._turned(q, rotation), self._turned(k, rotation), jnp.swapaxes(v, 1, 2)  # [B, heads, W, D]
         if self.a.qk_norm_last:
             q, k = self._normed(q, k)
+        if self.a.growth is not None:
+            q = _grown(q, positions, self.a.growth)
         k, v = finite(k), finite(v)
         last = positions
         if cache is None:
@@ -159,6 +161,11 @@ class Attention(nnx.Module):
             turned = 2 * len(self.a.rope.frequencies)
             x = jnp.concatenate([x[..., 0:turned:2], x[..., 1:turned:2], x[..., turned:]], axis=-1)
         return rotate(x, *rotation)
+
+
+def _grown(q, positions, growth: config.Growth):
+    factors = jnp.asarray(growth.factors, jnp.float32)[jnp.minimum(positions // growth.period, len(growth.factors) - 1)]
+    return q * factors[:, None, :, None].astype(q.dtype)
 
 
 def _norm_of_heads(a: config.Attention, heads: int):

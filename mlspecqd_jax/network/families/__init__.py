@@ -3,15 +3,19 @@
 from mlspecqd_jax.network.config import Config
 from mlspecqd_jax.network.families.cohere import cohere, cohere2
 from mlspecqd_jax.network.families.ernie4_5 import ernie4_5
+from mlspecqd_jax.network.families.exaone4 import exaone4
 from mlspecqd_jax.network.families.gemma import gemma
 from mlspecqd_jax.network.families.gemma2 import gemma2
 from mlspecqd_jax.network.families.gemma3 import gemma3
 from mlspecqd_jax.network.families.glm import glm, glm4
-from mlspecqd_jax.network.families.granite import granite, hyperclovax
+from mlspecqd_jax.network.families.granite import granite, granite_swa, hyperclovax
 from mlspecqd_jax.network.families.helium import helium
+from mlspecqd_jax.network.families.hunyuan import hunyuan
 from mlspecqd_jax.network.families.llama import llama
+from mlspecqd_jax.network.families.ministral3 import ministral3
 from mlspecqd_jax.network.families.mistral import mistral
 from mlspecqd_jax.network.families.olmo import olmo
+from mlspecqd_jax.network.families.olmo2 import olmo2, olmo3
 from mlspecqd_jax.network.families.phi3 import phi3
 from mlspecqd_jax.network.families.qwen2 import qwen2
 from mlspecqd_jax.network.families.qwen3 import qwen3
@@ -42,6 +46,12 @@ FAMILIES = {
     "seed_oss": seed_oss,
     "ministral": mistral,
     "cwm": mistral,
+    "ministral3": ministral3,
+    "olmo2": olmo2,
+    "olmo3": olmo3,
+    "exaone4": exaone4,
+    "hunyuan_v1_dense": hunyuan,
+    "granite_swa": granite_swa,
     "qwen2_vl_text": qwen2,
     "qwen2_5_vl_text": qwen2,
     "qwen3_vl_text": qwen3,
