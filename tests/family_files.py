@@ -31,6 +31,11 @@ def _text(model_type: str, **keys) -> dict:
     return {"model_type": model_type} | _SIZES | _IDS | keys
 
 
+def _gpt(model_type: str, **keys) -> dict:
+    sizes = {"vocab_size": VOCAB, "n_embd": 48, "n_layer": 2, "n_head": 4, "n_positions": 64}
+    return {"model_type": model_type} | sizes | _IDS | keys
+
+
 def _with_images(model_type: str, text: dict | None, vision: dict = _VISION, **keys) -> dict:
     within = {} if text is None else {"text_config": text}
     return {"model_type": model_type, "vision_config": vision} | within | keys
@@ -93,6 +98,26 @@ CONFIGS: dict[str, dict] = {
         residual_multiplier=0.3,
         attention_multiplier=0.3,
     ),
+    "gpt2": _gpt("gpt2", n_inner=None),
+    "gpt2_scaled": _gpt("gpt2", n_inner=56, scale_attn_by_inverse_layer_idx=True, tie_word_embeddings=False),
+    "gpt_bigcode": _gpt("gpt_bigcode", n_inner=56),
+    "gpt_bigcode_heads": _gpt("gpt_bigcode", n_inner=56, multi_query=False),
+    "gptj": _gpt("gptj", n_inner=56, rotary_dim=8),
+    "gpt_neox": _text("gpt_neox", rotary_pct=0.5, rotary_emb_base=500),
+    "gpt_neox_sequential": _text("gpt_neox", use_parallel_residual=False, attention_bias=False, rotary_pct=0.34),
+    "phi": _text("phi", partial_rotary_factor=0.34),
+    "phi_norms": _text("phi", qk_layernorm=True),
+    "falcon": _text("falcon", num_kv_heads=2, new_decoder_architecture=True, bias=True),
+    "falcon_one": _text("falcon", num_kv_heads=2, new_decoder_architecture=True, num_ln_in_parallel_attn=1),
+    "falcon_multi": _text("falcon", multi_query=True, parallel_attn=True, bias=True),
+    "falcon_heads": _text("falcon", multi_query=False, parallel_attn=False, ffn_hidden_size=56),
+    "stablelm": _text("stablelm", partial_rotary_factor=0.34, use_qkv_bias=True),
+    "stablelm_parallel": _text("stablelm", partial_rotary_factor=0.34, use_parallel_residual=True),
+    "starcoder2": _text("starcoder2", sliding_window=5),
+    "nemotron": _text("nemotron", head_dim=16, attention_bias=True, mlp_bias=True),
+    "arcee": _text("arcee", head_dim=14),
+    "jais2": _text("jais2"),
+    "apertus": _text("apertus", attention_bias=True),
     "gemma3_images": _with_images(
         "gemma3", _text("gemma3_text", head_dim=14, sliding_window=5, layer_types=["sliding_attention", "full_attention"])
     ),
@@ -137,6 +162,8 @@ def drawn(name: str, shape: tuple[int, ...]) -> np.ndarray:
         return (0.3 * noise).astype(np.float32)
     if name.endswith("sinks"):
         return noise.astype(np.float32)
+    if name.endswith(("act_fn.beta", "act_fn.eps")):  # constants
+        return np.full(shape, 0.5 if name.endswith("beta") else -1e-6, np.float32)
     if len(shape) < 2 or "norm" in name:
         return (1 + 0.3 * noise).astype(np.float32)
     return (1.5 * noise / np.sqrt(shape[-1])).astype(np.float32)

@@ -33,7 +33,7 @@ WRAPPERS = {
     "idefics3": ("llama",),
 }
 WITHOUT_TEXT_CONFIG = ("qwen2_vl", "qwen2_5_vl")  # whose first files hold the language model's keys beside vision_config
-PARTIAL = ("phi3", "glm", "glm4")  # families that may rotate a part of each head
+PARTIAL = ("phi3", "glm", "glm4", "phi", "gpt_neox", "stablelm", "nemotron")  # families that may rotate a part of each head
 PATTERNED = ("gemma3_text", "cohere2", "exaone4")  # families that know sliding_window_pattern
 # What older files call a kind of rope; on a text, positions along three axes are the plain ones.
 ROPE_NAMES = {"su": "longrope", "mrope": "default"}
@@ -41,6 +41,13 @@ ROPE_BY_KIND = ("gemma3_text", "olmo3")  # whose rope_parameters are one set for
 REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
 
+# Keys that must not be true.
+UNSUPPORTED = {
+    "use_bidirectional_attention": "only causal attention is",
+    "alibi": "only rotary positions are",
+    "add_cross_attention": "only a decoder of text alone is",
+    "qk_layernorm": "only models without these norms are",
+}
 LAYER_TYPES = ("full_attention", "sliding_attention")
 # Why a family outside FAMILIES cannot be read, by a key that its config has.
 REFUSALS = (
@@ -80,13 +87,19 @@ def config_of(path: pathlib.Path, raw: dict) -> Config:
     dim = head_dim(c)
     if dim < 2 or dim % 2:
         raise InputError(f"{path}: head_dim is {dim}, but rotary positions need an even one of at least 2; correct that key")
-    act = "hidden_activation" if hasattr(c, "hidden_activation") else "hidden_act"
-    if getattr(c, act) not in ACTIVATIONS:
-        raise InputError(f"{path}: {act} {brief(getattr(c, act))} is not supported; supported: {', '.join(ACTIVATIONS)}")
-    if getattr(c, "use_bidirectional_attention", False):
-        raise InputError(f"{path}: use_bidirectional_attention is not supported; only causal attention is")
-    for rope in [c.rope_parameters[kind] for kind in LAYER_TYPES] if family in ROPE_BY_KIND else [c.rope_parameters]:
+    act = next(key for key in ("hidden_activation", "hidden_act", "activation_function", "activation") if hasattr(c, key))
+    known = (*ACTIVATIONS, *(("xielu",) if family == "apertus" else ()))
+    if getattr(c, act) not in known:
+        raise InputError(f"{path}: {act} {brief(getattr(c, act))} is not supported; supported: {', '.join(known)}")
+    for key, why in UNSUPPORTED.items():
+        if getattr(c, key, False) and not (key == "qk_layernorm" and family == "phi"):
+            raise InputError(f"{path}: {key} of {family} is not supported; {why}")
+    whole = getattr(c, "rope_parameters", None)
+    ropes = [] if whole is None else [whole[kind] for kind in LAYER_TYPES] if family in ROPE_BY_KIND else [whole]
+    for rope in ropes:
         _check_rope(path, rope, dim, family)
+    if (getattr(c, "rotary_dim", None) or 2) % 2 or (getattr(c, "rotary_dim", None) or 2) > dim:
+        raise InputError(f"{path}: rotary_dim is {c.rotary_dim}, but must be even and at most {dim}, the size of a head")
     return FAMILIES[family](c)
 
 
@@ -110,9 +123,19 @@ def _refuse(path: pathlib.Path, raw: dict) -> None:
             f"{path}: architecture {brief(other[0])} has no language-model head; a ...ForCausalLM checkpoint is needed"
         )
     whole = family not in WRAPPERS or (family in WITHOUT_TEXT_CONFIG and raw.get("text_config") is None)
-    absent = [key for key in (REQUIRED if whole else ("text_config",)) if raw.get(key) is None]
+    absent = [key for key in (_required(family) if whole else ("text_config",)) if raw.get(key) is None]
     if absent:
         raise InputError(f"{path} has no key '{absent[0]}'; add it, or download the file again")
+
+
+def _required(family: str) -> list[str]:
+    """Return the keys that a family's config.json must have, as the family calls them."""
+    from transformers import CONFIG_MAPPING
+
+    described = CONFIG_MAPPING[WRAPPERS.get(family, (family,))[0]]
+    fields = {field.name for field in dataclasses.fields(described)}
+    names = (described.attribute_map.get(key, key) for key in REQUIRED)
+    return [name for name in names if name in fields]
 
 
 def _of_text(path: pathlib.Path, raw: dict) -> dict:
@@ -178,12 +201,14 @@ def _with_defaults(path: pathlib.Path, raw: dict, family: str):
     from transformers import CONFIG_MAPPING
 
     known = {field.name for field in dataclasses.fields(CONFIG_MAPPING[family])}
-    known |= {"rope_theta", "rope_scaling", "partial_rotary_factor"}  # spellings of rope_parameters
+    if "rope_parameters" in known:  # its spellings
+        known |= {"rope_theta", "rope_scaling", "partial_rotary_factor", "rotary_pct", "rotary_emb_base"}
     if family in ROPE_BY_KIND:
         known |= {"rope_local_base_freq"}
     if family in PATTERNED:
         known |= {"sliding_window_pattern"}
-    known |= {"head_dim", "tie_word_embeddings"}  # which Qwen2, and its part of Qwen2-VL, honour although their classes know none
+    known |= set() if hasattr(CONFIG_MAPPING[family], "head_dim") else {"head_dim"}
+    known |= {"tie_word_embeddings"}  # which Qwen2 and its part of Qwen2-VL honour although their classes know none
     given: dict[str, Any] = {
         key: _renamed(raw[key]) if key in ("rope_scaling", "rope_parameters") else raw[key] for key in KEYS if key in raw
     }

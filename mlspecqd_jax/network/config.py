@@ -69,11 +69,20 @@ class GatedMLP:
 
 
 @dataclasses.dataclass(frozen=True)
+class MLP:
+    """down(act(up(x))); act may be xielu, which has parameters."""
+
+    size: int
+    act: str
+    bias: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
 class Layer:
     """h = n0(x); x = x + n1(mixer(h)); x = x + n3(feed(n2(x))), each norm by its name in the file, None being the identity."""
 
     mixer: Attention
-    feed: GatedMLP
+    feed: GatedMLP | MLP
     norms: tuple[str | None, str | None, str | None, str | None]
     parallel: bool = False  # x = x + n1(mixer(h)) + n3(feed(n2(x))), or feed(h) without n2
     scale: float = 1.0  # of what n1 and n3 return
@@ -90,6 +99,8 @@ class Config:
     norm: Norm  # of the layers and the last one
     tied: bool = False  # whether the embedding is the head too
     embed_scale: float = 1.0  # rounded to the embedding's dtype
+    learned_positions: bool = False  # added to the embedding
+    head_bias: bool = False
     logit_scale: float = 1.0
     logit_cap: float | None = None  # logits are cap * tanh(logits / cap)
     # Where a file holds a module's tensors, if not under the module's own name; `*` stands for the number of a layer.

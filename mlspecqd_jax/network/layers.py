@@ -19,17 +19,34 @@ from flax import nnx
 
 from mlspecqd_jax.network import config
 from mlspecqd_jax.network.attention import KVCache, finite
-from mlspecqd_jax.network.ops import attend, layer_norm, linear, rms_norm, rotary, rotate, rows, scaled, write
+from mlspecqd_jax.network.ops import attend, layer_norm, linear, product, rms_norm, rotary, rotate, rows, scaled, write
 from mlspecqd_jax.weights.tensors import AXIS
 
 ACTIVATIONS = {
     "silu": jax.nn.silu,
     "swish": jax.nn.silu,
     "relu": jax.nn.relu,
+    "relu2": lambda x: jnp.square(jax.nn.relu(x)),
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
     "gelu_new": functools.partial(jax.nn.gelu, approximate=True),
     "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True),
 }
+
+
+class XIELU(nnx.Module):
+    """a x^2 + beta x for x > 0, else b (exp(min(x, eps)) - 1 - x) + beta x, in f32 (Huang and Schlag, arXiv 2411.13010)."""
+
+    def __init__(self):
+        self.alpha_p, self.alpha_n = nnx.Param(jnp.zeros((1,))), nnx.Param(jnp.zeros((1,)))
+        self.beta, self.eps = nnx.Param(jnp.full((), 0.5)), nnx.Param(jnp.full((), -1e-6))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        parameters = (self.alpha_p, self.alpha_n, self.beta, self.eps)
+        p, n, beta, eps = (leaf.get_value().astype(jnp.float32).reshape((1,) * x.ndim) for leaf in parameters)
+        y = x.astype(jnp.float32)
+        above = product(jax.nn.softplus(p) * y, y)
+        below = product(jnp.expm1(jnp.minimum(y, eps)) - y, beta + jax.nn.softplus(n))
+        return (jnp.where(y > 0, above, below) + product(beta, y)).astype(x.dtype)
 
 
 ALONG_N, ALONG_K = (AXIS, None), (None, AXIS)
@@ -190,6 +207,19 @@ class GatedMLP(nnx.Module):
         return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
 
 
+class MLP(nnx.Module):
+    """down(act(up(x)))."""
+
+    def __init__(self, mlp: config.MLP, k: int, *, init, rngs: nnx.Rngs):
+        make = functools.partial(Linear, bias=mlp.bias, init=init, rngs=rngs)
+        self.up_proj = make(mlp.size, k, axes=ALONG_N)
+        self.down_proj = make(k, mlp.size, axes=ALONG_K)
+        self.act_fn = XIELU() if mlp.act == "xielu" else ACTIVATIONS[mlp.act]
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.down_proj(self.act_fn(self.up_proj(x)))
+
+
 class Block(nnx.Module):
     """A decoder layer: attention and MLP between norms, which are named as in the file (`config.Layer`)."""
 
@@ -198,7 +228,10 @@ class Block(nnx.Module):
         for name in filter(None, layer.norms):
             setattr(self, name, norm_of(k, norm))
         self.self_attn = Attention(layer.mixer, k, init=init, rngs=rngs)
-        self.mlp = GatedMLP(layer.feed, k, init=init, rngs=rngs)
+        if isinstance(layer.feed, config.GatedMLP):
+            self.mlp = GatedMLP(layer.feed, k, init=init, rngs=rngs)
+        else:
+            self.mlp = MLP(layer.feed, k, init=init, rngs=rngs)
 
     def __call__(self, x, positions, rotation, cache):
         """Return (x [B, W, K], updated cache), as `Attention` takes its arguments."""
@@ -222,13 +255,23 @@ class Trunk(nnx.Module):
     def __init__(self, c: config.Config, *, init, rngs: nnx.Rngs):
         self.ropes = tuple(layer.mixer.rope for layer in c.layers)
         self.embed_tokens = Embedding(c.vocab_size, c.hidden_size, c.embed_scale, init=init, rngs=rngs)
+        positions = c.max_positions if c.learned_positions else 0
+        self.embed_positions = Embedding(positions, c.hidden_size, 1.0, init=init, rngs=rngs) if positions else None
         self.layers = nnx.List([Block(layer, c.norm, c.hidden_size, init=init, rngs=rngs) for layer in c.layers])
         self.norm = norm_of(c.hidden_size, c.norm)
+
+    def embed(self, tokens, positions):
+        """Return what the first layer reads of tokens at positions, both [B, W]."""
+        x = self.embed_tokens(tokens)
+        if self.embed_positions is None:
+            return x
+        last = self.embed_positions.weight.get_value().shape[0] - 1  # beyond which there is only padding
+        return x + self.embed_positions(jnp.minimum(positions, last))
 
     def __call__(self, tokens, start, caches):
         positions = start[:, None] + jnp.arange(tokens.shape[1])[None, :]  # [B, W]
         rotations = {rope: rotary(positions, rope) for rope in dict.fromkeys(self.ropes) if rope is not None}
-        x = self.embed_tokens(tokens)
+        x = self.embed(tokens, positions)
         updated = []
         for i, (layer, rope) in enumerate(zip(self.layers, self.ropes, strict=True)):
             with jax.named_scope(f"layer_{i}"):

@@ -52,7 +52,7 @@ def _of_layer(params, i):
 @functools.partial(jax.jit, static_argnames="network")
 def _embed(network, params, tokens):
     with network.module(params) as module:
-        return module.model.embed_tokens(tokens)
+        return module.model.embed(tokens, jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape))
 
 
 @functools.partial(jax.jit, static_argnames="network")

@@ -41,7 +41,7 @@ class Transformer(nnx.Module):
     def __init__(self, config: Config, rngs: nnx.Rngs, stddev: float = 0.02):
         init = nnx.initializers.normal(stddev)
         self.model = Trunk(config, init=init, rngs=rngs)
-        self.lm_head = Linear(config.vocab_size, config.hidden_size, axes=ALONG_N, init=init, rngs=rngs)
+        self.lm_head = Linear(config.vocab_size, config.hidden_size, axes=ALONG_N, bias=config.head_bias, init=init, rngs=rngs)
         self.scale, self.cap = config.logit_scale, config.logit_cap
 
     def __call__(self, tokens, start, caches):

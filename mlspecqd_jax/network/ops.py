@@ -29,6 +29,7 @@ __all__ = [
     "implementation",
     "layer_norm",
     "linear",
+    "product",
     "rms_norm",
     "rotary",
     "rotate",
@@ -76,13 +77,18 @@ def layer_norm(x: jax.Array, weight: jax.Array, bias: jax.Array, norm: Norm) -> 
 
 
 def scaled(x: jax.Array, factor: float) -> jax.Array:
-    """x * factor, the factor rounded to x's dtype."""
-    if factor == 1:
-        return x
-    # XLA:CPU would fuse the product with a sum that takes it, for a window of one row otherwise than for others. Bounds that change
-    # no finite number keep the two apart.
+    """`product` of x and a factor, which is rounded to x's dtype."""
+    return x if factor == 1 else product(x, jnp.asarray(factor, x.dtype))
+
+
+def product(x: jax.Array, y: jax.Array) -> jax.Array:
+    """x * y, elementwise, to be added to something.
+
+    XLA:CPU would fuse the product with the sum that takes it, for a window of one row otherwise than for others. Bounds that change
+    no finite number keep the two apart.
+    """
     most = jnp.finfo(x.dtype).max
-    return jnp.clip(x * jnp.asarray(factor, x.dtype), -most, most)
+    return jnp.clip(x * y, -most, most)
 
 
 def rotary(positions: jax.Array, rotation: Rope) -> tuple[jax.Array, jax.Array]:

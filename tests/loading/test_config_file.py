@@ -8,6 +8,7 @@ import pytest
 import tiny
 from configs import LLAMA, MINIMAL, parse
 from refusals import refused
+from transformers import CONFIG_MAPPING
 
 from mlspecqd_jax.loading import config_file
 from mlspecqd_jax.network.config import Norm
@@ -51,10 +52,13 @@ def test_absent_keys_take_the_defaults_of_transformers(tmp_path, family):
 @pytest.mark.parametrize("family", list(FAMILIES))
 def test_absent_keys_are_the_family_s(tmp_path, family):
     """Whatever is left to transformers' class is what a config of that class says, and no key is lost on the way to it."""
-    given = MINIMAL | {"num_key_value_heads": 4, "head_dim": 16, "max_position_embeddings": 128}
+    described = CONFIG_MAPPING[family]
+    given = MINIMAL | {"hidden_size": 512, "num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 128}
+    named = {described.attribute_map.get(key, key): value for key, value in given.items()}
+    given = {key: value for key, value in named.items() if key in {field.name for field in dataclasses.fields(described)}}
     ours = parse(tmp_path, {"model_type": family} | given)
     assert ours == config_of(family, **given)
-    assert (ours.vocab_size, ours.hidden_size, ours.max_positions, len(ours.layers)) == (97, 192, 128, 3)
+    assert (ours.vocab_size, ours.hidden_size, ours.max_positions, len(ours.layers)) == (97, 512, 128, 3)
 
 
 def test_defaults_that_are_easily_mistaken(tmp_path):
@@ -203,7 +207,10 @@ def test_a_window_of_a_family_without_one_has_no_effect(tmp_path):
 
 
 def test_a_head_size_is_honoured_by_every_family(tmp_path):
-    for family in FAMILIES:
+    fields = {family: {field.name for field in dataclasses.fields(CONFIG_MAPPING[family])} for family in FAMILIES}
+    of_their_own = [family for family in FAMILIES if "head_dim" in fields[family]]
+    assert len(of_their_own) > 15
+    for family in ["llama", "mistral", "qwen2", "qwen3", *of_their_own]:
         config = parse(tmp_path, {"model_type": family, "num_key_value_heads": 4, "head_dim": 16} | MINIMAL)
         assert mixer(config).head_dim == 16
 

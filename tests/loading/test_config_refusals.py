@@ -40,7 +40,14 @@ from mlspecqd_jax.loading import config_file
         ({"model_type": "gemma3_text", "rope_scaling": {"rope_type": "linear"}} | MINIMAL, ("linear", "'factor'")),
         ({"model_type": "bert", "type_vocab_size": 2} | MINIMAL, ("bert", "an encoder")),
         ({"model_type": "t5", "is_encoder_decoder": True, "d_model": 512}, ("t5", "an encoder-decoder")),
-        ({"model_type": "gpt2", "n_embd": 768}, ("gpt2", "another architecture", "supported: llama, mistral, qwen2, qwen3")),
+        ({"model_type": "gpt2", "n_embd": 768, "n_layer": 2, "n_head": 4}, ("'vocab_size'", "add it")),
+        ({"model_type": "gpt2", "vocab_size": 97, "n_embd": 768, "n_layer": 2}, ("'n_head'", "add it")),
+        ({"model_type": "falcon", "alibi": True} | MINIMAL, ("alibi of falcon", "only rotary positions")),
+        ({"model_type": "stablelm", "qk_layernorm": True} | MINIMAL, ("qk_layernorm of stablelm",)),
+        (
+            {"model_type": "openai-gpt", "n_embd": 768},
+            ("openai-gpt", "another architecture", "supported: llama, mistral"),
+        ),
         (LLAMA | {"rope_scaling": {"rope_type": "yarn"}}, ("yarn", "'factor'")),
         ({"model_type": "phi3", "partial_rotary_factor": 0.5} | MINIMAL, ("rotates 3 of 6 elements", "even")),
         (
