@@ -12,6 +12,7 @@ from mlspecqd_jax.arguments import brief
 from mlspecqd_jax.errors import InputError
 from mlspecqd_jax.json_files import read_json, read_json_if_there, reason
 from mlspecqd_jax.loading.config_keys import KEYS, ROPE_KEYS, check_numbers, check_table
+from mlspecqd_jax.loading.unsupported import why
 from mlspecqd_jax.network.config import Config
 from mlspecqd_jax.network.families import FAMILIES
 from mlspecqd_jax.network.families.common import head_dim
@@ -49,14 +50,6 @@ UNSUPPORTED = {
     "qk_layernorm": "only models without these norms are",
 }
 LAYER_TYPES = ("full_attention", "sliding_attention")
-# Why a family outside FAMILIES cannot be read, by a key that its config has.
-REFUSALS = (
-    (("kv_lora_rank",), "multi-head latent attention"),
-    (("num_experts", "num_local_experts", "n_routed_experts", "moe_intermediate_size"), "a mixture of experts"),
-    (("is_encoder_decoder",), "an encoder-decoder"),
-    (("vision_config", "audio_config", "text_config"), "a multimodal model"),
-    (("type_vocab_size",), "an encoder"),
-)
 
 
 def read_config(folder: pathlib.Path) -> Config:
@@ -91,9 +84,9 @@ def config_of(path: pathlib.Path, raw: dict) -> Config:
     known = (*ACTIVATIONS, *(("xielu",) if family == "apertus" else ()))
     if getattr(c, act) not in known:
         raise InputError(f"{path}: {act} {brief(getattr(c, act))} is not supported; supported: {', '.join(known)}")
-    for key, why in UNSUPPORTED.items():
+    for key, instead in UNSUPPORTED.items():
         if getattr(c, key, False) and not (key == "qk_layernorm" and family == "phi"):
-            raise InputError(f"{path}: {key} of {family} is not supported; {why}")
+            raise InputError(f"{path}: {key} of {family} is not supported; {instead}")
     whole = getattr(c, "rope_parameters", None)
     ropes = [] if whole is None else [whole[kind] for kind in LAYER_TYPES] if family in ROPE_BY_KIND else [whole]
     for rope in ropes:
@@ -108,8 +101,7 @@ def _refuse(path: pathlib.Path, raw: dict) -> None:
     if family is None:
         raise InputError(f"{path} has no key 'model_type'; add it (supported: {supported})")
     if not isinstance(family, str) or family not in (*FAMILIES, *WRAPPERS):
-        why = next((kind for keys, kind in REFUSALS if any(raw.get(key) for key in keys)), "another architecture")
-        raise InputError(f"{path}: model_type {brief(family)} is {why}, which is not supported; supported: {supported}")
+        raise InputError(f"{path}: model_type {brief(family)} is {why(raw)}, which is not supported; supported: {supported}")
     architectures = raw.get("architectures")
     named = [architectures] if isinstance(architectures, str) else architectures or []
     if not isinstance(named, list) or not all(isinstance(name, str) for name in named):

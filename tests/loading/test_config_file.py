@@ -10,6 +10,7 @@ from configs import LLAMA, MINIMAL, parse
 from refusals import refused
 from transformers import CONFIG_MAPPING
 
+from mlspecqd_jax.errors import InputError
 from mlspecqd_jax.loading import config_file
 from mlspecqd_jax.network.config import Norm
 from mlspecqd_jax.network.families import FAMILIES, config_of
@@ -122,6 +123,29 @@ def test_rope_scalings(tmp_path):
     assert plain.frequencies == tuple(10000.0 ** (-i / 12) for i in range(0, 12, 2))
 
 
+@pytest.mark.slow
+def test_every_model_type_of_transformers_is_read_or_refused(tmp_path):
+    """Of those that generate text, its own default config: in one sentence, never a traceback."""
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as OF_TEXT,
+    )
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as OF_IMAGES,
+    )
+
+    types = {*OF_TEXT, *OF_IMAGES} - {"gemma4_assistant"}
+    read, said = set(), []
+    for kind in sorted(types):
+        (tmp_path / "config.json").write_text(CONFIG_MAPPING[kind]().to_json_string(use_diff=False))
+        try:
+            config_file.read_config(tmp_path)
+            read.add(kind)
+        except InputError as error:
+            said.append(str(error))
+    assert {len(message.splitlines()) for message in said} == {1}
+    assert {kind for kind in (*FAMILIES, *config_file.WRAPPERS) if kind in types} <= read
+
+
 READ = {
     "HuggingFaceTB--SmolLM2-135M": 134_515_008,
     "Qwen--Qwen2-0.5B": 494_032_768,
@@ -137,7 +161,7 @@ READ = {
 REFUSED = {
     "Qwen--Qwen3-30B-A3B": ("qwen3_moe", "a mixture of experts"),
     "deepseek-ai--DeepSeek-V3": ("deepseek_v3", "multi-head latent attention"),
-    "google--gemma-4-26B-A4B": ("gemma4", "a multimodal model"),
+    "google--gemma-4-26B-A4B": ("gemma4", "share keys and values"),
     "mistralai--Mixtral-8x7B-v0.1": ("mixtral", "a mixture of experts"),
     "openai--gpt-oss-20b": ("gpt_oss", "a mixture of experts"),
 }
