@@ -66,7 +66,7 @@ KEYS: dict[str, Rule] = {
     "mlp_bias": FLAG,
     "use_sliding_window": FLAG,
     "sliding_window": _whole(1, POSITIONS, null=True),
-    "sliding_window_pattern": Rule("a whole number or text", (int, str), 1, 1024, null=True),
+    "sliding_window_pattern": Rule("a whole number or text", (int, str), 0, 1024, null=True),
     "max_window_layers": _whole(0, POSITIONS),
     "layer_types": LIST,
     "rope_theta": _number(1, 1e15),
