@@ -1,7 +1,7 @@
 // norm: y / sqrt(mean(y^2) + eps) * (offset + weight) + bias, row by row, in f32. y is x, or x less its mean.
 //
-// A row's numbers and squares are added in sixteen lanes, each in order, and the lanes in one fixed order, so that its bits depend on nothing
-// else: neither on other rows, nor on the instruction set, since no multiply-add is fused.
+// A row's numbers and squares are added in sixteen lanes, each in order, and the lanes in one fixed order, so that its bits depend
+// on nothing else: neither on other rows, nor on the instruction set, since no multiply-add is fused.
 
 #pragma once
 

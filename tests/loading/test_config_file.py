@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pathlib
 
 import jax
 import pytest
@@ -60,6 +61,11 @@ def test_absent_keys_are_the_family_s(tmp_path, family):
     ours = parse(tmp_path, {"model_type": family} | given)
     assert ours == config_of(family, **given)
     assert (ours.vocab_size, ours.hidden_size, ours.max_positions, len(ours.layers)) == (97, 512, 128, 3)
+
+
+def test_the_documents_name_every_family():
+    text = (pathlib.Path(__file__).parents[2] / "docs" / "models.md").read_text()
+    assert [name for name in (*FAMILIES, *config_file.WRAPPERS) if f"`{name}`" not in text] == []
 
 
 def test_defaults_that_are_easily_mistaken(tmp_path):

@@ -9,9 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from recorded import error, quick_jit
+from refusals import refused
 
 import mlspecqd_jax as mlsd
 from mlspecqd_jax.loading import config_file, huggingface
+from mlspecqd_jax.loading.quantized import twin
 from mlspecqd_jax.network.network import Network
 from mlspecqd_jax.weights.tensors import HEAD
 
@@ -92,6 +94,19 @@ def test_every_tensor_of_a_file_counts(models, folder):
         for name in (name for name in params if ".layers.1." in name):
             moved = windows(network, params | {name: -params[name]}, 7, (0, 5, 10))
             assert error(moved, reference) > 1e-3, name
+
+
+@pytest.mark.parametrize("family", ["cohere", "olmo", "nemotron", "gemma"])
+def test_a_twin_s_weights_are_told_from_another_s(models, family):
+    """Weights times the norm before them, wherever a family has it."""
+    network, params = models(family)
+    leaves = {name: np.asarray(leaf) for name, leaf in params.items()}
+    twin.refuse_unlike(leaves, network, params)
+    feed = "gate_proj" if "model.layers.1.mlp.gate_proj.weight" in leaves else "up_proj"
+    for name in ("self_attn.k_proj", f"mlp.{feed}"):
+        name = f"model.layers.1.{name}.weight"
+        with refused(name, "off the model's"):
+            twin.refuse_unlike(leaves | {name: -leaves[name]}, network, params)
 
 
 def test_scaled_ropes_are_chosen_by_the_model_alone(tmp_path):
