@@ -96,6 +96,16 @@ def test_every_tensor_of_a_file_counts(models, folder):
             assert error(moved, reference) > 1e-3, name
 
 
+@pytest.mark.parametrize("family", ["gpt2", "apertus"])
+def test_a_converted_family_is_what_it_was(folder, family, tmp_path):
+    """Under names, fused and transposed tensors, and numbers without a shape, of its own."""
+    model = mlsd.load(folder(family), dtype="float32")
+    again = mlsd.load(mlsd.convert(folder(family), tmp_path / "converted", dtype="float32"), dtype="float32")
+    assert again.network == model.network
+    for name, leaf in model.params.items():
+        np.testing.assert_array_equal(again.params[name], leaf)
+
+
 @pytest.mark.parametrize("family", ["cohere", "olmo", "nemotron", "gemma"])
 def test_a_twin_s_weights_are_told_from_another_s(models, family):
     """Weights times the norm before them, wherever a family has it."""
