@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from cpu_kernels.build import library_paths
 
 DTYPES = ("bfloat16", "float16", "float32")
-OF_ANY_DTYPE = ("matmul", "rms_norm", "attention", "rotate")  # for each of DTYPES
+OF_ANY_DTYPE = ("matmul", "rms_norm", "layer_norm", "attention", "rotate")  # for each of DTYPES
 OF_BFLOAT16 = ("mxfp4_matmul", "mxfp6_matmul", "mx8_matmul")
 # Of scales that are no powers of two.
 OF_NUMBERS = ("nvfp4_matmul", "int4_matmul", "uint4_matmul", "int8_matmul", "int8_groups_matmul", "uint8_matmul")
@@ -90,6 +90,28 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float, offset: float = 0.0, i
     f32 = jnp.dtype(jnp.float32).type
     constants = {"eps": f32(eps), "offset": f32(offset or -0.0)}  # -0 + w is w, also where that is -0
     return _call("rms_norm", isa, jax.ShapeDtypeStruct(x.shape, x.dtype), x, weight, **constants)
+
+
+def layer_norm(
+    x: jax.Array, weight: jax.Array, bias: jax.Array, eps: float, offset: float = 0.0, isa: str | None = None
+) -> jax.Array:
+    """y / sqrt(mean(y^2) + eps) * (offset + weight) + bias in f32, with y = x - mean(x).
+
+    Args:
+      x: [M, K], bfloat16, float16 or float32.
+      weight, bias: [K], in x's dtype.
+      eps, offset, isa: as of `rms_norm`, and so is the order of the sums.
+
+    Returns:
+      [M, K] in x's dtype.
+    """
+    of_one = len({array.dtype for array in (x, weight, bias)}) == 1 and x.dtype.name in DTYPES
+    if not of_one or not x.shape[1:] == weight.shape == bias.shape:
+        given = ", ".join(f"{array.dtype}{list(array.shape)}" for array in (x, weight, bias))
+        raise ValueError(f"x, weight and bias are {given}, but should be [M, K], [K] and [K] of one of {', '.join(DTYPES)}")
+    f32 = jnp.dtype(jnp.float32).type
+    constants = {"eps": f32(eps), "offset": f32(offset or -0.0)}
+    return _call("layer_norm", isa, jax.ShapeDtypeStruct(x.shape, x.dtype), x, weight, bias, **constants)
 
 
 def mxfp4_matmul(x: jax.Array, packed: jax.Array, scales: jax.Array, isa: str | None = None) -> jax.Array:

@@ -94,12 +94,15 @@ static void check_dense(Pool& pool, int64_t m, int64_t n, int64_t k, std::mt1993
     if (!choice.supported) continue;
     std::vector<Element> y(m * k);
     const float offset = m % 2 ? 1.0f : -0.0f;
-    norm::rms_norm(*choice.kernel, pool, x.data(), w.data(), {1e-5f, offset}, y.data(), m, k);
+    const bool centered = m % 3 == 0;
+    norm::norm(*choice.kernel, pool, x.data(), w.data(), centered ? w.data() : nullptr, {1e-5f, offset, centered}, y.data(), m, k);
     for (int64_t row = 0; row < m; ++row) {
-      double squares = 0;
-      for (int64_t j = 0; j < k; ++j) squares += double{widened(x[row * k + j])} * widened(x[row * k + j]);
+      double mean = 0, squares = 0;
+      for (int64_t j = 0; centered && j < k; ++j) mean += double{widened(x[row * k + j])} / k;
+      for (int64_t j = 0; j < k; ++j) squares += (widened(x[row * k + j]) - mean) * (widened(x[row * k + j]) - mean);
       for (int64_t j = 0; j < k; ++j) {
-        const double expected = widened(x[row * k + j]) / std::sqrt(squares / k + 1e-5) * (double{offset} + widened(w[j]));
+        const double scaled = (widened(x[row * k + j]) - mean) / std::sqrt(squares / k + 1e-5) * (double{offset} + widened(w[j]));
+        const double expected = scaled + (centered ? widened(w[j]) : 0);
         require(std::abs(widened(y[row * k + j]) - expected) < 4e-3 * (1 + std::abs(expected)), "norm", choice.isa, m, n, k);
       }
     }

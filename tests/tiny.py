@@ -237,7 +237,7 @@ def write_checkpoint(folder: pathlib.Path, config: dict, tensors: dict[str, np.n
     """Write a folder as transformers' save_pretrained does: one file, or `shards` files and their index."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config, indent=1))
-    tensors = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
+    tensors = {name: np.asarray(value, order="C") for name, value in tensors.items()}
     if shards == 1:
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         return folder

@@ -82,8 +82,20 @@ ffi::Error norm_handler(ffi::ThreadPool pool, Isa isa, Eps eps, Offset offset, M
   if (a[1] != b[0] || !std::equal(a.begin(), a.end(), c.begin())) return unfitting();
   const auto* kernel = choose(norm_choices<Element<type>>(), *isa);
   if (kernel == nullptr) return unsupported(*isa);
-  norm::rms_norm(*kernel, pool, elements(x), elements(weight), {*eps, *offset}, reinterpret_cast<Element<type>*>(y->typed_data()),
-                 a[0], a[1]);
+  norm::norm(*kernel, pool, elements(x), elements(weight), static_cast<const Element<type>*>(nullptr), {*eps, *offset},
+             reinterpret_cast<Element<type>*>(y->typed_data()), a[0], a[1]);
+  return ffi::Error::Success();
+}
+
+template <ffi::DataType type>
+ffi::Error layer_norm_handler(ffi::ThreadPool pool, Isa isa, Eps eps, Offset offset, Matrix<type> x, Row<type> weight,
+                              Row<type> bias, ffi::Result<Matrix<type>> y) {
+  const auto a = x.dimensions(), b = weight.dimensions(), c = bias.dimensions(), d = y->dimensions();
+  if (a[1] != b[0] || a[1] != c[0] || !std::equal(a.begin(), a.end(), d.begin())) return unfitting();
+  const auto* kernel = choose(norm_choices<Element<type>>(), *isa);
+  if (kernel == nullptr) return unsupported(*isa);
+  norm::norm(*kernel, pool, elements(x), elements(weight), elements(bias), {*eps, *offset, true},
+             reinterpret_cast<Element<type>*>(y->typed_data()), a[0], a[1]);
   return ffi::Error::Success();
 }
 
@@ -120,5 +132,6 @@ ffi::Error attention_handler(ffi::ThreadPool pool, Isa isa, Scale scale, Cap cap
 #define MLSPECQD_OF_FLOATS(name, type) \
   MLSPECQD_PRODUCT(matmul_##name, dense_handler<xla::ffi::type>, dense_choices<mlspecqd::Element<xla::ffi::type>>) \
   MLSPECQD_PRODUCT(rms_norm_##name, norm_handler<xla::ffi::type>, norm_choices<mlspecqd::Element<xla::ffi::type>>) \
+  MLSPECQD_PRODUCT(layer_norm_##name, layer_norm_handler<xla::ffi::type>, norm_choices<mlspecqd::Element<xla::ffi::type>>) \
   MLSPECQD_PRODUCT(attention_##name, attention_handler<xla::ffi::type>, attention_choices<mlspecqd::Element<xla::ffi::type>>) \
   MLSPECQD_HANDLER(rotate_##name, rotate_handler<xla::ffi::type>)

@@ -1,7 +1,7 @@
-// rms_norm: x / sqrt(mean(x^2) + eps) * (offset + weight), row by row, in f32.
+// norm: y / sqrt(mean(y^2) + eps) * (offset + weight) + bias, row by row, in f32. y is x, or x less its mean.
 //
-// A row's squares are added in sixteen lanes, each in order, and the lanes in one fixed order, so that its bits depend on nothing
-// else: neither on other rows, nor on the instruction set, since no multiply-add is fused.
+// A row's numbers and squares are added in sixteen lanes, each in order, and the lanes in one fixed order, so that its bits depend
+// on nothing else: neither on other rows, nor on the instruction set, since no multiply-add is fused.
 
 #pragma once
 
@@ -21,45 +21,57 @@ typedef float Lanes __attribute__((vector_size(4 * kLanes)));
 struct Constants {
   float eps;
   float offset;  // -0 is none: it leaves every weight as it is, -0 too
+  bool centered = false;
 };
 
 #define ALWAYS inline __attribute__((always_inline))
 
-template <class Element>
-ALWAYS void row(const Element* x, const Element* weight, int64_t k, Constants constants, Element* out) {
+// The mean of x - mean, or of its square.
+template <bool kSquared, class Element>
+ALWAYS float mean_of(const Element* x, int64_t k, float mean) {
   Lanes sums = {};
   for (int64_t at = 0; at < k; at += kLanes) {
     const int there = k - at < kLanes ? static_cast<int>(k - at) : kLanes;
     Lanes values = {};
     if (there == kLanes) {
-      for (int i = 0; i < kLanes; ++i) values[i] = widened(x[at + i]);
+      for (int i = 0; i < kLanes; ++i) values[i] = widened(x[at + i]) - mean;
     } else {
-      for (int i = 0; i < there; ++i) values[i] = widened(x[at + i]);
+      for (int i = 0; i < there; ++i) values[i] = widened(x[at + i]) - mean;
     }
-    sums += values * values;
+    sums += kSquared ? values * values : values;
   }
   for (int half = kLanes / 2; half > 0; half /= 2) {
     for (int i = 0; i < half; ++i) sums[i] += sums[i + half];
   }
-  const float factor = 1 / std::sqrt(sums[0] / static_cast<float>(k) + constants.eps);
-  for (int64_t i = 0; i < k; ++i) out[i] = narrowed<Element>(widened(x[i]) * factor * (constants.offset + widened(weight[i])));
+  return sums[0] / static_cast<float>(k);
 }
 
 template <class Element>
-ALWAYS void rows(const Element* x, const Element* weight, int64_t begin, int64_t end, int64_t k, Constants constants,
-                 Element* out) {
-  for (int64_t m = begin; m < end; ++m) row(x + m * k, weight, k, constants, out + m * k);
+ALWAYS void row(const Element* x, const Element* weight, const Element* bias, int64_t k, Constants constants, Element* out) {
+  const float mean = constants.centered ? mean_of<false>(x, k, 0) : 0;
+  const float factor = 1 / std::sqrt(mean_of<true>(x, k, mean) + constants.eps);
+  for (int64_t i = 0; i < k; ++i) {
+    const float y = (widened(x[i]) - mean) * factor * (constants.offset + widened(weight[i]));
+    out[i] = narrowed<Element>(y + (bias == nullptr ? -0.0f : widened(bias[i])));
+  }
 }
 
 template <class Element>
-using Rows = void (*)(const Element* x, const Element* weight, int64_t begin, int64_t end, int64_t k, Constants constants,
-                      Element* out);
+ALWAYS void rows(const Element* x, const Element* weight, const Element* bias, int64_t begin, int64_t end, int64_t k,
+                 Constants constants, Element* out) {
+  for (int64_t m = begin; m < end; ++m) row(x + m * k, weight, bias, k, constants, out + m * k);
+}
+
+template <class Element>
+using Rows = void (*)(const Element* x, const Element* weight, const Element* bias, int64_t begin, int64_t end, int64_t k,
+                      Constants constants, Element* out);
 
 namespace portable {
 
 template <class Element>
-void kernel(const Element* x, const Element* weight, int64_t begin, int64_t end, int64_t k, Constants constants, Element* out) {
-  rows(x, weight, begin, end, k, constants, out);
+void kernel(const Element* x, const Element* weight, const Element* bias, int64_t begin, int64_t end, int64_t k,
+            Constants constants, Element* out) {
+  rows(x, weight, bias, begin, end, k, constants, out);
 }
 
 template <class Element>
@@ -72,9 +84,9 @@ inline constexpr Rows<Element> rows_of = kernel<Element>;
 namespace avx2 {
 
 template <class Element>
-__attribute__((target("avx2,f16c"))) void kernel(const Element* x, const Element* weight, int64_t begin, int64_t end, int64_t k,
-                                                 Constants constants, Element* out) {
-  rows(x, weight, begin, end, k, constants, out);
+__attribute__((target("avx2,f16c"))) void kernel(const Element* x, const Element* weight, const Element* bias, int64_t begin,
+                                                 int64_t end, int64_t k, Constants constants, Element* out) {
+  rows(x, weight, bias, begin, end, k, constants, out);
 }
 
 template <class Element>
@@ -85,10 +97,10 @@ inline constexpr Rows<Element> rows_of = kernel<Element>;
 namespace avx512 {
 
 template <class Element>
-__attribute__((target("avx512f,avx512dq,avx512bw,avx512vl"))) void kernel(const Element* x, const Element* weight, int64_t begin,
-                                                                          int64_t end, int64_t k, Constants constants,
-                                                                          Element* out) {
-  rows(x, weight, begin, end, k, constants, out);
+__attribute__((target("avx512f,avx512dq,avx512bw,avx512vl"))) void kernel(const Element* x, const Element* weight,
+                                                                          const Element* bias, int64_t begin, int64_t end,
+                                                                          int64_t k, Constants constants, Element* out) {
+  rows(x, weight, bias, begin, end, k, constants, out);
 }
 
 template <class Element>
@@ -102,14 +114,14 @@ inline constexpr Rows<Element> rows_of = kernel<Element>;
 
 constexpr int64_t kLeastElements = 16 << 10;  // of a chunk: some microseconds of work
 
-// out [M, K] from x [M, K] and weight [K].
+// out [M, K] from x [M, K], weight [K], and bias [K] or none.
 template <class Element, class Pool>
-void rms_norm(Rows<Element> kernel, Pool& pool, const Element* x, const Element* weight, Constants constants, Element* out,
-              int64_t m, int64_t k) {
+void norm(Rows<Element> kernel, Pool& pool, const Element* x, const Element* weight, const Element* bias, Constants constants,
+          Element* out, int64_t m, int64_t k) {
   const int64_t each = kLeastElements / (k > 0 ? k : 1) + 1;
   for_each_chunk(pool, (m + each - 1) / each, 0, [&](int64_t chunk, char*) noexcept {
     const int64_t begin = chunk * each, end = begin + each < m ? begin + each : m;
-    kernel(x, weight, begin, end, k, constants, out);
+    kernel(x, weight, bias, begin, end, k, constants, out);
   });
 }
 

@@ -292,7 +292,7 @@ def _map(folder: pathlib.Path, shape: tuple[int, ...]) -> np.ndarray:
         raise InputError(f"tensor {folder.name} is in pieces or compressed")
     if layout["dtype"] not in DTYPES:  # numpy would take other words for types of more than numbers
         raise InputError(f"tensor {folder.name} is stored as {brief(layout['dtype'])}, but must be one of {', '.join(DTYPES)}")
-    file = folder / ".".join("0" * len(shape))
+    file = folder / (".".join("0" * len(shape)) or "0")
     if not os.path.isfile(file):
         raise InputError(f"tensor {folder.name} has no file {file.name}")
     return np.memmap(file, layout["dtype"], "r", shape=shape)

@@ -86,7 +86,8 @@ def read_params(folder: pathlib.Path, model: Network, dtype: jnp.dtype, mesh: Me
       InputError: files or tensors missing, unknown, of another shape, truncated, or not finite.
     """
     tied, expected = model.config.tied, model.untied.tensors()
-    located = weight_files.locate(folder, tensors.stored_shapes(expected), tied=tied)
+    either = tuple(expected[name].sources[0].names[0] for name in (HEAD, EMBEDDING)) if tied else ()
+    located = weight_files.locate(folder, tensors.stored_shapes(expected), tied=either)
     together = {}  # parameters by the files that hold them, so that each file is opened once
     for name, tensor in expected.items():
         names = [stored for source in tensor.sources for stored in source.names]

@@ -18,12 +18,15 @@ from safetensors import SafetensorError, safe_open
 from mlspecqd_jax.arguments import brief
 from mlspecqd_jax.errors import InputError
 from mlspecqd_jax.json_files import printable, read_json, reason
-from mlspecqd_jax.weights.tensors import EMBEDDING, HEAD
 
 FILE, INDEX, SUFFIX = "model.safetensors", "model.safetensors.index.json", ".safetensors"
 FLOATS = ("F64", "F32", "F16", "BF16")
 # What a multimodal model's files put before the names of its language model, and what it is without.
-PREFIXES = ((r"(model\.language_model|language_model\.model)\.", "model."), (r"language_model\.lm_head\.", "lm_head."))
+PREFIXES = (
+    (r"(model\.language_model|language_model\.model|model\.text_model)\.", "model."),
+    (r"(language_model\.lm_head|embed_out)\.", "lm_head."),
+)
+MISSING = ("", "model.", "transformer.", "gpt_neox.")  # what names may lack, if anything
 # Tensors that cannot change what a decoder of text puts out: buffers that are computed anew, scales of a quantized cache, heads for
 # other tasks, and what sees images.
 BALLAST = (
@@ -32,7 +35,9 @@ BALLAST = (
     r".*\.self_attn\.((attn\.)?[kvq]|kv|k_proj\.[kv]|v_proj\.[kv]|kv_cache|prob|prob_output)_(scale|zero_point|scaling_factor)",
     r".*\.self_attn\.(k|v)_proj\.output_scale",
     r"(score|classifier|qa_outputs|v_head|value_head|reward_head|regression_head)\..+",
-    r"(model\.)?(vision_tower|multi_modal_projector)\..+",
+    r"(model\.)?(vision_tower|vision_model|visual|multi_modal_projector|connector)\..+",
+    r"(model\.)?image_newline",
+    r".*\.(attn|attention)\.(bias|masked_bias)",
 )
 
 
@@ -50,13 +55,13 @@ class Place(NamedTuple):
     name: str  # in the file
 
 
-def locate(folder: pathlib.Path, expected: dict[str, tuple[int, ...]], *, tied: bool) -> dict[str, Place]:
+def locate(folder: pathlib.Path, expected: dict[str, tuple[int, ...]], *, tied: tuple[str, ...] = ()) -> dict[str, Place]:
     """Check every header of a folder against the expected names and shapes, and return where each tensor lies.
 
     Args:
       folder: of the checkpoint.
       expected: the shape of every tensor by name, the head included (`tensors.stored_shapes`).
-      tied: whether head and embedding may be one; then either may be absent, and what the file holds is returned.
+      tied: head and embedding by the file's names, if they may be one; then either may be absent, and what is there is returned.
 
     Raises:
       InputError: files or tensors missing, unknown, of another shape or kind, truncated, or a name that stands for two tensors.
@@ -75,7 +80,7 @@ def locate(folder: pathlib.Path, expected: dict[str, tuple[int, ...]], *, tied: 
         else:
             located[name] = source
             problems += _misfit(source.name, header, expected[name])
-    optional = {HEAD, EMBEDDING} if tied and {HEAD, EMBEDDING} & located.keys() else {HEAD} if tied else set()
+    optional = set(tied) if located.keys() & set(tied) else set(tied[:1])
     places = {own_name(place.name, expected): place for place in found}
     problems += [_missing(name, places.get(name), index) for name in expected if name not in located.keys() | optional]
     if problems:
@@ -92,7 +97,7 @@ def own_name(name: str, expected: Container[str]) -> str:
     """Return the name that a network has for a tensor of a file, if it is one of those expected."""
     for pattern, prefix in PREFIXES:
         name = re.sub(f"^{pattern}", prefix, name)
-    return name if name in expected else f"model.{name}"
+    return next((prefix + name for prefix in MISSING if prefix + name in expected), f"model.{name}")
 
 
 def _misfit(name: str, header: Header, shape: tuple[int, ...]) -> list[str]:

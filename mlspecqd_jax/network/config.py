@@ -4,24 +4,37 @@ Parts are frozen and hashable, so that a network is static under jit. `families`
 """
 
 import dataclasses
+from typing import Literal
 
 from mlspecqd_jax.weights.tensors import Source
 
 
 @dataclasses.dataclass(frozen=True)
 class Norm:
-    """x / sqrt(mean(x^2) + eps) * (offset + weight)."""
+    """y / sqrt(mean(y^2) + eps) * (offset + weight) + bias, with y = x, or x less its mean."""
 
     eps: float = 1e-6
     offset: float = 0.0
+    centered: bool = False
+    weight: bool = True  # else it is 1
+    bias: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class Rope:
-    """Rotation of the pairs (i, i + D/2) of a head by position * frequencies[i]; cosine and sine times `magnitude`."""
+    """Rotation of pairs (i, i + R/2) of a head's first R elements by position * frequencies[i]; cos and sin times `magnitude`."""
 
-    frequencies: tuple[float, ...]  # radians a position, [D / 2]
+    frequencies: tuple[float, ...]  # radians a position, [R / 2]
     magnitude: float = 1.0
+    interleaved: bool = False  # the pairs are (2i, 2i + 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Growth:
+    """What queries at position p are multiplied by: factors[p // period], behind the end the last."""
+
+    period: int
+    factors: tuple[float, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,9 +46,13 @@ class Attention:
     head_dim: int  # of queries and keys
     value_dim: int
     scale: float
-    rope: Rope
+    rope: Rope | None
     window: int | None = None  # how many positions a query sees, its own among them; None is all up to it
-    qk_norm: Norm | None = None  # of each query's and key's head, before the rotation
+    qk_norm: Norm | None = None  # of queries and keys, before the rotation
+    qk_norm_of: Literal["head", "each", "all"] = "head"  # one for every head, one for each, or one of all heads' elements together
+    qk_norm_last: bool = False  # after the rotation
+    growth: Growth | None = None
+    clip: float | None = None  # bound of the magnitude of queries, keys and values
     cap: float | None = None
     sinks: bool = False  # a learned logit for each head, whose probability goes to no value
     bias: bool = False  # of queries, keys and values
@@ -52,12 +69,23 @@ class GatedMLP:
 
 
 @dataclasses.dataclass(frozen=True)
+class MLP:
+    """down(act(up(x))); act may be xielu, which has parameters."""
+
+    size: int
+    act: str
+    bias: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
 class Layer:
     """h = n0(x); x = x + n1(mixer(h)); x = x + n3(feed(n2(x))), each norm by its name in the file, None being the identity."""
 
     mixer: Attention
-    feed: GatedMLP
+    feed: GatedMLP | MLP
     norms: tuple[str | None, str | None, str | None, str | None]
+    parallel: bool = False  # x = x + n1(mixer(h)) + n3(feed(n2(x))), or feed(h) without n2
+    scale: float = 1.0  # of what n1 and n3 return
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +99,9 @@ class Config:
     norm: Norm  # of the layers and the last one
     tied: bool = False  # whether the embedding is the head too
     embed_scale: float = 1.0  # rounded to the embedding's dtype
+    learned_positions: bool = False  # added to the embedding
+    head_bias: bool = False
+    logit_scale: float = 1.0
     logit_cap: float | None = None  # logits are cap * tanh(logits / cap)
     # Where a file holds a module's tensors, if not under the module's own name; `*` stands for the number of a layer.
     sources: tuple[tuple[str, Source], ...] = ()

@@ -10,6 +10,7 @@ inputs or hidden size. The causal mask is computed from absolute positions, so e
 read and need no trimming.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -18,17 +19,34 @@ from flax import nnx
 
 from mlspecqd_jax.network import config
 from mlspecqd_jax.network.attention import KVCache, finite
-from mlspecqd_jax.network.ops import attend, linear, rms_norm, rotary, rotate, rows, write
+from mlspecqd_jax.network.ops import attend, layer_norm, linear, product, rms_norm, rotary, rotate, rows, scaled, write
 from mlspecqd_jax.weights.tensors import AXIS
 
 ACTIVATIONS = {
     "silu": jax.nn.silu,
     "swish": jax.nn.silu,
     "relu": jax.nn.relu,
+    "relu2": lambda x: jnp.square(jax.nn.relu(x)),
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
     "gelu_new": functools.partial(jax.nn.gelu, approximate=True),
     "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True),
 }
+
+
+class XIELU(nnx.Module):
+    """a x^2 + beta x for x > 0, else b (exp(min(x, eps)) - 1 - x) + beta x, in f32 (Huang and Schlag, arXiv 2411.13010)."""
+
+    def __init__(self):
+        self.alpha_p, self.alpha_n = nnx.Param(jnp.zeros((1,))), nnx.Param(jnp.zeros((1,)))
+        self.beta, self.eps = nnx.Param(jnp.full((), 0.5)), nnx.Param(jnp.full((), -1e-6))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        parameters = (self.alpha_p, self.alpha_n, self.beta, self.eps)
+        p, n, beta, eps = (leaf.get_value().astype(jnp.float32).reshape((1,) * x.ndim) for leaf in parameters)
+        y = x.astype(jnp.float32)
+        above = product(jax.nn.softplus(p) * y, y)
+        below = product(jnp.expm1(jnp.minimum(y, eps)) - y, beta + jax.nn.softplus(n))
+        return (jnp.where(y > 0, above, below) + product(beta, y)).astype(x.dtype)
 
 
 ALONG_N, ALONG_K = (AXIS, None), (None, AXIS)
@@ -54,8 +72,7 @@ class Embedding(nnx.Module):
         self.scale = scale
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
-        found = rows(self.weight.get_value(), tokens)
-        return found if self.scale == 1 else found * jnp.asarray(self.scale, found.dtype)
+        return scaled(rows(self.weight.get_value(), tokens), self.scale)
 
 
 class RMSNorm(nnx.Module):
@@ -69,6 +86,36 @@ class RMSNorm(nnx.Module):
         return rms_norm(x, self.weight.get_value(), self.norm)
 
 
+class LayerNorm(nnx.Module):
+    """`ops.layer_norm` with its weight and bias [K], where it has them."""
+
+    def __init__(self, k: int, norm: config.Norm):
+        self.weight = nnx.Param(jnp.full((k,), 1 - norm.offset)) if norm.weight else None
+        self.bias = nnx.Param(jnp.zeros((k,))) if norm.bias else None
+        self.norm = norm
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        weight = jnp.ones(x.shape[-1:], x.dtype) if self.weight is None else self.weight.get_value()
+        bias = jnp.zeros(x.shape[-1:], x.dtype) if self.bias is None else self.bias.get_value()
+        return layer_norm(x, weight, bias, self.norm)
+
+
+class HeadsNorm(nnx.Module):
+    """A norm of each head of x [..., H, D] with weights of its own [H, D]."""
+
+    def __init__(self, heads: int, k: int, norm: config.Norm):
+        self.weight = nnx.Param(jnp.ones((heads, k)), axes=ALONG_N)
+        self.norm = LayerNorm(k, dataclasses.replace(norm, weight=False))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.norm(x) * jnp.expand_dims(self.weight.get_value(), range(x.ndim - 2))
+
+
+def norm_of(k: int, norm: config.Norm) -> RMSNorm | LayerNorm:
+    """Return the norm of vectors [K] that a config describes."""
+    return LayerNorm(k, norm) if norm.centered else RMSNorm(k, norm)
+
+
 class Attention(nnx.Module):
     """Grouped-query causal attention with rotary positions; softmax in f32."""
 
@@ -79,8 +126,7 @@ class Attention(nnx.Module):
         self.k_proj = make(a.kv_heads * a.head_dim, k, bias=a.bias, axes=ALONG_N)
         self.v_proj = make(a.kv_heads * a.value_dim, k, bias=a.bias, axes=ALONG_N)
         self.o_proj = make(k, a.heads * a.value_dim, bias=a.output_bias, axes=ALONG_K)
-        self.q_norm = RMSNorm(a.head_dim, a.qk_norm) if a.qk_norm else None
-        self.k_norm = RMSNorm(a.head_dim, a.qk_norm) if a.qk_norm else None
+        self.q_norm, self.k_norm = _norm_of_heads(a, a.heads), _norm_of_heads(a, a.kv_heads)
         self.sinks = nnx.Param(jnp.zeros((a.heads,)), axes=(AXIS,)) if a.sinks else None
 
     def __call__(self, x, positions, rotation, cache: KVCache | None):
@@ -93,12 +139,21 @@ class Attention(nnx.Module):
           cache: of this layer, or None.
         """
         batch, window, _ = x.shape
-        q = self.q_proj(x).reshape(batch, window, self.a.heads, self.a.head_dim)
-        k = self.k_proj(x).reshape(batch, window, self.a.kv_heads, self.a.head_dim)
-        v = self.v_proj(x).reshape(batch, window, self.a.kv_heads, self.a.value_dim)
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k, v = rotate(q, *rotation), rotate(k, *rotation), jnp.swapaxes(v, 1, 2)  # [B, heads, W, D]
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        if self.a.clip is not None:
+            q, k, v = (jnp.clip(part, -self.a.clip, self.a.clip) for part in (q, k, v))
+        if self.a.qk_norm_of == "all":
+            q, k = self._normed(q, k)
+        q = q.reshape(batch, window, self.a.heads, self.a.head_dim)
+        k = k.reshape(batch, window, self.a.kv_heads, self.a.head_dim)
+        v = v.reshape(batch, window, self.a.kv_heads, self.a.value_dim)
+        if self.a.qk_norm_of != "all" and not self.a.qk_norm_last:
+            q, k = self._normed(q, k)
+        q, k, v = self._turned(q, rotation), self._turned(k, rotation), jnp.swapaxes(v, 1, 2)  # [B, heads, W, D]
+        if self.a.qk_norm_last:
+            q, k = self._normed(q, k)
+        if self.a.growth is not None:
+            q = _grown(q, positions, self.a.growth)
         k, v = finite(k), finite(v)
         last = positions
         if cache is None:
@@ -110,6 +165,32 @@ class Attention(nnx.Module):
         sinks = None if self.sinks is None else self.sinks.get_value()
         out = attend(q, k, v, first, last, sinks, scale=self.a.scale, cap=self.a.cap)  # [B, W, H * Dv]
         return self.o_proj(out), cache
+
+    def _normed(self, q, k):
+        return (q, k) if self.q_norm is None or self.k_norm is None else (self.q_norm(q), self.k_norm(k))
+
+    def _turned(self, x, rotation):
+        """Return heads [B, W, heads, D] as [B, heads, W, D], rotated where there is a rope."""
+        if self.a.rope is None:
+            return jnp.swapaxes(x, 1, 2)
+        if self.a.rope.interleaved:
+            # Queries and keys are put in another order alike, which changes none of their products.
+            turned = 2 * len(self.a.rope.frequencies)
+            x = jnp.concatenate([x[..., 0:turned:2], x[..., 1:turned:2], x[..., turned:]], axis=-1)
+        return rotate(x, *rotation)
+
+
+def _grown(q, positions, growth: config.Growth):
+    factors = jnp.asarray(growth.factors, jnp.float32)[jnp.minimum(positions // growth.period, len(growth.factors) - 1)]
+    return q * factors[:, None, :, None].astype(q.dtype)
+
+
+def _norm_of_heads(a: config.Attention, heads: int):
+    if a.qk_norm is None:
+        return None
+    if a.qk_norm_of == "each":
+        return HeadsNorm(heads, a.head_dim, a.qk_norm)
+    return norm_of(heads * a.head_dim if a.qk_norm_of == "all" else a.head_dim, a.qk_norm)
 
 
 class GatedMLP(nnx.Module):
@@ -126,22 +207,42 @@ class GatedMLP(nnx.Module):
         return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
 
 
+class MLP(nnx.Module):
+    """down(act(up(x)))."""
+
+    def __init__(self, mlp: config.MLP, k: int, *, init, rngs: nnx.Rngs):
+        make = functools.partial(Linear, bias=mlp.bias, init=init, rngs=rngs)
+        self.up_proj = make(mlp.size, k, axes=ALONG_N)
+        self.down_proj = make(k, mlp.size, axes=ALONG_K)
+        self.act_fn = XIELU() if mlp.act == "xielu" else ACTIVATIONS[mlp.act]
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.down_proj(self.act_fn(self.up_proj(x)))
+
+
 class Block(nnx.Module):
     """A decoder layer: attention and MLP between norms, which are named as in the file (`config.Layer`)."""
 
     def __init__(self, layer: config.Layer, norm: config.Norm, k: int, *, init, rngs: nnx.Rngs):
-        self.names = layer.norms
+        self.layer = layer
         for name in filter(None, layer.norms):
-            setattr(self, name, RMSNorm(k, norm))
+            setattr(self, name, norm_of(k, norm))
         self.self_attn = Attention(layer.mixer, k, init=init, rngs=rngs)
-        self.mlp = GatedMLP(layer.feed, k, init=init, rngs=rngs)
+        if isinstance(layer.feed, config.GatedMLP):
+            self.mlp = GatedMLP(layer.feed, k, init=init, rngs=rngs)
+        else:
+            self.mlp = MLP(layer.feed, k, init=init, rngs=rngs)
 
     def __call__(self, x, positions, rotation, cache):
         """Return (x [B, W, K], updated cache), as `Attention` takes its arguments."""
-        before, after, before_feed, after_feed = (getattr(self, name) if name else _identity for name in self.names)
-        mixed, cache = self.self_attn(before(x), positions, rotation, cache)
-        x = x + after(mixed)
-        return x + after_feed(self.mlp(before_feed(x))), cache
+        before, after, before_feed, after_feed = (getattr(self, name) if name else _identity for name in self.layer.norms)
+        h = before(x)
+        mixed, cache = self.self_attn(h, positions, rotation, cache)
+        y = x + scaled(after(mixed), self.layer.scale)
+        if not self.layer.parallel:
+            return y + scaled(after_feed(self.mlp(before_feed(y))), self.layer.scale), cache
+        fed = self.mlp(h if self.layer.norms[2] is None else before_feed(x))
+        return y + scaled(after_feed(fed), self.layer.scale), cache
 
 
 def _identity(x):
@@ -154,16 +255,26 @@ class Trunk(nnx.Module):
     def __init__(self, c: config.Config, *, init, rngs: nnx.Rngs):
         self.ropes = tuple(layer.mixer.rope for layer in c.layers)
         self.embed_tokens = Embedding(c.vocab_size, c.hidden_size, c.embed_scale, init=init, rngs=rngs)
+        positions = c.max_positions if c.learned_positions else 0
+        self.embed_positions = Embedding(positions, c.hidden_size, 1.0, init=init, rngs=rngs) if positions else None
         self.layers = nnx.List([Block(layer, c.norm, c.hidden_size, init=init, rngs=rngs) for layer in c.layers])
-        self.norm = RMSNorm(c.hidden_size, c.norm)
+        self.norm = norm_of(c.hidden_size, c.norm)
+
+    def embed(self, tokens, positions):
+        """Return what the first layer reads of tokens at positions, both [B, W]."""
+        x = self.embed_tokens(tokens)
+        if self.embed_positions is None:
+            return x
+        last = self.embed_positions.weight.get_value().shape[0] - 1  # beyond which there is only padding
+        return x + self.embed_positions(jnp.minimum(positions, last))
 
     def __call__(self, tokens, start, caches):
         positions = start[:, None] + jnp.arange(tokens.shape[1])[None, :]  # [B, W]
-        rotations = {rope: rotary(positions, rope) for rope in dict.fromkeys(self.ropes)}
-        x = self.embed_tokens(tokens)
+        rotations = {rope: rotary(positions, rope) for rope in dict.fromkeys(self.ropes) if rope is not None}
+        x = self.embed(tokens, positions)
         updated = []
         for i, (layer, rope) in enumerate(zip(self.layers, self.ropes, strict=True)):
             with jax.named_scope(f"layer_{i}"):
-                x, cache = layer(x, positions, rotations[rope], None if caches is None else caches[i])
+                x, cache = layer(x, positions, rotations.get(rope), None if caches is None else caches[i])
             updated.append(cache)
         return self.norm(x), None if caches is None else updated

@@ -52,7 +52,7 @@ def _of_layer(params, i):
 @functools.partial(jax.jit, static_argnames="network")
 def _embed(network, params, tokens):
     with network.module(params) as module:
-        return module.model.embed_tokens(tokens)
+        return module.model.embed(tokens, jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape))
 
 
 @functools.partial(jax.jit, static_argnames="network")
@@ -65,7 +65,7 @@ def _layer(network, params, x, counted):
         watched = {name: watch(params[name], zeros, counted.ravel()) for name, zeros in moments.items()}
         with network.module(params | watched) as module:
             layer, rope = module.model.layers[0], module.model.ropes[0]
-            made, _ = layer(x, positions, rotary(positions, rope), None)
+            made, _ = layer(x, positions, None if rope is None else rotary(positions, rope), None)
         return jnp.sum(made.astype(jnp.float32)), made
 
     # Moments do not depend on what comes back, so the compiler drops the pass backward but for them.

@@ -41,13 +41,14 @@ class Transformer(nnx.Module):
     def __init__(self, config: Config, rngs: nnx.Rngs, stddev: float = 0.02):
         init = nnx.initializers.normal(stddev)
         self.model = Trunk(config, init=init, rngs=rngs)
-        self.lm_head = Linear(config.vocab_size, config.hidden_size, axes=ALONG_N, init=init, rngs=rngs)
-        self.cap = config.logit_cap
+        self.lm_head = Linear(config.vocab_size, config.hidden_size, axes=ALONG_N, bias=config.head_bias, init=init, rngs=rngs)
+        self.scale, self.cap = config.logit_scale, config.logit_cap
 
     def __call__(self, tokens, start, caches):
         x, caches = self.model(tokens, start, caches)
         with jax.named_scope("lm_head"):
             logits = self.lm_head(x, out_dtype=jnp.float32)
+            logits = logits if self.scale == 1 else self.scale * logits
             logits = logits if self.cap is None else self.cap * jnp.tanh(logits / self.cap)
             return logits, caches, x
 

@@ -1,4 +1,4 @@
-"""Root mean square norms whose bits depend on their own row alone.
+"""Norms whose bits depend on their own row alone.
 
 Notation: K is the axis that is normed.
 """
@@ -25,3 +25,21 @@ def rms_norm(x: jax.Array, weight: jax.Array, norm: Norm) -> jax.Array:
     mean = ordered_sum(y * y)[..., None] / x.shape[-1]
     scale = jnp.expand_dims(weight.astype(jnp.float32), range(x.ndim - 1))
     return (y * jax.lax.rsqrt(mean + norm.eps) * (norm.offset + scale if norm.offset else scale)).astype(x.dtype)
+
+
+def layer_norm(x: jax.Array, weight: jax.Array, bias: jax.Array, norm: Norm) -> jax.Array:
+    """y / sqrt(mean(y^2) + eps) * (offset + weight) + bias with y = x - mean(x), in f32 (Ba et al., arXiv 1607.06450).
+
+    Args:
+      x: [..., K].
+      weight, bias: [K].
+      norm: as of `rms_norm`.
+
+    Returns:
+      [..., K] in x's dtype.
+    """
+    y = x.astype(jnp.float32)
+    y = y - ordered_sum(y)[..., None] / x.shape[-1]
+    mean = ordered_sum(y * y)[..., None] / x.shape[-1]
+    scale, shift = (jnp.expand_dims(row.astype(jnp.float32), range(x.ndim - 1)) for row in (weight, bias))
+    return (y * jax.lax.rsqrt(mean + norm.eps) * (norm.offset + scale if norm.offset else scale) + shift).astype(x.dtype)

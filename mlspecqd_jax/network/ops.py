@@ -24,7 +24,21 @@ from mlspecqd_jax.weights.quantized_array import Leaf
 from pallas_kernels import BLOCK, best_product, xla
 from pallas_kernels.xla import rows
 
-__all__ = ["attend", "implementation", "linear", "narrower", "rms_norm", "rotary", "rotate", "row_multiple", "rows", "write"]
+__all__ = [
+    "attend",
+    "implementation",
+    "layer_norm",
+    "linear",
+    "narrower",
+    "product",
+    "rms_norm",
+    "rotary",
+    "rotate",
+    "row_multiple",
+    "rows",
+    "scaled",
+    "write",
+]
 
 
 def linear(x: jax.Array, w: Leaf, *, out_dtype: jnp.dtype | None = None) -> jax.Array:
@@ -53,6 +67,31 @@ def rms_norm(x: jax.Array, weight: jax.Array, norm: Norm) -> jax.Array:
     return cpu_kernels.on_cpu(_differentiated_as(in_xla, in_cpp), in_xla, x, weight)
 
 
+def layer_norm(x: jax.Array, weight: jax.Array, bias: jax.Array, norm: Norm) -> jax.Array:
+    """`norms.layer_norm` of x [..., K] with its weight and bias [K]."""
+    in_xla = functools.partial(norms.layer_norm, norm=norm)
+
+    def in_cpp(x, weight, bias):
+        return cpu_kernels.layer_norm(x.reshape(-1, x.shape[-1]), weight, bias, norm.eps, norm.offset).reshape(x.shape)
+
+    return cpu_kernels.on_cpu(_differentiated_as(in_xla, in_cpp), in_xla, x, weight, bias)
+
+
+def scaled(x: jax.Array, factor: float) -> jax.Array:
+    """`product` of x and a factor, which is rounded to x's dtype."""
+    return x if factor == 1 else product(x, jnp.asarray(factor, x.dtype))
+
+
+def product(x: jax.Array, y: jax.Array) -> jax.Array:
+    """x * y, elementwise, to be added to something.
+
+    XLA:CPU would fuse the product with the sum that takes it, for a window of one row otherwise than for others. Bounds that change
+    no finite number keep the two apart.
+    """
+    most = jnp.finfo(x.dtype).max
+    return jnp.clip(x * y, -most, most)
+
+
 def rotary(positions: jax.Array, rotation: Rope) -> tuple[jax.Array, jax.Array]:
     """Return cos and sin, f32 [B, W, D / 2], of the rotation angles at positions int32 [B, W], times the rope's magnitude."""
     frequencies = jnp.asarray(rotation.frequencies, jnp.float32)
@@ -61,7 +100,10 @@ def rotary(positions: jax.Array, rotation: Rope) -> tuple[jax.Array, jax.Array]:
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """`rope.rotate` of x [B, W, heads, D] by the given angles; return [B, heads, W, D]."""
+    """`rope.rotate` of x [B, W, heads, D] by the given angles, dimensions beyond theirs as they are; return [B, heads, W, D]."""
+    if x.shape[-1] > 2 * cos.shape[-1]:
+        turned, rest = x[..., : 2 * cos.shape[-1]], x[..., 2 * cos.shape[-1] :]
+        return jnp.concatenate([rotate(turned, cos, sin), jnp.swapaxes(rest, 1, 2)], axis=-1)
 
     # XLA:CPU fuses these products and sums with what is around them, otherwise for a window of one row than for others.
     def in_cpp(x):

@@ -46,6 +46,9 @@ def stored_shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     shapes = {}
     for tensor in tensors.values():
         for source in tensor.sources:
+            if not tensor.shape:
+                shapes |= dict.fromkeys(source.names, ())
+                continue
             stop = source.start + tensor.shape[0] // source.groups if source.stop is None else source.stop
             for name in source.names:
                 known = shapes.get(name, (0,))[-1 if source.transpose else 0]

@@ -2,16 +2,19 @@
 
 import dataclasses
 import json
+import pathlib
 
 import jax
 import pytest
 import tiny
 from configs import LLAMA, MINIMAL, parse
 from refusals import refused
+from transformers import CONFIG_MAPPING
 
+from mlspecqd_jax.errors import InputError
 from mlspecqd_jax.loading import config_file
 from mlspecqd_jax.network.config import Norm
-from mlspecqd_jax.network.families import FAMILIES
+from mlspecqd_jax.network.families import FAMILIES, config_of
 from mlspecqd_jax.network.network import Network
 from mlspecqd_jax.network.rope import rope_of
 from mlspecqd_jax.weights import tensors
@@ -25,7 +28,7 @@ def windows(config) -> list[int | None]:
     return [layer.mixer.window for layer in config.layers]
 
 
-@pytest.mark.parametrize("family", list(FAMILIES))
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text"])
 def test_absent_keys_take_the_defaults_of_transformers(tmp_path, family):
     import transformers
 
@@ -46,6 +49,23 @@ def test_absent_keys_take_the_defaults_of_transformers(tmp_path, family):
     assert mixer(ours).rope == rope_of(rope, mixer(ours).head_dim)
     assert (mixer(ours).bias, mixer(ours).output_bias, ours.layers[0].feed.bias) == (family == "qwen2", False, False)
     assert bool(mixer(ours).qk_norm) == (family in ("qwen3", "gemma3_text"))
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_absent_keys_are_the_family_s(tmp_path, family):
+    """Whatever is left to transformers' class is what a config of that class says, and no key is lost on the way to it."""
+    described = CONFIG_MAPPING[family]
+    given = MINIMAL | {"hidden_size": 512, "num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 128}
+    named = {described.attribute_map.get(key, key): value for key, value in given.items()}
+    given = {key: value for key, value in named.items() if key in {field.name for field in dataclasses.fields(described)}}
+    ours = parse(tmp_path, {"model_type": family} | given)
+    assert ours == config_of(family, **given)
+    assert (ours.vocab_size, ours.hidden_size, ours.max_positions, len(ours.layers)) == (97, 512, 128, 3)
+
+
+def test_the_documents_name_every_family():
+    text = (pathlib.Path(__file__).parents[2] / "docs" / "models.md").read_text()
+    assert [name for name in (*FAMILIES, *config_file.WRAPPERS) if f"`{name}`" not in text] == []
 
 
 def test_defaults_that_are_easily_mistaken(tmp_path):
@@ -109,6 +129,29 @@ def test_rope_scalings(tmp_path):
     assert plain.frequencies == tuple(10000.0 ** (-i / 12) for i in range(0, 12, 2))
 
 
+@pytest.mark.slow
+def test_every_model_type_of_transformers_is_read_or_refused(tmp_path):
+    """Of those that generate text, its own default config: in one sentence, never a traceback."""
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as OF_TEXT,
+    )
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as OF_IMAGES,
+    )
+
+    types = {*OF_TEXT, *OF_IMAGES} - {"gemma4_assistant"}
+    read, said = set(), []
+    for kind in sorted(types):
+        (tmp_path / "config.json").write_text(CONFIG_MAPPING[kind]().to_json_string(use_diff=False))
+        try:
+            config_file.read_config(tmp_path)
+            read.add(kind)
+        except InputError as error:
+            said.append(str(error))
+    assert {len(message.splitlines()) for message in said} == {1}
+    assert {kind for kind in (*FAMILIES, *config_file.WRAPPERS) if kind in types} <= read
+
+
 READ = {
     "HuggingFaceTB--SmolLM2-135M": 134_515_008,
     "Qwen--Qwen2-0.5B": 494_032_768,
@@ -124,7 +167,7 @@ READ = {
 REFUSED = {
     "Qwen--Qwen3-30B-A3B": ("qwen3_moe", "a mixture of experts"),
     "deepseek-ai--DeepSeek-V3": ("deepseek_v3", "multi-head latent attention"),
-    "google--gemma-4-26B-A4B": ("gemma4", "a multimodal model"),
+    "google--gemma-4-26B-A4B": ("gemma4", "share keys and values"),
     "mistralai--Mixtral-8x7B-v0.1": ("mixtral", "a mixture of experts"),
     "openai--gpt-oss-20b": ("gpt_oss", "a mixture of experts"),
 }
@@ -194,9 +237,12 @@ def test_a_window_of_a_family_without_one_has_no_effect(tmp_path):
 
 
 def test_a_head_size_is_honoured_by_every_family(tmp_path):
-    for family in FAMILIES:
-        config = parse(tmp_path, {"model_type": family, "num_key_value_heads": 4, "head_dim": 14} | MINIMAL)
-        assert mixer(config).head_dim == 14
+    fields = {family: {field.name for field in dataclasses.fields(CONFIG_MAPPING[family])} for family in FAMILIES}
+    of_their_own = [family for family in FAMILIES if "head_dim" in fields[family]]
+    assert len(of_their_own) > 15
+    for family in ["llama", "mistral", "qwen2", "qwen3", *of_their_own]:
+        config = parse(tmp_path, {"model_type": family, "num_key_value_heads": 4, "head_dim": 16} | MINIMAL)
+        assert mixer(config).head_dim == 16
 
 
 def test_many_layers_take_no_longer_to_tell(tmp_path):

@@ -216,3 +216,9 @@ def test_a_tied_head_that_was_quantized_all_the_same_is_left_out(tmp_path):
     folder = write(tmp_path, "gptq", change, made.CONFIG | {"tie_word_embeddings": True})
     with pytest.warns(UserWarning, match="left out"):
         assert leaves(folder).keys() == PLAIN.keys() - {"lm_head.weight"}
+
+
+def test_a_family_whose_files_have_other_names(tmp_path):
+    folder = write(tmp_path, "gptq", config=made.CONFIG | {"model_type": "phi3", "rope_scaling": None})
+    with refused("gate_up_proj", "give the original checkpoint"):
+        leaves(folder)

@@ -14,9 +14,10 @@ from tiny import shape
 import cpu_kernels
 from mlspecqd_jax.folds import ordered_logsumexp, ordered_softmax, ordered_sum
 from mlspecqd_jax.network.config import Norm
+from mlspecqd_jax.network.families import config_of
 from mlspecqd_jax.network.layers import ACTIVATIONS
 from mlspecqd_jax.network.network import Network
-from mlspecqd_jax.network.ops import attend, linear, rms_norm, rotary, rotate, row_multiple
+from mlspecqd_jax.network.ops import attend, layer_norm, linear, rms_norm, rotary, rotate, row_multiple
 from mlspecqd_jax.network.rope import rope_of
 from mlspecqd_jax.speculation import choosing
 from mlspecqd_jax.speculation.settings import Sampling
@@ -61,6 +62,18 @@ def test_the_harness_sees_a_norm_whose_sums_xla_orders():
 def test_norms(k, dtype, offset):
     weight = random(1, (k,), dtype)
     assert_rows_alike(lambda x: rms_norm(x, weight, Norm(1e-5, offset)), random(0, (64, k), dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_layer_norms(dtype):
+    weight, bias = random(1, (576,), dtype), random(2, (576,), dtype)
+    x, norm = random(0, (64, 576), dtype), Norm(1e-5, 1.0, centered=True)
+    assert_rows_alike(lambda x: layer_norm(x, weight, bias, norm), x)
+    x, weight, bias = (array.astype(jnp.float32) for array in (x, weight, bias))
+    y = x - x.mean(axis=-1, keepdims=True)
+    expected = y / jnp.sqrt((y * y).mean(axis=-1, keepdims=True) + 1e-5) * (1 + weight[None]) + bias[None]
+    found = layer_norm(*(array.astype(dtype) for array in (x, weight, bias)), norm).astype(jnp.float32)
+    np.testing.assert_allclose(found, expected, rtol=2e-5 if dtype == "float32" else 8e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -134,7 +147,7 @@ def test_attention_that_is_capped_or_scaled_over_windows_batches_and_buffers(dty
     np.testing.assert_array_equal(np.asarray(run(q, *more, first, last)), whole)
 
 
-@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_pytorch_tanh"])
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_pytorch_tanh", "relu2"])
 def test_activations(activation):
     for dtype in ("bfloat16", "float32"):
         x, up = random(0, (64, 1536), dtype), random(1, (64, 1536), dtype)
@@ -187,6 +200,9 @@ def test_the_choice_of_a_token_and_its_log_probability(vocab):
     assert_rows_alike(run, logits, jnp.arange(12, dtype=jnp.uint32), rows=(1, 5, 12))
 
 
+WIDE = {"vocab_size": 8192, "hidden_size": 640, "intermediate_size": 1280, "num_hidden_layers": 2, "num_attention_heads": 10}
+WIDE |= {"num_key_value_heads": 2, "max_position_embeddings": 2048, "pad_token_id": 0}
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
 GEMMA = {"tie_word_embeddings": True, "sliding_window": 12}
 # Hidden, intermediate, query heads, key/value heads, size of a head, vocabulary: of models that people use, one layer each.
 SHAPES = {
@@ -198,9 +214,24 @@ SHAPES = {
     # Gemma's layers, one of each kind; of Gemma 2, and of Gemma 3 with another scale.
     "gemma2": shape(8192, 640, 1280, 2, 4, 2, 64, 2048, "gemma2", **GEMMA, attn_logit_softcapping=5.0, final_logit_softcapping=9.0),
     "gemma3": shape(8192, 640, 1280, 2, 4, 1, 64, 2048, "gemma3_text", **GEMMA, query_pre_attn_scalar=100),
+    # Layer norms, parallel parts, neighbouring pairs, layers without positions; residuals that are scaled; a part of heads rotated.
+    "cohere2": config_of(
+        "cohere2", **WIDE, logit_scale=0.3, sliding_window=12, layer_types=["sliding_attention", "full_attention"]
+    ),
+    "cohere": config_of("cohere", **WIDE, use_qk_norm=True, attention_bias=True),
+    "granite": config_of("granite", **WIDE, embedding_multiplier=12.0, residual_multiplier=0.22, logits_scaling=8.0),
+    "glm4": config_of("glm4", **WIDE, head_dim=64),
+    "olmo": config_of("olmo", **WIDE, clip_qkv=1.5),
+    # Learned positions; norms of whole queries; sinks; an activation with parameters; queries that grow.
+    "gpt2": config_of("gpt2", vocab_size=8192, n_embd=640, n_layer=2, n_head=10, n_positions=2048),
+    "gpt_neox": config_of("gpt_neox", **{key: value for key, value in WIDE.items() if key != "num_key_value_heads"}),
+    "olmo2": config_of("olmo2", **WIDE),
+    "granite_swa": config_of("granite_swa", **WIDE, sliding_window=12, residual_multiplier=0.22, layer_rope_theta=[0, 1e4]),
+    "apertus": config_of("apertus", **WIDE),
+    "ministral3": config_of("ministral3", **WIDE, head_dim=64, rope_parameters=YARN | {"llama_4_scaling_beta": 0.1}),
 }
 QUICK = {("576", "bfloat16")}
-LONG = {("576", "float32"), ("gemma2", "bfloat16")}
+LONG = {("576", "float32"), ("gemma2", "bfloat16"), ("cohere2", "bfloat16"), ("granite", "bfloat16"), ("apertus", "bfloat16")}
 # Batch and window, and the buckets of their buffers.
 PROGRAMS = ((1, 1, 256), (1, 6, 256), (2, 1, 512), (4, 16, 256), (8, 8, 256))
 
@@ -222,7 +253,7 @@ def test_whole_models(name, dtype):
     """Logits of every position, in every program, are those of the widest."""
     network = Network(SHAPES[name])
     params = {
-        leaf: (jax.random.normal(jax.random.key(i), t.shape) / t.shape[-1] ** 0.5 + float(len(t.shape) == 1)).astype(dtype)
+        leaf: (jax.random.normal(jax.random.key(i), t.shape) / (1, *t.shape)[-1] ** 0.5 + float(len(t.shape) == 1)).astype(dtype)
         for i, (leaf, t) in enumerate(network.tensors().items())
     }
     tokens = np.random.RandomState(0).randint(0, network.vocab_size, (8, 36)).astype(np.int32)

@@ -46,6 +46,8 @@ def _of_keys(file: GGUF) -> dict[str, Any] | None:
     kind = found["scaling.type"] or "linear"
     if kind == "none" or factor in (None, 0, 1):
         return None
+    if kind in ("yarn", "longrope"):
+        raise InputError(f"{file.path}: {prefix}scaling.type {brief(kind)} is not supported; supported: linear, none")
     scaling = {"rope_type": kind, "factor": factor}
     positions = file.keys.get(f"{prefix}scaling.original_context_length")
     return scaling if kind == "linear" or positions is None else scaling | {"original_max_position_embeddings": positions}

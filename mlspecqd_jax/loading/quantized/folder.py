@@ -20,7 +20,7 @@ from mlspecqd_jax.loading.quantized.module import PLAIN, Module, Packed, Reader,
 from mlspecqd_jax.loading.quantized.safetensors_map import map_file
 from mlspecqd_jax.network.network import Network
 from mlspecqd_jax.weights.quantized_array import QuantizedArray
-from mlspecqd_jax.weights.tensors import EMBEDDING, HEAD, Tensor
+from mlspecqd_jax.weights.tensors import EMBEDDING, HEAD, Source, Tensor
 
 # Of a linear layer, what bears on its activations alone, or on a cache in few bits.
 OF_ACTIVATIONS = r"(input|output|activation|k|v|q)_(scale|zero_point|global_scale|scale_ub|amax)"
@@ -61,6 +61,12 @@ def open_folder(path: pathlib.Path, network: Network) -> Folder:
       InputError: a tensor is unknown, missing, or of another shape; or nothing is quantized.
     """
     expected, tied = network.untied.tensors(), network.config.tied
+    other = next((source for name, tensor in expected.items() for source in tensor.sources if source != Source((name,))), None)
+    if other is not None:
+        raise InputError(
+            f"{path}: quantized weights are read under Llama's names alone, and a file of this family holds {other.names[0]}; "
+            "give the original checkpoint"
+        )
     found, ignored, problems = _found(path, expected)
     plain: dict[str, Stored] = {}
     modules: dict[str, Module] = {}

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mlspecqd_jax.errors import InputError
+from mlspecqd_jax.network.config import GatedMLP
 from mlspecqd_jax.network.network import Network
 from mlspecqd_jax.weights.cast import dequantize
 from mlspecqd_jax.weights.formats import format_of
@@ -107,7 +108,11 @@ def _products(leaves: Leaves, network: Network, params: Mapping[str, jax.Array],
     offset = network.config.norm.offset
     for i, layer in enumerate(network.config.layers):
         for kind in kinds:
-            part, norm = ("mlp", layer.norms[2]) if kind == "gate_proj" else ("self_attn", layer.norms[0])
+            part, norm = "self_attn", layer.norms[0]
+            if kind == "gate_proj":
+                part, norm = "mlp", layer.norms[2] or (norm if layer.parallel else None)
+                kind = kind if isinstance(layer.feed, GatedMLP) else "up_proj"
+            norm = norm if network.config.norm.weight else None
             name, norm = f"model.layers.{i}.{part}.{kind}.weight", f"model.layers.{i}.{norm}.weight" if norm else None
             rows = _some(params[name])
             ours, theirs = _rows(leaves[name], rows), np.asarray(params[name][rows], np.float32)

@@ -1,13 +1,19 @@
 """What families share: how transformers' config tells the sizes of a layer, and the names of its norms."""
 
+import itertools
+from collections.abc import Mapping
 from typing import Any
 
-from mlspecqd_jax.network.config import Attention, Config, Layer, Norm
+from mlspecqd_jax.network.config import Attention, Config, GatedMLP, Layer, Norm
 from mlspecqd_jax.network.rope import rope_of
+from mlspecqd_jax.weights.tensors import Source
 
-# Norms before and after attention, before and after the MLP. `post_attention_layernorm` is what it says in the second alone.
+Sources = tuple[tuple[str, Source], ...]
+
+# Norms before and after attention, before and after the MLP. `post_attention_layernorm` is what it says in the second and third.
 PRE = ("input_layernorm", None, "post_attention_layernorm", None)
 SANDWICH = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
+POST = (None, "post_attention_layernorm", None, "post_feedforward_layernorm")
 
 
 def head_dim(c) -> int:
@@ -18,30 +24,68 @@ def head_dim(c) -> int:
 def windows(c) -> list[int | None]:
     """Return how many positions each layer sees, None where it sees all."""
     kinds = getattr(c, "layer_types", None) or ["sliding_attention"] * c.num_hidden_layers
-    return [c.sliding_window if kind == "sliding_attention" else None for kind in kinds]
+    return [getattr(c, "sliding_window", None) if kind == "sliding_attention" else None for kind in kinds]
 
 
-def attention(c, rope: dict[str, Any] | None = None, **more) -> Attention:
+def attention(c, rope_parameters: dict[str, Any] | None = None, interleaved: bool = False, **more) -> Attention:
     """Return a layer's attention, with keys and values of one size and scores times 1 / sqrt(D), unless `more` says otherwise.
 
     Args:
       c: transformers' config.
-      rope: the layer's own rope_parameters; None is the model's.
+      rope_parameters: the layer's own; None is the model's.
+      interleaved: whether a rope's pairs are neighbours.
       **more: fields of `Attention`.
     """
     dim = head_dim(c)
     known: dict[str, Any] = {
         "heads": c.num_attention_heads,
-        "kv_heads": c.num_key_value_heads or c.num_attention_heads,
+        "kv_heads": getattr(c, "num_key_value_heads", None) or c.num_attention_heads,
         "head_dim": dim,
         "value_dim": dim,
         "scale": dim**-0.5,
-        "rope": rope_of(c.rope_parameters if rope is None else rope, dim),
     }
+    if "rope" not in more:
+        parameters = c.rope_parameters if rope_parameters is None else rope_parameters
+        known["rope"] = rope_of(parameters, dim, c.max_position_embeddings, interleaved)
     return Attention(**(known | more))
+
+
+def split(fused: str, parts: Mapping[str, int], groups: int = 1, transpose: bool = False) -> Sources:
+    """Say that modules have their rows in one module of the file, in equal groups, one part of a group after another.
+
+    Args:
+      fused: name of the file's module; `*` stands for the number of a layer.
+      parts: how many rows each module has in a group, by its name.
+      groups: how many there are.
+      transpose: whether the file holds [K, N].
+    """
+    stops = list(itertools.accumulate(parts.values()))
+    starts = [stop - size for stop, size in zip(stops, parts.values(), strict=True)]
+    named = zip(parts, starts, stops, strict=True)
+    return tuple((name, Source((fused,), groups, start, stop, transpose)) for name, start, stop in named)
+
+
+def fused_qkv(mixer: Attention, fused: str = "model.layers.*.self_attn.qkv_proj", groups: int = 1, **more) -> Sources:
+    """Say that queries, keys and values of so many groups of heads have their rows in one module of the file (see `split`)."""
+    sizes = mixer.heads * mixer.head_dim, mixer.kv_heads * mixer.head_dim, mixer.kv_heads * mixer.value_dim
+    names = (f"model.layers.*.self_attn.{x}_proj" for x in "qkv")
+    return split(fused, {name: size // groups for name, size in zip(names, sizes, strict=True)}, groups, **more)
+
+
+def fused_gate(feed: GatedMLP) -> Sources:
+    """Say that `gate_up_proj` holds the rows of the gate, and then those of what it gates."""
+    names = (f"model.layers.*.mlp.{x}_proj" for x in ("gate", "up"))
+    return split("model.layers.*.mlp.gate_up_proj", dict.fromkeys(names, feed.size))
+
+
+def renamed(names: Mapping[str, str]) -> Sources:
+    """Say what modules are called in the file, by their own names."""
+    return tuple((name, Source((other,))) for name, other in names.items())
 
 
 def decoder(c, layers: list[Layer], **more) -> Config:
     """Return a model of these layers, with plain norms, unless `more`, fields of `Config`, says otherwise."""
-    known: dict[str, Any] = {"norm": Norm(float(c.rms_norm_eps)), "tied": c.tie_word_embeddings}
+    known: dict[str, Any] = {"tied": getattr(c, "tie_word_embeddings", False)}
+    if "norm" not in more:
+        known["norm"] = Norm(float(c.rms_norm_eps))
     return Config(c.vocab_size, c.hidden_size, c.max_position_embeddings, tuple(layers), **(known | more))
