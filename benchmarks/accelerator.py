@@ -257,7 +257,7 @@ def exactness(options) -> dict:
     model = mlsd.load(options.checkpoint)
     stacks = {"plain": mlsd.stack(model)}
     for drafts in options.drafts:
-        stacks[drafts] = mlsd.stack(model, *specs.drafters(specs.parse(drafts.split()), model, mlsd.load))
+        stacks[drafts] = specs.stack_of(specs.parse(drafts.split()), model, mlsd.load)
     stacks["plain, exact=False"] = mlsd.stack(model, exact=False)  # what exactness costs
     prompts, found, left_out, plain, began = list(PROMPTS)[: options.prompts], [], [], {}, time.perf_counter()
     with concurrent.futures.ThreadPoolExecutor() as pool:  # compile all at once: no time that matters is measured here

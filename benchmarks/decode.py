@@ -198,10 +198,7 @@ def by_stack(target: mlsd.Model, given: Sequence[list[str]], prompts: list, tria
 
         return call
 
-    stacks = {
-        " ".join(written) or "plain": mlsd.stack(target, *specs.drafters(specs.parse(written), target, mlsd.load))
-        for written in given
-    }
+    stacks = {" ".join(written) or "plain": specs.stack_of(specs.parse(written), target, mlsd.load) for written in given}
     rates = in_turn({name: run(name, stack) for name, stack in stacks.items()}, trials)
     return {"tokens_per_second": rates, "token_acceptance": acceptance}
 

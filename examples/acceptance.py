@@ -46,7 +46,7 @@ def measure(model, small: str | None, prompts: list[str], options: argparse.Name
     """Yield a row for each stack, temperature and level that judges a draft: what it accepts, and how well theory knew."""
     arguments = {"max_new_tokens": options.new_tokens}
     for label, written in stacks_of(small).items():
-        stack = mlsd.stack(model, *specs.drafters(specs.parse(written), model, load))
+        stack = specs.stack_of(specs.parse(written), model, load)
         for temperature in options.temperatures:
             report = mlsd.generate(stack, prompts, temperature=temperature, **arguments).report
             yield from (

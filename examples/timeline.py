@@ -126,8 +126,8 @@ def main(argv: list[str] | None = None) -> list[Run]:
     from timeline_plot import draw
 
     model = mlsd.load(options.model)
-    drafters = specs.drafters(specs.parse(options.draft or ["mxfp4:8", "ngram:3"]), model, mlsd.load)
-    both = runs([mlsd.stack(model, *drafters), mlsd.stack(model)], options.prompt, options.new_tokens, options.runs)
+    stack = specs.stack_of(specs.parse(options.draft or ["mxfp4:8", "ngram:3"]), model, mlsd.load)
+    both = runs([stack, mlsd.stack(model)], options.prompt, options.new_tokens, options.runs)
     for run in both:
         print(f"{' > '.join(run.names)}: {len(run.new)} tokens, {run.seconds:.3f} s; {run.seconds_unlogged:.3f} s without the log")
     device = f"{os.cpu_count()} CPU cores" if jax.default_backend() == "cpu" else jax.devices()[0].device_kind

@@ -160,7 +160,7 @@ def _generate(a: argparse.Namespace) -> None:
     if "logit_bias" in arguments:
         arguments["logit_bias"] = _biases(arguments["logit_bias"])
 
-    from mlspecqd_jax import generation, planner, specs, stacks
+    from mlspecqd_jax import generation, planner, specs
     from mlspecqd_jax.loading import models
 
     load = functools.cache(functools.partial(models.load, dtype=a.dtype))
@@ -170,14 +170,8 @@ def _generate(a: argparse.Namespace) -> None:
     specs.parse(a.draft, a.calibrate)  # refused before anything is loaded
     target = load(a.model, dequantize=True) if a.dequantize else load(a.model)  # as drafts are: one name is loaded once
     drafts = a.draft or planner.default_drafts(target)
-    parsed = specs.parse(drafts, a.calibrate)
-    stack = stacks.stack(
-        target,
-        *specs.drafters(parsed, target, load, a.calibrate),
-        exact=not a.inexact,
-        share_cache=not a.own_cache,
-        lengths=specs.lengths(parsed),
-    )
+    options = {"exact": not a.inexact, "share_cache": not a.own_cache}
+    stack = specs.stack_of(specs.parse(drafts, a.calibrate), target, load, a.calibrate, **options)
     if a.json or a.compare or len(prompts) > 1:
         out = (generation.compare if a.compare else generation.generate)(stack, prompts, **arguments)
         if a.json:

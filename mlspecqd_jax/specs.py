@@ -17,7 +17,8 @@ from mlspecqd_jax.loading.gguf.reader import is_gguf
 from mlspecqd_jax.loading.model import Model
 from mlspecqd_jax.loading.models import is_quantized
 from mlspecqd_jax.speculation.drafters.prompt_lookup import PromptLookup
-from mlspecqd_jax.stacks import check_draft_len, default_draft_len
+from mlspecqd_jax.speculation.stack import Stack
+from mlspecqd_jax.stacks import check_draft_len, default_draft_len, stack
 from mlspecqd_jax.weights.formats import FORMATS
 from mlspecqd_jax.weights.quantization import bits_of
 
@@ -118,6 +119,15 @@ def drafters(specs: Sequence[Spec], target: Model, load: Callable[..., Model], c
         auto = lengths(specs) == "auto"
         pairs.append((drafter, spec.draft_len or default_draft_len(drafter, nested=i > 0, auto=auto)))
     return pairs
+
+
+def stack_of(specs: Sequence[Spec], target: Model, load: Callable[..., Model], calibrate: bool = False, **options: Any) -> Stack:
+    """Return the stack of a target and what specs name, with lengths as they say; the arguments are those of `drafters`.
+
+    Args:
+      **options: of `stack`.
+    """
+    return stack(target, *drafters(specs, target, load, calibrate), lengths=lengths(specs), **options)
 
 
 def lengths(specs: Sequence[Spec]) -> str:
