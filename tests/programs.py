@@ -11,9 +11,13 @@ from tiny import shape
 
 from mlspecqd_jax.network.config import Config
 from mlspecqd_jax.network.network import Network
+from mlspecqd_jax.pass_times import guessed
 from mlspecqd_jax.programs import ONE_ALGORITHM
 from mlspecqd_jax.speculation import loop
+from mlspecqd_jax.speculation.autopilot import Autopilot
+from mlspecqd_jax.speculation.drafters.either import Either
 from mlspecqd_jax.speculation.level import Level
+from mlspecqd_jax.speculation.priors import prior
 from mlspecqd_jax.speculation.settings import Sampling
 from mlspecqd_jax.weights.placement import cache_sharding, weight_sharding
 from mlspecqd_jax.weights.products import array_specs
@@ -67,6 +71,19 @@ def compile_stack(mesh, target: Config, small: Config, batch: int, size: int, dt
     return compiled(mesh, Level(networks[0], plain(target, mesh, dtype), middle, 7, window_multiple=16), target, batch, size)
 
 
+def compile_guided(mesh, target: Config, small: Config, batch: int, size: int, widths: tuple[int, ...]):
+    """Compile `advance` of the same, drafts as long as pays by models or look-up, with windows of other widths at each level.
+
+    None is so wide that scores of attention look like a cache.
+    """
+    networks = [Network(config, mesh) for config in (target, small)]
+    innermost = Either(Level(networks[1], twin(small, mesh)))
+    middle = Level(networks[0], twin(target, mesh), innermost, 7, widths=widths, share_cache=True)
+    stack = Level(networks[0], plain(target, mesh), Either(middle), 23, window_multiple=8, widths=(8,))
+    control = Autopilot.create(guessed([4, 1, 1], "tpu"), prior([True, False, False]), 2)
+    return compiled(mesh, stack, target, batch, size, control=control)
+
+
 def compile_twin(mesh, target: Config, draft_len: int, batch: int, size: int):
     """Compile `advance` of target > its twin, or of the target alone where draft_len is 0, as an exact stack on GPU."""
     network = Network(target, mesh)
@@ -75,7 +92,7 @@ def compile_twin(mesh, target: Config, draft_len: int, batch: int, size: int):
     return compiled(mesh, stack, target, batch, size, compiler_options=ONE_ALGORITHM)
 
 
-def compiled(mesh, stack: Level, target: Config, batch: int, size: int, **options):
+def compiled(mesh, stack: Level, target: Config, batch: int, size: int, control=None, **options):
     """Compile `advance` of a stack, its caches split over the mesh."""
     sampling = jax.eval_shape(lambda: Sampling.create(batch, target.vocab_size))
     tokens, row = jax.ShapeDtypeStruct((batch, size), jnp.int32), jax.ShapeDtypeStruct((batch,), jnp.int32)
@@ -86,6 +103,6 @@ def compiled(mesh, stack: Level, target: Config, batch: int, size: int, **option
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=cache_sharding(leaf.shape, mesh))
 
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        state = jax.tree.map(placed, jax.eval_shape(loop.init, stack, tokens, row, sampling))
+        state = jax.tree.map(placed, jax.eval_shape(functools.partial(loop.init, control=control), stack, tokens, row, sampling))
     rounds = jax.ShapeDtypeStruct((), jnp.int32)
     return chips.compile_for(mesh, loop.advance, stack, state, row, sampling, rounds, donate_argnums=1, **options)

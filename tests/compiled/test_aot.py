@@ -10,7 +10,7 @@ import re
 import chips
 import pytest
 from hlo import HOST_OPERATIONS, aliased, cache_copies, decoded, widened
-from programs import LLAMA_8B, compile_stack, compile_twin
+from programs import LLAMA_8B, compile_guided, compile_stack, compile_twin
 from tiny import shape
 
 from mlspecqd_jax.network.network import Network
@@ -76,6 +76,18 @@ def test_it_fits(program, mesh):
     memory = program.memory_analysis()
     used = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     assert used < chips.MEMORY["v5e" if mesh.devices.flat[0].platform == "tpu" else "H200"]
+
+
+@pytest.mark.parametrize("name", ["v5e:1x1", "H200"])
+def test_windows_of_several_widths_copy_no_cache(name):
+    """Law 8, of the autopilot's loop: each width is a loop of one trip or none, and all update the caches in place."""
+    mesh = chips.mesh(name)
+    hlo = compile_guided(mesh, TARGET, SMALL, BATCH, SIZE, (1, 4)).as_text()
+    for config in (TARGET, SMALL):
+        assert not cache_copies(hlo, [size for size in cache_shape(config, mesh) if size > 1])
+        caches, in_place = aliased(hlo, "bf16", cache_shape(config, mesh))
+        assert len(caches) == 2 * len(config.layers)
+        assert in_place == caches
 
 
 def test_exact_programs_share_the_products_of_the_target():

@@ -47,12 +47,18 @@ def random_model(config, name):
     return models.Model(network, params, card, pathlib.Path())
 
 
-@pytest.fixture(scope="module", params=["plain", pytest.param("three levels", marks=pytest.mark.slow)])
+@pytest.fixture(
+    scope="module", params=["plain", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("three levels", "auto"))]
+)
 def stack(request):
-    """Random models in bfloat16: a target alone; or with its twin, on the same cache, and a small model, on a cache of its own."""
+    """Random models in bfloat16: a target alone; or with its twin, on the same cache, and a small model, on a cache of its own.
+
+    With lengths="auto" each level has windows of several widths, and drafts by a model or by look-up.
+    """
     models.enable_compilation_cache()  # what is compiled to be read is not compiled again to be run
     target, small = random_model(CONFIG, "target"), random_model(SMALL, "small")
-    return stacks.stack(target, *[(target.quantized(), 6), (small, 3)] * (request.param != "plain"))
+    lengths = "auto" if request.param == "auto" else "fixed"
+    return stacks.stack(target, *[(target.quantized(), 6), (small, 3)] * (request.param != "plain"), lengths=lengths)
 
 
 PROGRAMS = pytest.mark.parametrize("name", ["feed", "advance", pytest.param("generate_tokens", marks=pytest.mark.exhaustive)])
