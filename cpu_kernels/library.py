@@ -41,12 +41,14 @@ def isas(product: str, dtype: str = "bfloat16") -> tuple[str, ...]:
 def on_cpu(kernel, otherwise, *arguments, dtypes: tuple[str, ...] = DTYPES, unit: str | None = None):
     """Call `kernel` where the program is for one CPU, its library is there and all floats have one of `dtypes`; else `otherwise`.
 
+    An argument may be None.
+
     XLA cannot split a foreign call over the devices of a mesh; it would gather every operand on each.
 
     Args:
       unit: what the library is called (UNITS); None for the floats' dtype.
     """
-    floats = {array.dtype.name for array in arguments if jnp.issubdtype(array.dtype, jnp.floating)}
+    floats = {array.dtype.name for array in jax.tree.leaves(arguments) if jnp.issubdtype(array.dtype, jnp.floating)}
     if len(floats) != 1 or not floats.issubset(dtypes) or not usable(unit or next(iter(floats))):
         return otherwise(*arguments)
     return jax.lax.platform_dependent(*arguments, cpu=kernel, default=otherwise)

@@ -8,9 +8,12 @@ import jax
 import jax.numpy as jnp
 
 from cpu_kernels.library import DTYPES, call, target
+from cpu_kernels.used import used_of_rows, used_of_windows
 
 
-def rms_norm(x: jax.Array, weight: jax.Array, eps: float, offset: float = 0.0, isa: str | None = None) -> jax.Array:
+def rms_norm(
+    x: jax.Array, weight: jax.Array, eps: float, offset: float = 0.0, isa: str | None = None, used: jax.Array | None = None
+) -> jax.Array:
     """x / sqrt(mean(x^2) + eps) * (offset + weight) in f32.
 
     A row's squares are added in one fixed order, whatever M and the number of threads.
@@ -21,6 +24,7 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float, offset: float = 0.0, i
       eps: what is added to the mean.
       offset: what is added to the weight, in f32.
       isa: one of `isas("rms_norm", dtype)`; None is the first.
+      used: int32 [B], rows of each window (see `cpu_kernels.used`).
 
     Returns:
       [M, K] in x's dtype.
@@ -29,7 +33,8 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float, offset: float = 0.0, i
         raise ValueError(f"x {x.dtype}{list(x.shape)} and weight {weight.dtype}{list(weight.shape)} should be [M, K] and [K]")
     f32 = jnp.dtype(jnp.float32).type
     constants = {"eps": f32(eps), "offset": f32(offset or -0.0)}  # -0 + w is w, also where that is -0
-    return call("rms_norm", isa, jax.ShapeDtypeStruct(x.shape, x.dtype), x, weight, **constants)
+    result = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    return call("rms_norm", isa, result, x, weight, used_of_rows(used, len(x)), **constants)
 
 
 def attention(
@@ -43,6 +48,7 @@ def attention(
     scale: float | None = None,
     cap: float | None = None,
     isa: str | None = None,
+    used: jax.Array | None = None,
 ) -> jax.Array:
     """softmax(cap tanh(scale q k^T / cap)) v, each query over its own range of slots, in f32.
 
@@ -56,6 +62,7 @@ def attention(
       scale: of the products; None is 1 / sqrt(D).
       cap: bound of the logits' magnitude, softly; None leaves them as they are.
       isa: one of `isas("attention", dtype)`; None is the first.
+      used: int32 [B], positions of each window (see `cpu_kernels.used`).
 
     Returns:
       f32 [B, W, H, Dv].
@@ -69,7 +76,7 @@ def attention(
     sinks = jnp.full(heads, -jnp.inf, jnp.float32) if sinks is None else sinks.astype(jnp.float32)
     result = jax.ShapeDtypeStruct((batch, window, heads, v.shape[-1]), jnp.float32)
     scores = {"scale": f32(scale), "cap": f32(cap or 0)}
-    return call("attention", isa, result, q, k, v, first, last, sinks, **scores)
+    return call("attention", isa, result, q, k, v, first, last, sinks, used_of_windows(used, batch, window), **scores)
 
 
 def angles(positions: jax.Array, frequencies: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -84,27 +91,34 @@ def angles(positions: jax.Array, frequencies: jax.Array) -> tuple[jax.Array, jax
     return cos, sin
 
 
-def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array, used: jax.Array | None = None) -> jax.Array:
     """Rotate the pairs (i, i + D/2) of x [B, W, H, D] by angles of cos and sin, f32 [B, W, D / 2], in f32.
 
+    Args:
+      x: [B, W, H, D], bfloat16, float16 or float32.
+      cos, sin: f32 [B, W, D / 2].
+      used: int32 [B], positions of each window (see `cpu_kernels.used`).
+
     Returns:
-      [B, H, W, D] in x's dtype: bfloat16, float16 or float32.
+      [B, H, W, D] in x's dtype.
     """
     batch, window, heads, depth = x.shape
     if x.dtype.name not in DTYPES or not (cos.shape == sin.shape == (batch, window, depth // 2)) or depth % 2:
         raise ValueError(f"x {x.dtype}{list(x.shape)}, cos {list(cos.shape)} and sin {list(sin.shape)} do not belong together")
     result = jax.ShapeDtypeStruct((batch, heads, window, depth), x.dtype)
-    return jax.ffi.ffi_call(target(f"rotate_{x.dtype.name}"), result, vmap_method="sequential")(x, cos, sin)
+    run = jax.ffi.ffi_call(target(f"rotate_{x.dtype.name}"), result, vmap_method="sequential")
+    return run(x, cos, sin, used_of_windows(used, batch, window))
 
 
-def put_window(buffer: jax.Array, start: jax.Array, values: jax.Array) -> jax.Array:
+def put_window(buffer: jax.Array, start: jax.Array, values: jax.Array, used: jax.Array | None = None) -> jax.Array:
     """Store values [B, H, W, D] in buffer [B, H, S, D] at positions start[r] + 0..W-1, in place; what falls outside is dropped.
 
     Args:
       buffer, values: of one dtype.
       start: int32 [B].
+      used: int32 [B], positions of each window (see `cpu_kernels.used`); the others are not written.
     """
     if buffer.dtype != values.dtype or start.dtype != jnp.int32:
         raise ValueError(f"buffer, start and values are {buffer.dtype}, {start.dtype}, {values.dtype}, not of one dtype and int32")
     run = jax.ffi.ffi_call(target("put_window"), jax.ShapeDtypeStruct(buffer.shape, buffer.dtype), input_output_aliases={0: 0})
-    return run(buffer, start, values)
+    return run(buffer, start, values, used_of_windows(used, values.shape[0], values.shape[2]))

@@ -9,19 +9,21 @@ import jax
 import jax.numpy as jnp
 
 from cpu_kernels.library import DTYPES, call
+from cpu_kernels.used import used_of_rows
 
 ELEMENTS = ("e4m3", "e5m2")  # of mx8_matmul: exponent and mantissa bits
 SIX_BITS = {2: "e2m3", 3: "e3m2"}  # of mxfp6_matmul, by exponent bits
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
-def dense_matmul(x: jax.Array, w: jax.Array, isa: str | None = None) -> jax.Array:
+def dense_matmul(x: jax.Array, w: jax.Array, isa: str | None = None, used: jax.Array | None = None) -> jax.Array:
     """x @ w.T with f32 accumulation; each row of the result is bit for bit the same whatever M, N and the number of threads.
 
     Args:
       x: [M, K], bfloat16, float16 or float32.
       w: [N, K], in x's dtype.
       isa: one of `isas("matmul", dtype)`; None is the first.
+      used: int32 [B], rows of each window (see `cpu_kernels.used`). The derivative is that of all rows.
 
     Returns:
       f32 [M, N].
@@ -30,12 +32,12 @@ def dense_matmul(x: jax.Array, w: jax.Array, isa: str | None = None) -> jax.Arra
         raise ValueError(
             f"x {x.dtype}{list(x.shape)} and w {w.dtype}{list(w.shape)} should be [M, K] and [N, K] of one of {', '.join(DTYPES)}"
         )
-    return call("matmul", isa, jax.ShapeDtypeStruct((len(x), len(w)), jnp.float32), x, w)
+    return _call_on_rows("matmul", isa, used, len(w), x, w)
 
 
 @dense_matmul.defjvp
 def _(isa, primals, tangents):
-    (x, w), (dx, dw) = primals, tangents
+    (x, w, _), (dx, dw, _) = primals, tangents
 
     def plain(x, w):
         precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
@@ -44,7 +46,9 @@ def _(isa, primals, tangents):
     return dense_matmul(x, w, isa), plain(dx, w) + plain(x, dw)
 
 
-def mxfp4_matmul(x: jax.Array, packed: jax.Array, scales: jax.Array, isa: str | None = None) -> jax.Array:
+def mxfp4_matmul(
+    x: jax.Array, packed: jax.Array, scales: jax.Array, isa: str | None = None, used: jax.Array | None = None
+) -> jax.Array:
     """x @ decoded.T with each block of x rounded to eight bits: q = round(127 x / a) and x taken for q a / 127, a = max |block|.
 
     Sums over a block are exact, and added in f32. Rows do not depend on M, N and the number of threads. A row of x with a NaN or
@@ -55,6 +59,7 @@ def mxfp4_matmul(x: jax.Array, packed: jax.Array, scales: jax.Array, isa: str | 
       packed: uint8 [N, K/2], element 2i in the low half of byte i.
       scales: uint8 [N, K/32]; byte s is 2^(s - 127), and 0 is read as scale 0.
       isa: one of `isas("mxfp4_matmul")`; None is the first.
+      used: int32 [B], rows of each window (see `cpu_kernels.used`).
 
     Returns:
       f32 [M, N].
@@ -68,10 +73,17 @@ def mxfp4_matmul(x: jax.Array, packed: jax.Array, scales: jax.Array, isa: str | 
             f"x {list(x.shape)}, packed {list(packed.shape)} and scales {list(scales.shape)} do not belong together; "
             "give x [M, K], packed [N, K/2] and scales [N, K/32], with K padded to whole blocks"
         )
-    return call("mxfp4_matmul", isa, jax.ShapeDtypeStruct((len(x), n), jnp.float32), x, packed, scales)
+    return _call_on_rows("mxfp4_matmul", isa, used, n, x, packed, scales)
 
 
-def mxfp6_matmul(x: jax.Array, codes: jax.Array, scales: jax.Array, exponent_bits: int, isa: str | None = None) -> jax.Array:
+def mxfp6_matmul(
+    x: jax.Array,
+    codes: jax.Array,
+    scales: jax.Array,
+    exponent_bits: int,
+    isa: str | None = None,
+    used: jax.Array | None = None,
+) -> jax.Array:
     """x @ decoded.T for a weight in MXFP6, with x rounded and sums added as `mxfp4_matmul` does.
 
     Args:
@@ -81,6 +93,7 @@ def mxfp6_matmul(x: jax.Array, codes: jax.Array, scales: jax.Array, exponent_bit
       scales: uint8 [N, K/32]; byte s is 2^(s - 127), and 0 is read as scale 0.
       exponent_bits: of an element: 2 with three bits of mantissa, or 3 with two.
       isa: one of `isas("mxfp6_matmul")`; None is the first.
+      used: int32 [B], rows of each window (see `cpu_kernels.used`).
 
     Returns:
       f32 [M, N].
@@ -96,12 +109,18 @@ def mxfp6_matmul(x: jax.Array, codes: jax.Array, scales: jax.Array, exponent_bit
             f"x {list(x.shape)}, codes {list(codes.shape)} and scales {list(scales.shape)} do not belong together; "
             "give x [M, K], codes [N, 3K/4] and scales [N, K/32], with K padded to whole blocks"
         )
-    result = jax.ShapeDtypeStruct((len(x), n), jnp.float32)
-    return call("mxfp6_matmul", isa, result, x, codes, scales, elements=SIX_BITS[exponent_bits])
+    return _call_on_rows("mxfp6_matmul", isa, used, n, x, codes, scales, elements=SIX_BITS[exponent_bits])
 
 
 def grouped_matmul(
-    x: jax.Array, codes: jax.Array, scales: jax.Array, minima: jax.Array | None = None, isa: str | None = None, *, bits: int = 4
+    x: jax.Array,
+    codes: jax.Array,
+    scales: jax.Array,
+    minima: jax.Array | None = None,
+    isa: str | None = None,
+    used: jax.Array | None = None,
+    *,
+    bits: int = 4,
 ) -> jax.Array:
     """x @ decoded.T for a weight whose scales are numbers, with each block of x rounded to eight bits as `mxfp4_matmul` does.
 
@@ -116,6 +135,7 @@ def grouped_matmul(
         128 or so on (of eight bits from 16 on), the last group possibly shorter, of integers plus 8 or 128; float32 [N, 1].
       minima: float16 [N, G], of integers without an offset.
       isa: one of `isas(...)` of the product, a name of `library.OF_NUMBERS`; None is the first.
+      used: int32 [B], rows of each window (see `cpu_kernels.used`).
       bits: of a code, 4 or 8, if scales are float16.
 
     Returns:
@@ -133,12 +153,17 @@ def grouped_matmul(
         raise ValueError(
             f"{given} do not belong together; give x bfloat16 [M, K], K a multiple of 32, and a weight [N, K] as stored"
         )
-    result = jax.ShapeDtypeStruct((len(x), n), jnp.float32)
-    return call(f"{product}_matmul", isa, result, x, codes, scales, *([] if minima is None else [minima]))
+    return _call_on_rows(f"{product}_matmul", isa, used, n, x, codes, scales, *([] if minima is None else [minima]))
 
 
 def mx8_matmul(
-    x: jax.Array, codes: jax.Array, scales: jax.Array, exponent_bits: int, mantissa_bits: int, isa: str | None = None
+    x: jax.Array,
+    codes: jax.Array,
+    scales: jax.Array,
+    exponent_bits: int,
+    mantissa_bits: int,
+    isa: str | None = None,
+    used: jax.Array | None = None,
 ) -> jax.Array:
     """x @ decoded.T with f32 accumulation, decoded in registers; rows do not depend on M, N and the number of threads.
 
@@ -150,6 +175,7 @@ def mx8_matmul(
       scales: uint8 [N, K/32]; byte s is 2^(s - 127), and 0 is read as scale 0.
       exponent_bits, mantissa_bits: of an element: 4 and 3, or 5 and 2.
       isa: one of `isas("mx8_matmul")`; None is the first.
+      used: int32 [B], rows of each window (see `cpu_kernels.used`).
 
     Returns:
       f32 [M, N].
@@ -165,4 +191,10 @@ def mx8_matmul(
             f"x {list(x.shape)}, codes {list(codes.shape)} and scales {list(scales.shape)} do not belong together; "
             "give x [M, K], codes [N, K] and scales [N, K/32], with K padded to whole blocks"
         )
-    return call("mx8_matmul", isa, jax.ShapeDtypeStruct((len(x), n), jnp.float32), x, codes, scales, elements=elements)
+    return _call_on_rows("mx8_matmul", isa, used, n, x, codes, scales, elements=elements)
+
+
+def _call_on_rows(product, isa, used, n, x, *weight, **attributes):
+    """Multiply x [M, K] by a weight of N rows."""
+    result = jax.ShapeDtypeStruct((len(x), n), jnp.float32)
+    return call(product, isa, result, x, *weight, used_of_rows(used, len(x)), **attributes)

@@ -11,6 +11,7 @@ read and need no trimming.
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +35,14 @@ ACTIVATIONS = {
 ALONG_N, ALONG_K = (AXIS, None), (None, AXIS)
 
 
+class Window(NamedTuple):
+    """What a layer's pass is over."""
+
+    positions: jax.Array  # int32 [B, W], absolute
+    rotation: tuple[jax.Array, jax.Array]  # cos and sin of the rope's angles at them, f32 [B, W, D / 2]
+    used: jax.Array | None = None  # int32 [B], how many of them, from the first on, hold a token (see `ops`); None is all
+
+
 class Linear(nnx.Module):
     """x @ weight.T + bias with weight [N, K]."""
 
@@ -41,8 +50,8 @@ class Linear(nnx.Module):
         self.weight = nnx.Param(init(rngs.params(), (n, k)), axes=axes, linear=True)
         self.bias = nnx.Param(jnp.zeros((n,)), axes=axes[:1] if axes[0] else ()) if bias else None
 
-    def __call__(self, x: jax.Array, out_dtype: jnp.dtype | None = None) -> jax.Array:
-        y = linear(x, self.weight.get_value(), out_dtype=out_dtype)
+    def __call__(self, x: jax.Array, used: jax.Array | None = None, out_dtype: jnp.dtype | None = None) -> jax.Array:
+        y = linear(x, self.weight.get_value(), used=used, out_dtype=out_dtype)
         return y if self.bias is None else y + jnp.expand_dims(self.bias.get_value().astype(y.dtype), range(y.ndim - 1))
 
 
@@ -65,8 +74,8 @@ class RMSNorm(nnx.Module):
         self.weight = nnx.Param(jnp.full((k,), 1 - norm.offset))
         self.norm = norm
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return rms_norm(x, self.weight.get_value(), self.norm)
+    def __call__(self, x: jax.Array, used: jax.Array | None = None) -> jax.Array:
+        return rms_norm(x, self.weight.get_value(), self.norm, used)
 
 
 class Attention(nnx.Module):
@@ -83,33 +92,26 @@ class Attention(nnx.Module):
         self.k_norm = RMSNorm(a.head_dim, a.qk_norm) if a.qk_norm else None
         self.sinks = nnx.Param(jnp.zeros((a.heads,)), axes=(AXIS,)) if a.sinks else None
 
-    def __call__(self, x, positions, rotation, cache: KVCache | None):
-        """Return (output [B, W, K], updated cache); without a cache the window attends to itself alone.
-
-        Args:
-          x: [B, W, K].
-          positions: int32 [B, W].
-          rotation: cos and sin of the rope's angles at them.
-          cache: of this layer, or None.
-        """
-        batch, window, _ = x.shape
-        q = self.q_proj(x).reshape(batch, window, self.a.heads, self.a.head_dim)
-        k = self.k_proj(x).reshape(batch, window, self.a.kv_heads, self.a.head_dim)
-        v = self.v_proj(x).reshape(batch, window, self.a.kv_heads, self.a.value_dim)
+    def __call__(self, x: jax.Array, window: Window, cache: KVCache | None):
+        """Return (output [B, W, K], updated cache) of x [B, W, K]; without a cache the window attends to itself alone."""
+        (batch, width, _), used = x.shape, window.used
+        q = self.q_proj(x, used).reshape(batch, width, self.a.heads, self.a.head_dim)
+        k = self.k_proj(x, used).reshape(batch, width, self.a.kv_heads, self.a.head_dim)
+        v = self.v_proj(x, used).reshape(batch, width, self.a.kv_heads, self.a.value_dim)
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k, v = rotate(q, *rotation), rotate(k, *rotation), jnp.swapaxes(v, 1, 2)  # [B, heads, W, D]
-        k, v = finite(k), finite(v)
-        last = positions
+            q, k = self.q_norm(q, used), self.k_norm(k, used)
+        q, k = rotate(q, *window.rotation, used), rotate(k, *window.rotation, used)  # [B, heads, W, D]
+        k, v = finite(k), finite(jnp.swapaxes(v, 1, 2))
+        last = window.positions
         if cache is None:
-            last = jnp.broadcast_to(jnp.arange(window), positions.shape)
+            last = jnp.broadcast_to(jnp.arange(width), last.shape)
         else:
-            cache = write(cache, k, v, positions[:, 0])
+            cache = write(cache, k, v, last[:, 0], used)
             k, v = cache
         first = jnp.zeros_like(last) if self.a.window is None else last - self.a.window + 1
         sinks = None if self.sinks is None else self.sinks.get_value()
-        out = attend(q, k, v, first, last, sinks, scale=self.a.scale, cap=self.a.cap)  # [B, W, H * Dv]
-        return self.o_proj(out), cache
+        out = attend(q, k, v, first, last, sinks, scale=self.a.scale, cap=self.a.cap, used=used)  # [B, W, H * Dv]
+        return self.o_proj(out, used), cache
 
 
 class GatedMLP(nnx.Module):
@@ -122,8 +124,8 @@ class GatedMLP(nnx.Module):
         self.down_proj = make(k, mlp.size, axes=ALONG_K)
         self.activation = ACTIVATIONS[mlp.act]
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
+    def __call__(self, x: jax.Array, used: jax.Array | None = None) -> jax.Array:
+        return self.down_proj(self.activation(self.gate_proj(x, used)) * self.up_proj(x, used), used)
 
 
 class Block(nnx.Module):
@@ -136,20 +138,20 @@ class Block(nnx.Module):
         self.self_attn = Attention(layer.mixer, k, init=init, rngs=rngs)
         self.mlp = GatedMLP(layer.feed, k, init=init, rngs=rngs)
 
-    def __call__(self, x, positions, rotation, cache):
+    def __call__(self, x, window: Window, cache):
         """Return (x [B, W, K], updated cache), as `Attention` takes its arguments."""
         before, after, before_feed, after_feed = (getattr(self, name) if name else _identity for name in self.names)
-        mixed, cache = self.self_attn(before(x), positions, rotation, cache)
-        x = x + after(mixed)
-        return x + after_feed(self.mlp(before_feed(x))), cache
+        mixed, cache = self.self_attn(before(x, window.used), window, cache)
+        x = x + after(mixed, window.used)
+        return x + after_feed(self.mlp(before_feed(x, window.used), window.used), window.used), cache
 
 
-def _identity(x):
+def _identity(x, used):
     return x
 
 
 class Trunk(nnx.Module):
-    """Embedding, layers and final norm: tokens [B, W] to hidden states [B, W, K]."""
+    """Embedding, layers and final norm: tokens [B, W], of which `used` are such (see `ops`), to hidden states [B, W, K]."""
 
     def __init__(self, c: config.Config, *, init, rngs: nnx.Rngs):
         self.ropes = tuple(layer.mixer.rope for layer in c.layers)
@@ -157,13 +159,13 @@ class Trunk(nnx.Module):
         self.layers = nnx.List([Block(layer, c.norm, c.hidden_size, init=init, rngs=rngs) for layer in c.layers])
         self.norm = RMSNorm(c.hidden_size, c.norm)
 
-    def __call__(self, tokens, start, caches):
+    def __call__(self, tokens, start, caches, used=None):
         positions = start[:, None] + jnp.arange(tokens.shape[1])[None, :]  # [B, W]
-        rotations = {rope: rotary(positions, rope) for rope in dict.fromkeys(self.ropes)}
+        windows = {rope: Window(positions, rotary(positions, rope), used) for rope in dict.fromkeys(self.ropes)}
         x = self.embed_tokens(tokens)
         updated = []
         for i, (layer, rope) in enumerate(zip(self.layers, self.ropes, strict=True)):
             with jax.named_scope(f"layer_{i}"):
-                x, cache = layer(x, positions, rotations[rope], None if caches is None else caches[i])
+                x, cache = layer(x, windows[rope], None if caches is None else caches[i])
             updated.append(cache)
-        return self.norm(x), None if caches is None else updated
+        return self.norm(x, used), None if caches is None else updated

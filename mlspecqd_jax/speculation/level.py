@@ -215,13 +215,14 @@ def run_round(
         broken |= unfinished & (lawful < appended)
         ended &= ~broken
         appended = jnp.minimum(appended, lawful)
+    kept = jnp.arange(rows)[None, :] < appended[:, None]  # what is made of padding is anything (C13), a state is not
     probs, logprobs = progress.probs, progress.logprobs
     if probs is not None and verdict.probs is not None:
         probs = write_at(probs, length - progress.begin, verdict.probs)
     if logprobs is not None:
-        logprobs = write_at(logprobs, length, log_probability(logits, verdict.tokens))
+        logprobs = write_at(logprobs, length, jnp.where(kept, log_probability(logits, verdict.tokens), 0))
     return progress._replace(
-        tokens=write_at(tokens, length, verdict.tokens),
+        tokens=write_at(tokens, length, jnp.where(kept, verdict.tokens, 0)),
         length=length + appended,
         ended=progress.ended | ended,
         broken=broken,
