@@ -94,11 +94,11 @@ def _on_nvidia(chip, dtype, n, k, along_n, along_k):
     return None if chip.startswith("sm_") else "is made for NVIDIA GPUs; use 'decoded'"
 
 
-def _run_grouped(x, arrays, *, n, chip, format, interpret):
+def _run_grouped(x, arrays, *, n, chip, format, interpret, used=None):
     return grouped_matmul(whole_blocks(x), **arrays)
 
 
-def _run_reduced(x, arrays, *, n, chip, format, interpret):
+def _run_reduced(x, arrays, *, n, chip, format, interpret, used=None):
     x = whole_blocks(x)
     return reduced_matmul(x, **arrays) if x.shape[0] <= ROWS else decoded_matmul(x, arrays, format)
 

@@ -204,7 +204,7 @@ def why_not(chip: str, dtype: str, n: int, k: int, along_n: int, along_k: int) -
     return None if dtype in ("bfloat16", "float16") else "takes bfloat16 and float16; use 'reduced'"
 
 
-def _run(x, arrays, *, n, chip, format, interpret):
+def _run(x, arrays, *, n, chip, format, interpret, used=None):
     return mxfp4_matmul(x, **arrays, n=n, chip=chip, interpret=interpret)
 
 

@@ -27,10 +27,11 @@ class Product(NamedTuple):
     axes: Mapping[str, tuple[str | None, ...]]
     """Which dimensions of the weight, "n" or "k", those of its arrays are."""
     run: Callable[..., jax.Array]
-    """(x [M, K], arrays, *, n, chip, format, interpret) to f32 [M, N].
+    """(x [M, K], arrays, *, n, chip, format, interpret, used=None) to f32 [M, N].
 
     n: the outputs of these arrays, without what they were filled up with; format: how the weight was stored, as
-    `weights.formats.Format` says it; interpret: run a Pallas kernel by an interpreter.
+    `weights.formats.Format` says it; interpret: run a Pallas kernel by an interpreter; used: int32 [B], how many rows are wanted of
+    each of B windows of M / B rows, or None for all; the others need not be computed.
     """
     row_multiple: Callable[[str, str], int | None]
     """(chip, dtype) to the number of rows to which windows are padded so that a row is computed alike for all of them.

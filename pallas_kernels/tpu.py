@@ -224,11 +224,11 @@ def why_not(chip: str, dtype: str, n: int, k: int, along_n: int, along_k: int) -
     return None if dtype == "bfloat16" else "takes bfloat16 alone; use 'grouped'"
 
 
-def _run(x, arrays, *, n, chip, format, interpret):
+def _run(x, arrays, *, n, chip, format, interpret, used=None):
     return mxfp4_matmul(x, **arrays, interpret=interpret)
 
 
-def _run_without_subnormals(x, arrays, *, n, chip, format, interpret):
+def _run_without_subnormals(x, arrays, *, n, chip, format, interpret, used=None):
     return mxfp4_matmul(x, **arrays, subnormals=False, interpret=interpret)
 
 

@@ -133,11 +133,11 @@ def row_multiple(chip: str, dtype: str) -> int | None:
     return (2 if dtype == "bfloat16" else None) if chip == "cpu" else ONE_WIDTH
 
 
-def _dot(x, arrays, *, n, chip, format, interpret):
+def _dot(x, arrays, *, n, chip, format, interpret, used=None):
     return matmul(x.astype(arrays["weight"].dtype), arrays["weight"])
 
 
-def _decoded(x, arrays, *, n, chip, format, interpret):
+def _decoded(x, arrays, *, n, chip, format, interpret, used=None):
     return decoded_matmul(whole_blocks(x), arrays, format)
 
 

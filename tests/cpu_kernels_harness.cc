@@ -1,89 +1,17 @@
 // Runs every product of the CPU kernels in buffers of exact length, to be built with sanitizers. No FFI: a pool of its own.
 
-#include <cmath>
-#include <condition_variable>
-#include <cstdio>
-#include <cstdlib>
-#include <deque>
-#include <functional>
-#include <mutex>
-#include <new>
-#include <random>
-#include <thread>
-#include <vector>
+#include "cpu_kernels_harness.h"
 
 #include "products.h"
 #include "put_window.h"
-
-using namespace mlspecqd;
-
-class Pool {
- public:
-  // Every `failing`th task finds no memory; none for 0.
-  explicit Pool(int threads, int failing = 0) : failing_(failing) {
-    for (int i = 0; i < threads; ++i) threads_.emplace_back([this] { run(); });
-  }
-  ~Pool() {
-    {
-      std::lock_guard<std::mutex> lock(mutex_);
-      closing_ = true;
-    }
-    wake_.notify_all();
-    for (auto& thread : threads_) thread.join();
-  }
-  int64_t num_threads() const { return static_cast<int64_t>(threads_.size()); }
-  void Schedule(std::function<void()> task) {
-    {
-      std::lock_guard<std::mutex> lock(mutex_);
-      if (failing_ > 0 && ++asked_ % failing_ == 0) throw std::bad_alloc();
-      tasks_.push_back(std::move(task));
-    }
-    wake_.notify_one();
-  }
-
- private:
-  void run() {
-    std::unique_lock<std::mutex> lock(mutex_);
-    while (true) {
-      wake_.wait(lock, [this] { return closing_ || !tasks_.empty(); });
-      if (tasks_.empty()) return;
-      auto task = std::move(tasks_.front());
-      tasks_.pop_front();
-      lock.unlock();
-      task();
-      lock.lock();
-    }
-  }
-
-  std::mutex mutex_;
-  std::condition_variable wake_;
-  std::deque<std::function<void()>> tasks_;
-  bool closing_ = false;
-  int failing_, asked_ = 0;
-  std::vector<std::thread> threads_;
-};
-
-static void require(bool holds, const char* what, std::string_view isa, int64_t m, int64_t n, int64_t k) {
-  if (holds) return;
-  std::printf("%s, %.*s: M %ld, N %ld, K %ld\n", what, static_cast<int>(isa.size()), isa.data(), long(m), long(n), long(k));
-  std::exit(1);
-}
-
-// Numbers of both signs whose magnitudes are from 0.25 to 0.5.
-template <class Element>
-static std::vector<Element> numbers(int64_t count, std::mt19937& random) {
-  std::vector<Element> values(count);
-  for (auto& v : values) v = narrowed<Element>((0.25f + static_cast<float>(random() % 256) / 1024) * (random() % 2 ? 1 : -1));
-  return values;
-}
 
 template <class Element>
 static void check_dense(Pool& pool, int64_t m, int64_t n, int64_t k, std::mt19937& random) {
   const auto x = numbers<Element>(m * k, random), w = numbers<Element>(n * k, random);
   for (const auto& choice : dense_choices<Element>()) {
     if (!choice.supported) continue;
-    std::vector<float> y(m * n, NAN);
-    dense_matmul(*choice.kernel, pool, x.data(), w.data(), y.data(), m, n, k);
+    const auto product = [&](float* out, Used used) { dense_matmul(*choice.kernel, pool, x.data(), w.data(), out, m, n, k, used); };
+    const auto y = with_some_rows(product, "matmul, rows", choice.isa, m, n, k);
     for (int64_t i = 0; i < m * n; ++i) {
       double expected = 0;
       for (int64_t j = 0; j < k; ++j) expected += double{widened(x[i / n * k + j])} * widened(w[i % n * k + j]);
@@ -95,7 +23,15 @@ static void check_dense(Pool& pool, int64_t m, int64_t n, int64_t k, std::mt1993
     std::vector<Element> y(m * k);
     const float offset = m % 2 ? 1.0f : -0.0f;
     const bool centered = m % 3 == 0;
-    norm::norm(*choice.kernel, pool, x.data(), w.data(), centered ? w.data() : nullptr, {1e-5f, offset, centered}, y.data(), m, k);
+    const Element* const bias = centered ? w.data() : nullptr;
+    norm::norm(*choice.kernel, pool, x.data(), w.data(), bias, {1e-5f, offset, centered}, y.data(), m, k);
+    const auto rows = some_used(m, 1, random);
+    std::vector<Element> some(m * k, narrowed<Element>(12345));
+    norm::norm(*choice.kernel, pool, x.data(), w.data(), bias, {1e-5f, offset, centered}, some.data(), m, k, {rows.data(), m});
+    for (int64_t i = 0; i < m * k; ++i) {
+      const Element expected = rows[i / k] > 0 ? y[i] : narrowed<Element>(12345);
+      require(widened(some[i]) == widened(expected), "norm, rows", choice.isa, m, n, k);
+    }
     for (int64_t row = 0; row < m; ++row) {
       double mean = 0, squares = 0;
       for (int64_t j = 0; centered && j < k; ++j) mean += double{widened(x[row * k + j])} / k;
@@ -133,11 +69,10 @@ static std::vector<uint16_t> shorts(int64_t count, unsigned first, unsigned more
 template <class Choices, class Product>
 static void same(const Choices& choices, const char* name, const Product& product, int64_t m, int64_t n, int64_t k, double each) {
   std::vector<float> expected(m * n, NAN);
-  product(*choices.back().kernel, expected.data());
+  product(*choices.back().kernel, expected.data(), Used{});
   for (const auto& choice : choices) {
     if (!choice.supported) continue;
-    std::vector<float> y(m * n, NAN);
-    product(*choice.kernel, y.data());
+    const auto y = with_some_rows([&](float* out, Used used) { product(*choice.kernel, out, used); }, name, choice.isa, m, n, k);
     for (int64_t i = 0; i < m * n; ++i) require(std::abs(y[i] - expected[i]) <= each * k, name, choice.isa, m, n, k);
   }
 }
@@ -145,21 +80,27 @@ static void same(const Choices& choices, const char* name, const Product& produc
 template <class Form>
 static void check_six(Pool& pool, const char* name, four_bits::Weight w, const std::vector<uint16_t>& x, int64_t m, int64_t n,
                       int64_t k) {
-  const auto product = [&](const six_bits::Kernel& kernel, float* y) { six_bits_matmul(kernel, pool, x.data(), w, y, m, n, k); };
+  const auto product = [&](const six_bits::Kernel& kernel, float* y, Used used) {
+    six_bits_matmul(kernel, pool, x.data(), w, y, m, n, k, used);
+  };
   same(six_bits_choices<Form>(), name, product, m, n, k, 2e-4);
 }
 
 template <class Form>
 static void check_form(Pool& pool, const char* name, four_bits::Weight w, const std::vector<uint16_t>& x, int64_t m, int64_t n,
                        int64_t k) {
-  const auto product = [&](const four_bits::Kernel& kernel, float* y) { four_bits_matmul(kernel, pool, x.data(), w, y, m, n, k); };
+  const auto product = [&](const four_bits::Kernel& kernel, float* y, Used used) {
+    four_bits_matmul(kernel, pool, x.data(), w, y, m, n, k, used);
+  };
   same(four_bits_choices<Form>(), name, product, m, n, k, 3e-5);
 }
 
 template <class Form>
 static void check_eight(Pool& pool, const char* name, int8::Weight w, const std::vector<uint16_t>& x, int64_t m, int64_t n,
                         int64_t k) {
-  const auto product = [&](const int8::Kernel& kernel, float* y) { int8_matmul(kernel, pool, x.data(), w, y, m, n, k); };
+  const auto product = [&](const int8::Kernel& kernel, float* y, Used used) {
+    int8_matmul(kernel, pool, x.data(), w, y, m, n, k, used);
+  };
   same(int8_choices<Form>(), name, product, m, n, k, 3e-5);
 }
 
@@ -215,8 +156,10 @@ static void check_mx8(Pool& pool, int64_t m, int64_t n, int64_t blocks, unsigned
     }
     for (const auto& choice : mx8_choices()) {
       if (!choice.supported) continue;
-      std::vector<float> y(m * n, NAN);
-      mx8_matmul(*choice.kernel, pool, f, x.data(), codes.data(), scales.data(), y.data(), m, n, k);
+      const auto product = [&](float* out, Used used) {
+        mx8_matmul(*choice.kernel, pool, f, x.data(), codes.data(), scales.data(), out, m, n, k, used);
+      };
+      const auto y = with_some_rows(product, "mx8, rows", choice.isa, m, n, k);
       for (int64_t i = 0; i < m * n; ++i) {
         double expected = 0, terms = 0;
         for (int64_t j = 0; j < k; ++j) {
@@ -245,13 +188,15 @@ static void check_attention(Pool& pool, const attention::Shape& s, unsigned seed
   std::vector<int32_t> start(s.batch), first(s.batch * s.window), last(first);
   for (int64_t b = 0; b < s.batch; ++b) start[b] = static_cast<int32_t>(random() % (s.slots + 2)) - 1;
   for (size_t i = 0; i < last.size(); ++i) last[i] = static_cast<int32_t>(random() % (s.slots + 1)), first[i] = last[i] / 3 - 1;
+  const auto rows = seed % 4 ? some_used(s.batch, s.window, random) : std::vector<int32_t>(s.batch, int32_t(s.window));
+  const Used used = {rows.data(), s.batch};
   put_window(reinterpret_cast<char*>(k.data()), start.data(), reinterpret_cast<const char*>(more.data()), s.batch, s.kv_heads,
-             s.slots, s.window, depth * static_cast<int64_t>(sizeof(Element)));
+             s.slots, s.window, depth * static_cast<int64_t>(sizeof(Element)), used);
   for (const auto& choice : attention_choices<Element>()) {
     if (!choice.supported) continue;
     std::vector<float> y(s.batch * s.heads * s.window * value_depth, NAN);
     attention::attention(*choice.kernel, pool, q.data(), k.data(), v.data(), first.data(), last.data(), sinks.data(), y.data(),
-                         scores, s);
+                         scores, s, used);
     for (int64_t row = 0; row < s.batch * s.heads * s.window; ++row) {
       const int64_t w = row % s.window, h = row / s.window % s.heads, b = row / s.window / s.heads;
       const int64_t head = b * s.kv_heads + h / (s.heads / s.kv_heads), at = b * s.window + w;
@@ -269,9 +214,38 @@ static void check_attention(Pool& pool, const attention::Shape& s, unsigned seed
       }
       for (int64_t d = 0; d < value_depth; ++d) {
         const float found = y[((b * s.window + w) * s.heads + h) * value_depth + d];
+        if (w >= used.of(b, s.window)) {
+          require(std::isnan(found), "attention, rows", choice.isa, row, s.slots, depth);
+          continue;
+        }
         require(std::abs(found - expected[d] / total) < 1e-4, "attention", choice.isa, row, s.slots, depth);
       }
     }
+  }
+}
+
+// Against the definition, position by position.
+static void check_rotate(Pool& pool, int64_t batch, int64_t window, int64_t heads, int64_t half, unsigned seed) {
+  std::mt19937 random(seed);
+  const int64_t depth = 2 * half, rows = batch * window;
+  const auto x = numbers<float>(rows * heads * depth, random), cos = numbers<float>(rows * half, random);
+  const auto sin = numbers<float>(rows * half, random);
+  const auto in_use = some_used(batch, window, random);
+  const Used used = {in_use.data(), batch};
+  std::vector<float> y(rows * heads * depth, NAN);
+  rotary::rotate(pool, x.data(), cos.data(), sin.data(), y.data(), batch, window, heads, depth, used);
+  for (int64_t i = 0; i < rows * heads * half; ++i) {
+    const int64_t d = i % half, h = i / half % heads, row = i / half / heads, w = row % window, b = row / window;
+    const float* const from = x.data() + (row * heads + h) * depth + d;
+    const float* const to = y.data() + ((b * heads + h) * window + w) * depth + d;
+    if (w >= used.of(b, window)) {
+      require(std::isnan(to[0]) && std::isnan(to[half]), "rotate, rows", "", rows, heads, depth);
+      continue;
+    }
+    const float c = cos[row * half + d], s = sin[row * half + d];
+    const bool first = std::abs(to[0] - (double{from[0]} * c - double{from[half]} * s)) < 1e-6;
+    const bool second = std::abs(to[half] - (double{from[half]} * c + double{from[0]} * s)) < 1e-6;
+    require(first && second, "rotate", "", rows, heads, depth);
   }
 }
 
@@ -295,6 +269,7 @@ int main() {
     check_quantized(pool, 3, 700, 17, seed);
     check_quantized(failing, 3, 700, 17, seed);
     check_attention<float>(failing, {2, 6, 3, 18, 77, {20, 12}}, seed);
+    for (int64_t window : {1, 5, 18}) check_rotate(pool, 3, window, 40, 32, seed++);
     for (int64_t slots : {1, 31, 32, 77}) {
       for (int64_t window : {1, 5, 18}) {
         for (int64_t depth : {1, 8, 20}) {

@@ -4,7 +4,7 @@ import dataclasses
 
 import jax.numpy as jnp
 import numpy as np
-from toys import EMPTY, MODULUS, Toy
+from toys import EMPTY, MODULUS, Toy, undefined_where_padded
 
 from mlspecqd_jax.speculation.buffers import write_at
 from mlspecqd_jax.speculation.level import Level
@@ -92,4 +92,5 @@ class Stuttering:
         unwritten = jnp.any(seen & (cache == EMPTY)[:, None], axis=-1)
         alarm = jnp.where(jnp.arange(self.toy.vocab_size) == self.toy.alarm, 1e6, 0.0)
         logits = jnp.where(unwritten[..., None], alarm[None, None, :], logits)[..., ::-1]
-        return jnp.pad(logits, ((0, 0), (0, 0), (1, 0)), constant_values=100.0), cache, None
+        logits = jnp.pad(logits, ((0, 0), (0, 0), (1, 0)), constant_values=100.0)
+        return undefined_where_padded(logits, tokens), cache, None

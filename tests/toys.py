@@ -37,6 +37,12 @@ def _quick_options():
 
 quick_jit = functools.partial(jax.jit, compiler_options=_quick_options())
 
+
+def undefined_where_padded(logits, tokens):
+    """What a pass makes of a row that only pads is anything (C13): here NaN, which whatever reads it passes on."""
+    return jnp.where((tokens == PADDING)[..., None], jnp.nan, logits)
+
+
 run = quick_jit(generate_tokens, static_argnames="prefill_width")
 
 
@@ -75,7 +81,8 @@ class Toy:
 
     def __call__(self, params, tokens, start, cache, *, features=False):
         cache = write_at(cache, start, tokens)
-        return self.score(params, cache, start[:, None] + jnp.arange(tokens.shape[1])[None, :]), cache, None
+        logits = self.score(params, cache, start[:, None] + jnp.arange(tokens.shape[1])[None, :])
+        return undefined_where_padded(logits, tokens), cache, None
 
     def score(self, params, cache, position):
         """Return the logits [B, W, V] that the cached tokens [B, S] up to each position [B, W] give."""
@@ -117,7 +124,7 @@ class Markov:
             at = start[:, None] + jnp.arange(tokens.shape[1])[None, :] - i
             last = jnp.take_along_axis(cache, jnp.clip(at, 0, cache.shape[1] - 1), axis=1)
             context += jnp.where(at < 0, 0, last + 1) * (self.vocab_size + 1) ** i
-        return params[context], cache, None
+        return undefined_where_padded(params[context], tokens), cache, None
 
     def truth(self, table, tokens):
         """Return the logits f32 [V] after a list of tokens, in plain Python."""
@@ -151,7 +158,8 @@ class SharedToy:
         cache = write_at(cache, start, marked)
         foreign = cache >= self.vocab_size * (mark + 1)
         read = jnp.where(foreign | (cache == EMPTY), EMPTY, cache % self.vocab_size)
-        return self.toy.score(table, read, start[:, None] + jnp.arange(tokens.shape[1])[None, :]), cache, None
+        logits = self.toy.score(table, read, start[:, None] + jnp.arange(tokens.shape[1])[None, :])
+        return undefined_where_padded(logits, tokens), cache, None
 
 
 @jax.tree_util.register_dataclass

@@ -14,6 +14,7 @@
 #include "floats.h"
 #include "parallel.h"
 #include "target.h"
+#include "used.h"
 
 namespace mlspecqd::attention {
 
@@ -101,25 +102,37 @@ struct Shape {
 };
 
 // out [B, W, H, Dv] from q [B, H, W, D], k [B, Hkv, S, D] and v [B, Hkv, S, Dv]; the query at [b, w] sees the slots from first[b,
-// w] to last[b, w], both included, and a logit of its head, sinks [H], which has no value; -infinity is none.
+// w] to last[b, w], both included, and a logit of its head, sinks [H], which has no value; -infinity is none. Of the window at b
+// the positions in use are computed; what they are not is left as it is.
 template <class Element, class Pool>
 void attention(const Kernel<Element>& kernel, Pool& pool, const Element* q, const Element* k, const Element* v,
-               const int32_t* first, const int32_t* last, const float* sinks, float* out, Scores scores, const Shape& s) {
+               const int32_t* first, const int32_t* last, const float* sinks, float* out, Scores scores, const Shape& s,
+               Used used = {}) {
   const int lanes = kernel.lanes;
-  const int64_t rows = s.heads / s.kv_heads * s.window, blocks = (rows + lanes - 1) / lanes, heads = s.batch * s.kv_heads;
-  int64_t most = 0;  // slots that any query sees
-  for (int64_t i = 0; i < s.batch * s.window; ++i) most = std::max(most, std::min<int64_t>(int64_t{last[i]} + 1, s.slots));
+  const int64_t groups = s.heads / s.kv_heads, heads = s.batch * s.kv_heads;
+  int64_t most = 0, widest = 0;  // slots that any query sees, positions in use of any window
+  for (int64_t b = 0; b < s.batch; ++b) {
+    const int64_t positions = used.of(b, s.window);
+    widest = std::max(widest, positions);
+    for (int64_t w = 0; w < positions; ++w) {
+      most = std::max(most, std::min<int64_t>(int64_t{last[b * s.window + w]} + 1, s.slots));
+    }
+  }
+  const int64_t blocks = (groups * widest + lanes - 1) / lanes;
   const int64_t floats =
       (s.depth.key + s.depth.value + rounded_up(most, kTile)) * lanes + kTile * std::max(s.depth.key, s.depth.value);
   const auto block = [&](int64_t chunk, char* memory) noexcept {
     const int64_t head = chunk / blocks, begin = chunk % blocks * lanes, batch = head / s.kv_heads;
-    const int there = static_cast<int>(std::min<int64_t>(lanes, rows - begin));
+    const int64_t positions = used.of(batch, s.window);
+    const int there = static_cast<int>(std::min<int64_t>(lanes, groups * positions - begin));
+    if (there <= 0) return;
     alignas(64) int32_t from[kMostLanes] = {}, to[kMostLanes] = {};
     alignas(64) float sink[kMostLanes] = {};
-    const auto query_head = [&](int lane) { return head % s.kv_heads * (s.heads / s.kv_heads) + (begin + lane) / s.window; };
+    const auto query_head = [&](int lane) { return head % s.kv_heads * groups + (begin + lane) / positions; };
+    const auto position = [&](int lane) { return batch * s.window + (begin + lane) % positions; };
     int64_t slots = 0;
     for (int lane = 0; lane < there; ++lane) {
-      const int64_t at = batch * s.window + (begin + lane) % s.window;
+      const int64_t at = position(lane);
       from[lane] = std::max<int32_t>(first[at], 0);
       to[lane] = static_cast<int32_t>(std::min<int64_t>(int64_t{last[at]} + 1, s.slots));
       sink[lane] = sinks[query_head(lane)];
@@ -130,14 +143,14 @@ void attention(const Kernel<Element>& kernel, Pool& pool, const Element* q, cons
     float* const tile = weights + rounded_up(slots, kTile) * lanes;
     std::memset(queries, 0, s.depth.key * lanes * sizeof(float));
     for (int lane = 0; lane < there; ++lane) {
-      const Element* const row = q + (head * rows + begin + lane) * s.depth.key;
+      const Element* const row = q + ((batch * s.heads + query_head(lane)) * s.window + (begin + lane) % positions) * s.depth.key;
       for (int64_t d = 0; d < s.depth.key; ++d) queries[d * lanes + lane] = widened(row[d]);
     }
     const int64_t cache = head * s.slots;
     kernel.attend(queries, k + cache * s.depth.key, v + cache * s.depth.value, from, to, sink, slots, s.depth, scores, tile,
                   weights, result);
     for (int lane = 0; lane < there; ++lane) {
-      float* const to_row = out + ((batch * s.window + (begin + lane) % s.window) * s.heads + query_head(lane)) * s.depth.value;
+      float* const to_row = out + (position(lane) * s.heads + query_head(lane)) * s.depth.value;
       for (int64_t d = 0; d < s.depth.value; ++d) to_row[d] = result[d * lanes + lane];
     }
   };

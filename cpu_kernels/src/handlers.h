@@ -43,6 +43,7 @@ using Y = Matrix<ffi::F32>;
 using HeadsOut = Heads<ffi::F32>;
 using Slots = Matrix<ffi::S32>;
 using Slot = Row<ffi::S32>;
+using UsedRows = Row<ffi::S32>;  // how many of each window
 using Thirds = ffi::Buffer<ffi::F32, 3>;
 
 inline constexpr char kIsa[] = "isa", kEps[] = "eps", kOffset[] = "offset", kElements[] = "elements", kScale[] = "scale",
@@ -63,66 +64,74 @@ inline ffi::Error unsupported(std::string_view isa) {
   return ffi::Error::InvalidArgument("this processor cannot run '" + std::string(isa) + "'");
 }
 
+// Whether m rows are as many equal windows as `used` tells of.
+inline bool are_windows(int64_t m, UsedRows used) {
+  const int64_t windows = used.dimensions()[0];
+  return windows == 0 ? m == 0 : m % windows == 0;
+}
+
+inline Used of(UsedRows used) { return {used.typed_data(), used.dimensions()[0]}; }
+
 inline ffi::Error unfitting() { return ffi::Error::InvalidArgument("the shapes do not belong together"); }
 
 template <ffi::DataType type>
-ffi::Error dense_handler(ffi::ThreadPool pool, Isa isa, Matrix<type> x, Matrix<type> w, ffi::Result<Y> y) {
+ffi::Error dense_handler(ffi::ThreadPool pool, Isa isa, Matrix<type> x, Matrix<type> w, UsedRows used, ffi::Result<Y> y) {
   const auto a = x.dimensions(), b = w.dimensions(), c = y->dimensions();
-  if (b[1] != a[1] || c[0] != a[0] || c[1] != b[0]) return unfitting();
+  if (b[1] != a[1] || c[0] != a[0] || c[1] != b[0] || !are_windows(a[0], used)) return unfitting();
   const auto* kernel = choose(dense_choices<Element<type>>(), *isa);
   if (kernel == nullptr) return unsupported(*isa);
-  dense_matmul(*kernel, pool, elements(x), elements(w), y->typed_data(), a[0], b[0], a[1]);
+  dense_matmul(*kernel, pool, elements(x), elements(w), y->typed_data(), a[0], b[0], a[1], of(used));
   return ffi::Error::Success();
 }
 
 template <ffi::DataType type>
-ffi::Error norm_handler(ffi::ThreadPool pool, Isa isa, Eps eps, Offset offset, Matrix<type> x, Row<type> weight,
+ffi::Error norm_handler(ffi::ThreadPool pool, Isa isa, Eps eps, Offset offset, Matrix<type> x, Row<type> weight, UsedRows used,
                         ffi::Result<Matrix<type>> y) {
   const auto a = x.dimensions(), b = weight.dimensions(), c = y->dimensions();
-  if (a[1] != b[0] || !std::equal(a.begin(), a.end(), c.begin())) return unfitting();
+  if (a[1] != b[0] || !std::equal(a.begin(), a.end(), c.begin()) || !are_windows(a[0], used)) return unfitting();
   const auto* kernel = choose(norm_choices<Element<type>>(), *isa);
   if (kernel == nullptr) return unsupported(*isa);
   norm::norm(*kernel, pool, elements(x), elements(weight), static_cast<const Element<type>*>(nullptr), {*eps, *offset},
-             reinterpret_cast<Element<type>*>(y->typed_data()), a[0], a[1]);
+             reinterpret_cast<Element<type>*>(y->typed_data()), a[0], a[1], of(used));
   return ffi::Error::Success();
 }
 
 template <ffi::DataType type>
 ffi::Error layer_norm_handler(ffi::ThreadPool pool, Isa isa, Eps eps, Offset offset, Matrix<type> x, Row<type> weight,
-                              Row<type> bias, ffi::Result<Matrix<type>> y) {
+                              Row<type> bias, UsedRows used, ffi::Result<Matrix<type>> y) {
   const auto a = x.dimensions(), b = weight.dimensions(), c = bias.dimensions(), d = y->dimensions();
-  if (a[1] != b[0] || a[1] != c[0] || !std::equal(a.begin(), a.end(), d.begin())) return unfitting();
+  if (a[1] != b[0] || a[1] != c[0] || !std::equal(a.begin(), a.end(), d.begin()) || !are_windows(a[0], used)) return unfitting();
   const auto* kernel = choose(norm_choices<Element<type>>(), *isa);
   if (kernel == nullptr) return unsupported(*isa);
   norm::norm(*kernel, pool, elements(x), elements(weight), elements(bias), {*eps, *offset, true},
-             reinterpret_cast<Element<type>*>(y->typed_data()), a[0], a[1]);
+             reinterpret_cast<Element<type>*>(y->typed_data()), a[0], a[1], of(used));
   return ffi::Error::Success();
 }
 
 template <ffi::DataType type>
-ffi::Error rotate_handler(ffi::ThreadPool pool, Heads<type> x, Thirds cos, Thirds sin, ffi::Result<Heads<type>> y) {
+ffi::Error rotate_handler(ffi::ThreadPool pool, Heads<type> x, Thirds cos, Thirds sin, UsedRows used, ffi::Result<Heads<type>> y) {
   const auto a = x.dimensions(), c = cos.dimensions(), s = sin.dimensions(), out = y->dimensions();
-  const bool result = out[0] == a[0] && out[1] == a[2] && out[2] == a[1] && out[3] == a[3];
+  const bool result = out[0] == a[0] && out[1] == a[2] && out[2] == a[1] && out[3] == a[3] && used.dimensions()[0] == a[0];
   if (c[0] != a[0] || c[1] != a[1] || 2 * c[2] != a[3] || !std::equal(c.begin(), c.end(), s.begin()) || !result) return unfitting();
   rotary::rotate(pool, elements(x), cos.typed_data(), sin.typed_data(), reinterpret_cast<Element<type>*>(y->typed_data()), a[0],
-                 a[1], a[2], a[3]);
+                 a[1], a[2], a[3], of(used));
   return ffi::Error::Success();
 }
 
 template <ffi::DataType type>
 ffi::Error attention_handler(ffi::ThreadPool pool, Isa isa, Scale scale, Cap cap, Heads<type> q, Heads<type> k, Heads<type> v,
-                             Slots first, Slots last, Row<ffi::F32> sinks, ffi::Result<HeadsOut> y) {
+                             Slots first, Slots last, Row<ffi::F32> sinks, UsedRows used, ffi::Result<HeadsOut> y) {
   const auto a = q.dimensions(), b = k.dimensions(), c = v.dimensions(), f = first.dimensions(), l = last.dimensions();
   const auto out = y->dimensions();
   const attention::Shape shape = {a[0], a[1], b[1], a[2], b[2], {a[3], c[3]}};
-  const bool windows = f[0] == a[0] && f[1] == a[2] && l[0] == a[0] && l[1] == a[2];
+  const bool windows = f[0] == a[0] && f[1] == a[2] && l[0] == a[0] && l[1] == a[2] && used.dimensions()[0] == a[0];
   const bool result = out[0] == a[0] && out[1] == a[2] && out[2] == a[1] && out[3] == c[3];
   const bool cache = std::equal(b.begin(), b.begin() + 3, c.begin()) && b[0] == a[0] && b[3] == a[3] && b[1] != 0;
   if (!cache || a[1] % b[1] || sinks.dimensions()[0] != a[1] || !windows || !result) return unfitting();
   const auto* kernel = choose(attention_choices<Element<type>>(), *isa);
   if (kernel == nullptr) return unsupported(*isa);
   attention::attention(*kernel, pool, elements(q), elements(k), elements(v), first.typed_data(), last.typed_data(),
-                       sinks.typed_data(), y->typed_data(), {*scale, *cap}, shape);
+                       sinks.typed_data(), y->typed_data(), {*scale, *cap}, shape, of(used));
   return ffi::Error::Success();
 }
 

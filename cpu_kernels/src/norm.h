@@ -5,6 +5,7 @@
 
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -12,6 +13,7 @@
 #include "floats.h"
 #include "parallel.h"
 #include "target.h"
+#include "used.h"
 
 namespace mlspecqd::norm {
 
@@ -57,25 +59,17 @@ ALWAYS void row(const Element* x, const Element* weight, const Element* bias, in
 }
 
 template <class Element>
-ALWAYS void rows(const Element* x, const Element* weight, const Element* bias, int64_t begin, int64_t end, int64_t k,
-                 Constants constants, Element* out) {
-  for (int64_t m = begin; m < end; ++m) row(x + m * k, weight, bias, k, constants, out + m * k);
-}
-
-template <class Element>
-using Rows = void (*)(const Element* x, const Element* weight, const Element* bias, int64_t begin, int64_t end, int64_t k,
-                      Constants constants, Element* out);
+using Row = void (*)(const Element* x, const Element* weight, const Element* bias, int64_t k, Constants constants, Element* out);
 
 namespace portable {
 
 template <class Element>
-void kernel(const Element* x, const Element* weight, const Element* bias, int64_t begin, int64_t end, int64_t k,
-            Constants constants, Element* out) {
-  rows(x, weight, bias, begin, end, k, constants, out);
+void kernel(const Element* x, const Element* weight, const Element* bias, int64_t k, Constants constants, Element* out) {
+  row(x, weight, bias, k, constants, out);
 }
 
 template <class Element>
-inline constexpr Rows<Element> rows_of = kernel<Element>;
+inline constexpr Row<Element> row_of = kernel<Element>;
 
 }  // namespace portable
 
@@ -84,13 +78,13 @@ inline constexpr Rows<Element> rows_of = kernel<Element>;
 namespace avx2 {
 
 template <class Element>
-__attribute__((target("avx2,f16c"))) void kernel(const Element* x, const Element* weight, const Element* bias, int64_t begin,
-                                                 int64_t end, int64_t k, Constants constants, Element* out) {
-  rows(x, weight, bias, begin, end, k, constants, out);
+__attribute__((target("avx2,f16c"))) void kernel(const Element* x, const Element* weight, const Element* bias, int64_t k,
+                                                 Constants constants, Element* out) {
+  row(x, weight, bias, k, constants, out);
 }
 
 template <class Element>
-inline constexpr Rows<Element> rows_of = kernel<Element>;
+inline constexpr Row<Element> row_of = kernel<Element>;
 
 }  // namespace avx2
 
@@ -98,13 +92,13 @@ namespace avx512 {
 
 template <class Element>
 __attribute__((target("avx512f,avx512dq,avx512bw,avx512vl"))) void kernel(const Element* x, const Element* weight,
-                                                                          const Element* bias, int64_t begin, int64_t end,
-                                                                          int64_t k, Constants constants, Element* out) {
-  rows(x, weight, bias, begin, end, k, constants, out);
+                                                                          const Element* bias, int64_t k, Constants constants,
+                                                                          Element* out) {
+  row(x, weight, bias, k, constants, out);
 }
 
 template <class Element>
-inline constexpr Rows<Element> rows_of = kernel<Element>;
+inline constexpr Row<Element> row_of = kernel<Element>;
 
 }  // namespace avx512
 
@@ -114,14 +108,15 @@ inline constexpr Rows<Element> rows_of = kernel<Element>;
 
 constexpr int64_t kLeastElements = 16 << 10;  // of a chunk: some microseconds of work
 
-// out [M, K] from x [M, K], weight [K], and bias [K] or none.
+// out [M, K] from x [M, K], weight [K], and bias [K] or none; rows that are not in use are left as they are.
 template <class Element, class Pool>
-void norm(Rows<Element> kernel, Pool& pool, const Element* x, const Element* weight, const Element* bias, Constants constants,
-          Element* out, int64_t m, int64_t k) {
-  const int64_t each = kLeastElements / (k > 0 ? k : 1) + 1;
-  for_each_chunk(pool, (m + each - 1) / each, 0, [&](int64_t chunk, char*) noexcept {
-    const int64_t begin = chunk * each, end = begin + each < m ? begin + each : m;
-    kernel(x, weight, bias, begin, end, k, constants, out);
+void norm(Row<Element> kernel, Pool& pool, const Element* x, const Element* weight, const Element* bias, Constants constants,
+          Element* out, int64_t m, int64_t k, Used used = {}) {
+  const std::vector<int64_t> rows = rows_in_use(used, m);
+  const int64_t each = kLeastElements / (k > 0 ? k : 1) + 1, count = static_cast<int64_t>(rows.size());
+  for_each_chunk(pool, (count + each - 1) / each, 0, [&](int64_t chunk, char*) noexcept {
+    const int64_t end = std::min(count, (chunk + 1) * each);
+    for (int64_t i = chunk * each; i < end; ++i) kernel(x + rows[i] * k, weight, bias, k, constants, out + rows[i] * k);
   });
 }
 

@@ -14,17 +14,18 @@ static ffi::Error angles_handler(Slots positions, Row<ffi::F32> frequencies, ffi
   return ffi::Error::Success();
 }
 
-static ffi::Error put_window_handler(ffi::AnyBuffer buffer, Slot start, ffi::AnyBuffer values, ffi::Result<ffi::AnyBuffer> out) {
+static ffi::Error put_window_handler(ffi::AnyBuffer buffer, Slot start, ffi::AnyBuffer values, UsedRows used,
+                                     ffi::Result<ffi::AnyBuffer> out) {
   const auto a = buffer.dimensions(), b = values.dimensions();
   const bool types = buffer.element_type() == values.element_type() && buffer.element_type() == out->element_type();
   if (!types || a.size() != 4 || b.size() != 4 || a[0] != b[0] || a[1] != b[1] || a[3] != b[3] || start.dimensions()[0] != a[0] ||
-      out->element_count() != buffer.element_count()) {
+      used.dimensions()[0] != a[0] || out->element_count() != buffer.element_count()) {
     return unfitting();
   }
   if (out->untyped_data() != buffer.untyped_data()) std::memcpy(out->untyped_data(), buffer.untyped_data(), buffer.size_bytes());
   const auto row_bytes = a[3] * static_cast<int64_t>(ffi::ByteWidth(buffer.element_type()));
   put_window(static_cast<char*>(out->untyped_data()), start.typed_data(), static_cast<const char*>(values.untyped_data()), a[0],
-             a[1], a[2], b[2], row_bytes);
+             a[1], a[2], b[2], row_bytes, of(used));
   return ffi::Error::Success();
 }
 

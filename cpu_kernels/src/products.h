@@ -1,4 +1,6 @@
-// The products over plain pointers: which instruction sets this processor has, the scratch memory, the split over threads.
+// The products over plain pointers, and which instruction sets this processor has.
+//
+// Of x [M, K] the rows in use are multiplied, into out [M, N]; the other rows of out are left as they are.
 
 #pragma once
 
@@ -9,6 +11,7 @@
 #include <utility>
 
 #include "attention.h"
+#include "blocked.h"
 #include "dense.h"
 #include "four_bits.h"
 #include "four_bits_avx2.h"
@@ -22,6 +25,7 @@
 #include "six_bits.h"
 #include "six_bits_avx2.h"
 #include "six_bits_avx512.h"
+#include "used.h"
 
 #if defined(MLSPECQD_X86)
 #include <cpuid.h>
@@ -149,7 +153,7 @@ const auto& attention_choices() {
 
 template <class Element>
 const auto& norm_choices() {
-  static const auto choices = three_choices<norm::Rows<Element>>(MLSPECQD_THREE(norm, rows_of<Element>));
+  static const auto choices = three_choices<norm::Row<Element>>(MLSPECQD_THREE(norm, row_of<Element>));
   return choices;
 }
 
@@ -162,94 +166,64 @@ auto choose(const Choices& choices, std::string_view isa) -> decltype(choices[0]
   return nullptr;
 }
 
-constexpr int64_t kChunkBytes = 64 << 10;    // of a weight: some microseconds of reading
-constexpr int64_t kLeastShared = 128 << 10;  // multiply-adds below which waking a thread takes longer than the work
-constexpr int64_t kChunkColumns = 12;        // a multiple of the tiles' widths
-
-// Calls columns(x, rows, first row, begin, end) for all blocks of rows and ranges of columns, over the pool's threads.
-//
-// Args:
-//   block: rows prepared together, `block_bytes` for each row of them.
-//   prepare(first row, rows, out): writes a block of rows.
-template <class Pool, class Prepare, class Columns>
-void blocked(Pool& pool, int64_t m, int64_t n, int64_t k, int64_t row_bytes, int block, int64_t prepared_bytes,
-             const Prepare& prepare, const Columns& columns) {
-  if (m == 0 || n == 0) return;
-  const Scratch prepared = scratch(m * prepared_bytes);
-  {
-    FlushSubnormals flush;
-    for (int64_t at = 0; at < m; at += block) {
-      prepare(at, static_cast<int>(std::min<int64_t>(block, m - at)), prepared.get() + at * prepared_bytes);
-    }
-  }
-  const int64_t wanted = std::max<int64_t>(kChunkBytes / std::max<int64_t>(row_bytes, 1), 1);
-  const int64_t width = m * n * k < kLeastShared ? n : rounded_up(wanted, kChunkColumns);
-  for_each_chunk(pool, (n + width - 1) / width, 0, [&](int64_t chunk, char*) noexcept {
-    const int64_t begin = chunk * width, end = std::min(n, begin + width);
-    for (int64_t at = 0; at < m; at += block) {
-      columns(at, static_cast<int>(std::min<int64_t>(block, m - at)), prepared.get() + at * prepared_bytes, begin, end);
-    }
-  });
-}
-
 template <class Element, class Pool>
 void dense_matmul(const dense::Kernel& kernel, Pool& pool, const Element* x, const Element* w, float* out, int64_t m, int64_t n,
-                  int64_t k) {
+                  int64_t k, Used used = {}) {
   const int64_t prepared = rounded_up(k, kernel.step) * kernel.activation_bytes;
   blocked(
-      pool, m, n, k, sizeof(Element) * k, kernel.rows, prepared,
-      [&](int64_t at, int rows, char* block) { kernel.prepare(x + at * k, rows, k, block); },
-      [&](int64_t at, int rows, const char* block, int64_t begin, int64_t end) {
-        kernel.product(block, rows, w, k, begin, end, out + at * n, n);
+      pool, x, used, out, m, n, k, sizeof(Element) * k, kernel.rows, prepared,
+      [&](const Element* from, int rows, char* block) { kernel.prepare(from, rows, k, block); },
+      [&](const char* block, int rows, int64_t begin, int64_t end, float* to, int64_t stride) {
+        kernel.product(block, rows, w, k, begin, end, to, stride);
       });
 }
 
 // Of a weight whose codes have so many bits, with a kernel for it.
 template <int bits, class Pool>
 void packed_matmul(const four_bits::Kernel& kernel, Pool& pool, const uint16_t* x, const four_bits::Weight& w, float* out,
-                   int64_t m, int64_t n, int64_t k) {
+                   int64_t m, int64_t n, int64_t k, Used used) {
   const int64_t prepared = (k + kernel.group - 1) / kernel.group * kernel.group_bytes;
   blocked(
-      pool, m, n, k, k * bits / 8, kernel.rows, prepared,
-      [&](int64_t at, int rows, char* block) { kernel.prepare(x + at * k, rows, k, block); },
-      [&](int64_t at, int rows, const char* block, int64_t begin, int64_t end) {
-        kernel.product(block, rows, w, k, begin, end, out + at * n, n);
+      pool, x, used, out, m, n, k, k * bits / 8, kernel.rows, prepared,
+      [&](const uint16_t* from, int rows, char* block) { kernel.prepare(from, rows, k, block); },
+      [&](const char* block, int rows, int64_t begin, int64_t end, float* to, int64_t stride) {
+        kernel.product(block, rows, w, k, begin, end, to, stride);
       });
 }
 
 template <class Pool>
 void four_bits_matmul(const four_bits::Kernel& kernel, Pool& pool, const uint16_t* x, const four_bits::Weight& w, float* out,
-                      int64_t m, int64_t n, int64_t k) {
-  packed_matmul<4>(kernel, pool, x, w, out, m, n, k);
+                      int64_t m, int64_t n, int64_t k, Used used = {}) {
+  packed_matmul<4>(kernel, pool, x, w, out, m, n, k, used);
 }
 
 template <class Pool>
 void six_bits_matmul(const four_bits::Kernel& kernel, Pool& pool, const uint16_t* x, const four_bits::Weight& w, float* out,
-                     int64_t m, int64_t n, int64_t k) {
-  packed_matmul<6>(kernel, pool, x, w, out, m, n, k);
+                     int64_t m, int64_t n, int64_t k, Used used = {}) {
+  packed_matmul<6>(kernel, pool, x, w, out, m, n, k, used);
 }
 
 template <class Pool>
 void int8_matmul(const int8::Kernel& kernel, Pool& pool, const uint16_t* x, const int8::Weight& w, float* out, int64_t m, int64_t n,
-                 int64_t k) {
+                 int64_t k, Used used = {}) {
   const int64_t prepared = (k + kernel.step - 1) / kernel.step * kernel.step_bytes;
   blocked(
-      pool, m, n, k, k, kernel.rows, prepared,
-      [&](int64_t at, int rows, char* block) { kernel.prepare(x + at * k, rows, k, block); },
-      [&](int64_t at, int rows, const char* block, int64_t begin, int64_t end) {
-        kernel.product(block, rows, w, k, begin, end, out + at * n, n);
+      pool, x, used, out, m, n, k, k, kernel.rows, prepared,
+      [&](const uint16_t* from, int rows, char* block) { kernel.prepare(from, rows, k, block); },
+      [&](const char* block, int rows, int64_t begin, int64_t end, float* to, int64_t stride) {
+        kernel.product(block, rows, w, k, begin, end, to, stride);
       });
 }
 
 template <class Pool>
 void mx8_matmul(const mx8::Kernel& kernel, Pool& pool, mx8::Format format, const uint16_t* x, const uint8_t* codes,
-                const uint8_t* scales, float* out, int64_t m, int64_t n, int64_t k) {
+                const uint8_t* scales, float* out, int64_t m, int64_t n, int64_t k, Used used = {}) {
   const int64_t prepared = k * static_cast<int64_t>(sizeof(float));
   blocked(
-      pool, m, n, k, k, kernel.rows, prepared,
-      [&](int64_t at, int rows, char* block) { kernel.prepare(x + at * k, rows, k, reinterpret_cast<float*>(block)); },
-      [&](int64_t at, int rows, const char* block, int64_t begin, int64_t end) {
-        kernel.product(reinterpret_cast<const float*>(block), rows, format, codes, scales, k, begin, end, out + at * n, n);
+      pool, x, used, out, m, n, k, k, kernel.rows, prepared,
+      [&](const uint16_t* from, int rows, char* block) { kernel.prepare(from, rows, k, reinterpret_cast<float*>(block)); },
+      [&](const char* block, int rows, int64_t begin, int64_t end, float* to, int64_t stride) {
+        kernel.product(reinterpret_cast<const float*>(block), rows, format, codes, scales, k, begin, end, to, stride);
       });
 }
 

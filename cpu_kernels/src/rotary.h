@@ -10,6 +10,7 @@
 
 #include "floats.h"
 #include "parallel.h"
+#include "used.h"
 
 namespace mlspecqd::rotary {
 
@@ -25,13 +26,17 @@ inline void angles(const int32_t* positions, const float* frequencies, float* co
 
 constexpr int64_t kLeastElements = 16 << 10;  // of a chunk: some microseconds of work
 
-// out [B, H, W, D] from x [B, W, H, D]: the pairs (i, i + D/2) rotated by cos, sin [B, W, D/2].
+// out [B, H, W, D] from x [B, W, H, D]: the pairs (i, i + D/2) rotated by cos, sin [B, W, D/2]; positions that are not in use are
+// left as they are.
 template <class Element, class Pool>
 void rotate(Pool& pool, const Element* x, const float* cos, const float* sin, Element* out, int64_t batch, int64_t window,
-            int64_t heads, int64_t depth) {
-  const int64_t half = depth / 2, each = kLeastElements / std::max<int64_t>(heads * depth, 1) + 1, rows = batch * window;
-  for_each_chunk(pool, (rows + each - 1) / each, 0, [&](int64_t chunk, char*) noexcept {
-    for (int64_t row = chunk * each; row < std::min(rows, (chunk + 1) * each); ++row) {
+            int64_t heads, int64_t depth, Used used = {}) {
+  const std::vector<int64_t> rows = rows_in_use(used, batch * window);
+  const int64_t half = depth / 2, each = kLeastElements / std::max<int64_t>(heads * depth, 1) + 1;
+  const int64_t count = static_cast<int64_t>(rows.size());
+  for_each_chunk(pool, (count + each - 1) / each, 0, [&](int64_t chunk, char*) noexcept {
+    for (int64_t at = chunk * each; at < std::min(count, (chunk + 1) * each); ++at) {
+      const int64_t row = rows[at];
       const float *const c = cos + row * half, *const s = sin + row * half;
       for (int64_t h = 0; h < heads; ++h) {
         const Element* const from = x + (row * heads + h) * depth;

@@ -12,6 +12,7 @@ read and need no trimming.
 
 import dataclasses
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -52,6 +53,14 @@ class XIELU(nnx.Module):
 ALONG_N, ALONG_K = (AXIS, None), (None, AXIS)
 
 
+class Window(NamedTuple):
+    """What a layer's pass is over."""
+
+    positions: jax.Array  # int32 [B, W], absolute
+    rotation: tuple[jax.Array, jax.Array] | None  # cos and sin of the rope's angles at them, f32 [B, W, D / 2]; None without one
+    used: jax.Array | None = None  # int32 [B], how many of them, from the first on, hold a token (see `ops`); None is all
+
+
 class Linear(nnx.Module):
     """x @ weight.T + bias with weight [N, K]."""
 
@@ -59,8 +68,8 @@ class Linear(nnx.Module):
         self.weight = nnx.Param(init(rngs.params(), (n, k)), axes=axes, linear=True)
         self.bias = nnx.Param(jnp.zeros((n,)), axes=axes[:1] if axes[0] else ()) if bias else None
 
-    def __call__(self, x: jax.Array, out_dtype: jnp.dtype | None = None) -> jax.Array:
-        y = linear(x, self.weight.get_value(), out_dtype=out_dtype)
+    def __call__(self, x: jax.Array, used: jax.Array | None = None, out_dtype: jnp.dtype | None = None) -> jax.Array:
+        y = linear(x, self.weight.get_value(), used=used, out_dtype=out_dtype)
         return y if self.bias is None else y + jnp.expand_dims(self.bias.get_value().astype(y.dtype), range(y.ndim - 1))
 
 
@@ -82,8 +91,8 @@ class RMSNorm(nnx.Module):
         self.weight = nnx.Param(jnp.full((k,), 1 - norm.offset))
         self.norm = norm
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return rms_norm(x, self.weight.get_value(), self.norm)
+    def __call__(self, x: jax.Array, used: jax.Array | None = None) -> jax.Array:
+        return rms_norm(x, self.weight.get_value(), self.norm, used)
 
 
 class LayerNorm(nnx.Module):
@@ -94,10 +103,10 @@ class LayerNorm(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((k,))) if norm.bias else None
         self.norm = norm
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, used: jax.Array | None = None) -> jax.Array:
         weight = jnp.ones(x.shape[-1:], x.dtype) if self.weight is None else self.weight.get_value()
         bias = jnp.zeros(x.shape[-1:], x.dtype) if self.bias is None else self.bias.get_value()
-        return layer_norm(x, weight, bias, self.norm)
+        return layer_norm(x, weight, bias, self.norm, used)
 
 
 class HeadsNorm(nnx.Module):
@@ -107,8 +116,8 @@ class HeadsNorm(nnx.Module):
         self.weight = nnx.Param(jnp.ones((heads, k)), axes=ALONG_N)
         self.norm = LayerNorm(k, dataclasses.replace(norm, weight=False))
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self.norm(x) * jnp.expand_dims(self.weight.get_value(), range(x.ndim - 2))
+    def __call__(self, x: jax.Array, used: jax.Array | None = None) -> jax.Array:
+        return self.norm(x, used) * jnp.expand_dims(self.weight.get_value(), range(x.ndim - 2))
 
 
 def norm_of(k: int, norm: config.Norm) -> RMSNorm | LayerNorm:
@@ -129,55 +138,48 @@ class Attention(nnx.Module):
         self.q_norm, self.k_norm = _norm_of_heads(a, a.heads), _norm_of_heads(a, a.kv_heads)
         self.sinks = nnx.Param(jnp.zeros((a.heads,)), axes=(AXIS,)) if a.sinks else None
 
-    def __call__(self, x, positions, rotation, cache: KVCache | None):
-        """Return (output [B, W, K], updated cache); without a cache the window attends to itself alone.
-
-        Args:
-          x: [B, W, K].
-          positions: int32 [B, W].
-          rotation: cos and sin of the rope's angles at them.
-          cache: of this layer, or None.
-        """
-        batch, window, _ = x.shape
-        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+    def __call__(self, x: jax.Array, window: Window, cache: KVCache | None):
+        """Return (output [B, W, K], updated cache) of x [B, W, K]; without a cache the window attends to itself alone."""
+        (batch, width, _), used = x.shape, window.used
+        q, k, v = self.q_proj(x, used), self.k_proj(x, used), self.v_proj(x, used)
         if self.a.clip is not None:
             q, k, v = (jnp.clip(part, -self.a.clip, self.a.clip) for part in (q, k, v))
         if self.a.qk_norm_of == "all":
-            q, k = self._normed(q, k)
-        q = q.reshape(batch, window, self.a.heads, self.a.head_dim)
-        k = k.reshape(batch, window, self.a.kv_heads, self.a.head_dim)
-        v = v.reshape(batch, window, self.a.kv_heads, self.a.value_dim)
+            q, k = self._normed(q, k, used)
+        q = q.reshape(batch, width, self.a.heads, self.a.head_dim)
+        k = k.reshape(batch, width, self.a.kv_heads, self.a.head_dim)
+        v = v.reshape(batch, width, self.a.kv_heads, self.a.value_dim)
         if self.a.qk_norm_of != "all" and not self.a.qk_norm_last:
-            q, k = self._normed(q, k)
-        q, k, v = self._turned(q, rotation), self._turned(k, rotation), jnp.swapaxes(v, 1, 2)  # [B, heads, W, D]
+            q, k = self._normed(q, k, used)
+        q, k, v = self._turned(q, window), self._turned(k, window), jnp.swapaxes(v, 1, 2)  # [B, heads, W, D]
         if self.a.qk_norm_last:
             q, k = self._normed(q, k)
         if self.a.growth is not None:
-            q = _grown(q, positions, self.a.growth)
+            q = _grown(q, window.positions, self.a.growth)
         k, v = finite(k), finite(v)
-        last = positions
+        last = window.positions
         if cache is None:
-            last = jnp.broadcast_to(jnp.arange(window), positions.shape)
+            last = jnp.broadcast_to(jnp.arange(width), last.shape)
         else:
-            cache = write(cache, k, v, positions[:, 0])
+            cache = write(cache, k, v, last[:, 0], used)
             k, v = cache
         first = jnp.zeros_like(last) if self.a.window is None else last - self.a.window + 1
         sinks = None if self.sinks is None else self.sinks.get_value()
-        out = attend(q, k, v, first, last, sinks, scale=self.a.scale, cap=self.a.cap)  # [B, W, H * Dv]
-        return self.o_proj(out), cache
+        out = attend(q, k, v, first, last, sinks, scale=self.a.scale, cap=self.a.cap, used=used)  # [B, W, H * Dv]
+        return self.o_proj(out, used), cache
 
-    def _normed(self, q, k):
-        return (q, k) if self.q_norm is None or self.k_norm is None else (self.q_norm(q), self.k_norm(k))
+    def _normed(self, q, k, used=None):
+        return (q, k) if self.q_norm is None or self.k_norm is None else (self.q_norm(q, used), self.k_norm(k, used))
 
-    def _turned(self, x, rotation):
+    def _turned(self, x, window):
         """Return heads [B, W, heads, D] as [B, heads, W, D], rotated where there is a rope."""
-        if self.a.rope is None:
+        if self.a.rope is None or window.rotation is None:
             return jnp.swapaxes(x, 1, 2)
         if self.a.rope.interleaved:
             # Queries and keys are put in another order alike, which changes none of their products.
             turned = 2 * len(self.a.rope.frequencies)
             x = jnp.concatenate([x[..., 0:turned:2], x[..., 1:turned:2], x[..., turned:]], axis=-1)
-        return rotate(x, *rotation)
+        return rotate(x, *window.rotation, window.used)
 
 
 def _grown(q, positions, growth: config.Growth):
@@ -203,8 +205,8 @@ class GatedMLP(nnx.Module):
         self.down_proj = make(k, mlp.size, axes=ALONG_K)
         self.activation = ACTIVATIONS[mlp.act]
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
+    def __call__(self, x: jax.Array, used: jax.Array | None = None) -> jax.Array:
+        return self.down_proj(self.activation(self.gate_proj(x, used)) * self.up_proj(x, used), used)
 
 
 class MLP(nnx.Module):
@@ -216,8 +218,8 @@ class MLP(nnx.Module):
         self.down_proj = make(k, mlp.size, axes=ALONG_K)
         self.act_fn = XIELU() if mlp.act == "xielu" else ACTIVATIONS[mlp.act]
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down_proj(self.act_fn(self.up_proj(x)))
+    def __call__(self, x: jax.Array, used: jax.Array | None = None) -> jax.Array:
+        return self.down_proj(self.act_fn(self.up_proj(x, used)), used)
 
 
 class Block(nnx.Module):
@@ -233,24 +235,25 @@ class Block(nnx.Module):
         else:
             self.mlp = MLP(layer.feed, k, init=init, rngs=rngs)
 
-    def __call__(self, x, positions, rotation, cache):
+    def __call__(self, x, window: Window, cache):
         """Return (x [B, W, K], updated cache), as `Attention` takes its arguments."""
         before, after, before_feed, after_feed = (getattr(self, name) if name else _identity for name in self.layer.norms)
-        h = before(x)
-        mixed, cache = self.self_attn(h, positions, rotation, cache)
-        y = x + scaled(after(mixed), self.layer.scale)
+        used, scale = window.used, self.layer.scale
+        h = before(x, used)
+        mixed, cache = self.self_attn(h, window, cache)
+        y = x + scaled(after(mixed, used), scale)
         if not self.layer.parallel:
-            return y + scaled(after_feed(self.mlp(before_feed(y))), self.layer.scale), cache
-        fed = self.mlp(h if self.layer.norms[2] is None else before_feed(x))
-        return y + scaled(after_feed(fed), self.layer.scale), cache
+            return y + scaled(after_feed(self.mlp(before_feed(y, used), used), used), scale), cache
+        fed = self.mlp(h if self.layer.norms[2] is None else before_feed(x, used), used)
+        return y + scaled(after_feed(fed, used), scale), cache
 
 
-def _identity(x):
+def _identity(x, used):
     return x
 
 
 class Trunk(nnx.Module):
-    """Embedding, layers and final norm: tokens [B, W] to hidden states [B, W, K]."""
+    """Embedding, layers and final norm: tokens [B, W], of which `used` are such (see `ops`), to hidden states [B, W, K]."""
 
     def __init__(self, c: config.Config, *, init, rngs: nnx.Rngs):
         self.ropes = tuple(layer.mixer.rope for layer in c.layers)
@@ -268,13 +271,14 @@ class Trunk(nnx.Module):
         last = self.embed_positions.weight.get_value().shape[0] - 1  # beyond which there is only padding
         return x + self.embed_positions(jnp.minimum(positions, last))
 
-    def __call__(self, tokens, start, caches):
+    def __call__(self, tokens, start, caches, used=None):
         positions = start[:, None] + jnp.arange(tokens.shape[1])[None, :]  # [B, W]
-        rotations = {rope: rotary(positions, rope) for rope in dict.fromkeys(self.ropes) if rope is not None}
+        ropes = dict.fromkeys(self.ropes)
+        windows = {rope: Window(positions, None if rope is None else rotary(positions, rope), used) for rope in ropes}
         x = self.embed(tokens, positions)
         updated = []
         for i, (layer, rope) in enumerate(zip(self.layers, self.ropes, strict=True)):
             with jax.named_scope(f"layer_{i}"):
-                x, cache = layer(x, positions, rotations.get(rope), None if caches is None else caches[i])
+                x, cache = layer(x, windows[rope], None if caches is None else caches[i])
             updated.append(cache)
-        return self.norm(x), None if caches is None else updated
+        return self.norm(x, used), None if caches is None else updated

@@ -35,6 +35,8 @@ FIRST = ".layers.0."  # in the names of a first layer's parameters
 class Transformer(nnx.Module):
     """Tokens [B, W] at absolute positions `start[r]..start[r]+W-1` to logits [B, W, V] in f32, and to what they are read from.
 
+    Over a cache, positions that only pad are not in use (see `ops`); a pass without one, as derivatives are taken of, computes all.
+
     It always has an `lm_head`; a tied model is one whose parameters give it the embedding (see `Network`).
     """
 
@@ -45,9 +47,10 @@ class Transformer(nnx.Module):
         self.scale, self.cap = config.logit_scale, config.logit_cap
 
     def __call__(self, tokens, start, caches):
-        x, caches = self.model(tokens, start, caches)
+        used = None if caches is None else _in_use(tokens)
+        x, caches = self.model(tokens, start, caches, used)
         with jax.named_scope("lm_head"):
-            logits = self.lm_head(x, out_dtype=jnp.float32)
+            logits = self.lm_head(x, used, jnp.float32)
             logits = logits if self.scale == 1 else self.scale * logits
             logits = logits if self.cap is None else self.cap * jnp.tanh(logits / self.cap)
             return logits, caches, x
@@ -137,7 +140,8 @@ class Network:
 
         Args:
           params: parameters by name.
-          tokens: [B, W] token ids; -1 only pads.
+          tokens: [B, W] token ids; -1 only pads, behind the tokens of a row. With a cache, what a pass makes of it is not defined,
+            and whether it is written to the cache neither.
           start: [B] absolute position of each row's first token.
           cache: caches of at least start + W positions, or None to attend within the window only.
           features: whether to hand up the hidden states after the last norm, from which the head reads.
@@ -159,6 +163,11 @@ class Network:
         partitioned = contextlib.nullcontext() if self.mesh is None else jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh)
         with partitioned:
             yield nnx.merge(graphdef, state)
+
+
+def _in_use(tokens):
+    """Return int32 [B], how many of tokens [B, W] there are up to the last that is one; -1 is none."""
+    return jnp.max(jnp.where(tokens >= 0, jnp.arange(1, tokens.shape[1] + 1, dtype=jnp.int32)[None, :], 0), axis=1)
 
 
 @functools.lru_cache(maxsize=64)

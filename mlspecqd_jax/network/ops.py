@@ -2,6 +2,10 @@
 
 Layers call these operations and look neither at devices nor at how a weight is stored. Each is differentiated as its form in XLA.
 
+A window is as wide as a program makes it, and `used`, int32 [B], says how many of its positions hold something in each row, from
+the first on; None is all of them. In C++ the others cost nothing, and are whatever was in memory before; in XLA and in a chip's
+kernels they are computed like the rest.
+
 Notation: B batch, W window, S cache length, H query heads, Hkv key/value heads, D size of a query's and a key's head, Dv of a
 value's, N outputs, K contracted or hidden size.
 """
@@ -41,40 +45,41 @@ __all__ = [
 ]
 
 
-def linear(x: jax.Array, w: Leaf, *, out_dtype: jnp.dtype | None = None) -> jax.Array:
+def linear(x: jax.Array, w: Leaf, *, used: jax.Array | None = None, out_dtype: jnp.dtype | None = None) -> jax.Array:
     """x @ w.T over the last axis of x, accumulated in f32.
 
     Args:
-      x: activations [..., K].
+      x: activations [..., K]; [B, W, ..., K] where some positions are not in use.
       w: weight [N, K]; a plain one is used in its own dtype, a quantized one by the product that it is arranged for, or else by the
         best that reads it as it is stored.
+      used: int32 [B], or None.
       out_dtype: dtype of the result; None gives x's (the head asks for f32).
 
     Returns:
       [..., N].
     """
-    y = multiply(x.reshape(-1, x.shape[-1]), w)
+    y = multiply(x.reshape(-1, x.shape[-1]), w, used=_used_rows(used, x))
     return y.reshape(*x.shape[:-1], w.shape[0]).astype(out_dtype or x.dtype)
 
 
-def rms_norm(x: jax.Array, weight: jax.Array, norm: Norm) -> jax.Array:
-    """`norms.rms_norm` of x [..., K] with its weight [K]."""
-    in_xla = functools.partial(norms.rms_norm, norm=norm)
+def rms_norm(x: jax.Array, weight: jax.Array, norm: Norm, used: jax.Array | None = None) -> jax.Array:
+    """`norms.rms_norm` of x [..., K], or [B, W, ..., K] where some positions are not in use, with its weight [K]."""
 
-    def in_cpp(x, weight):
-        return cpu_kernels.rms_norm(x.reshape(-1, x.shape[-1]), weight, norm.eps, norm.offset).reshape(x.shape)
+    def in_cpp(x, weight, used):
+        rows = x.reshape(-1, x.shape[-1])
+        return cpu_kernels.rms_norm(rows, weight, norm.eps, norm.offset, used=_used_rows(used, x)).reshape(x.shape)
 
-    return cpu_kernels.on_cpu(_differentiated_as(in_xla, in_cpp), in_xla, x, weight)
+    return _computed(in_cpp, functools.partial(norms.rms_norm, norm=norm), used, x, weight)
 
 
-def layer_norm(x: jax.Array, weight: jax.Array, bias: jax.Array, norm: Norm) -> jax.Array:
-    """`norms.layer_norm` of x [..., K] with its weight and bias [K]."""
-    in_xla = functools.partial(norms.layer_norm, norm=norm)
+def layer_norm(x: jax.Array, weight: jax.Array, bias: jax.Array, norm: Norm, used: jax.Array | None = None) -> jax.Array:
+    """`norms.layer_norm` of x, as `rms_norm` takes it, with its weight and bias [K]."""
 
-    def in_cpp(x, weight, bias):
-        return cpu_kernels.layer_norm(x.reshape(-1, x.shape[-1]), weight, bias, norm.eps, norm.offset).reshape(x.shape)
+    def in_cpp(x, weight, bias, used):
+        rows = x.reshape(-1, x.shape[-1])
+        return cpu_kernels.layer_norm(rows, weight, bias, norm.eps, norm.offset, used=_used_rows(used, x)).reshape(x.shape)
 
-    return cpu_kernels.on_cpu(_differentiated_as(in_xla, in_cpp), in_xla, x, weight, bias)
+    return _computed(in_cpp, functools.partial(norms.layer_norm, norm=norm), used, x, weight, bias)
 
 
 def scaled(x: jax.Array, factor: float) -> jax.Array:
@@ -99,24 +104,30 @@ def rotary(positions: jax.Array, rotation: Rope) -> tuple[jax.Array, jax.Array]:
     return tuple(found) if rotation.magnitude == 1 else tuple(rotation.magnitude * part for part in found)
 
 
-def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array, used: jax.Array | None = None) -> jax.Array:
     """`rope.rotate` of x [B, W, heads, D] by the given angles, dimensions beyond theirs as they are; return [B, heads, W, D]."""
     if x.shape[-1] > 2 * cos.shape[-1]:
         turned, rest = x[..., : 2 * cos.shape[-1]], x[..., 2 * cos.shape[-1] :]
-        return jnp.concatenate([rotate(turned, cos, sin), jnp.swapaxes(rest, 1, 2)], axis=-1)
+        return jnp.concatenate([rotate(turned, cos, sin, used), jnp.swapaxes(rest, 1, 2)], axis=-1)
 
     # XLA:CPU fuses these products and sums with what is around them, otherwise for a window of one row than for others.
     def in_cpp(x):
-        return _differentiated_as(rope.rotate, cpu_kernels.rotate)(x, cos, sin)
+        return _differentiated_as(rope.rotate, cpu_kernels.rotate)(used, x, cos, sin)
 
     return cpu_kernels.on_cpu(in_cpp, lambda x: rope.rotate(x, cos, sin), x)
 
 
-def write(cache: KVCache, k: jax.Array, v: jax.Array, start: jax.Array) -> KVCache:
-    """Store k [B, Hkv, W, D] and v [B, Hkv, W, Dv] at positions start[r] + 0..W-1; XLA updates both in place in nested loops."""
+def write(cache: KVCache, k: jax.Array, v: jax.Array, start: jax.Array, used: jax.Array | None = None) -> KVCache:
+    """Store k [B, Hkv, W, D] and v [B, Hkv, W, Dv] at positions start[r] + 0..W-1; XLA updates both in place in nested loops.
+
+    In C++ what is not in use is not stored.
+    """
+
+    def in_xla(buffer, start, values, used):
+        return xla.put_window(buffer, start, values)
 
     def put(buffer, values):
-        return cpu_kernels.on_cpu(cpu_kernels.put_window, xla.put_window, buffer, start, values, unit="positions")
+        return cpu_kernels.on_cpu(cpu_kernels.put_window, in_xla, buffer, start, values, used, unit="positions")
 
     return KVCache(put(cache.k, k), put(cache.v, v))
 
@@ -131,6 +142,7 @@ def attend(
     *,
     scale: float | None = None,
     cap: float | None = None,
+    used: jax.Array | None = None,
 ) -> jax.Array:
     """`attention.attend`: softmax(cap tanh(scale q k^T / cap)) v, over the slots that a query sees; [B, W, H * Dv] in q's dtype.
 
@@ -140,11 +152,12 @@ def attend(
       sinks: [H] in q's dtype, a logit of each head that the softmax sums too, and whose probability goes to no value; or None.
       scale: None is 1 / sqrt(D).
       cap: bound of the logits' magnitude, softly; None leaves them as they are.
+      used: int32 [B], or None.
     """
     in_xla = functools.partial(attention.attend, scale=q.shape[-1] ** -0.5 if scale is None else scale, cap=cap)
     in_cpp = functools.partial(_attend_in_cpp, scale=scale, cap=cap)
     given = () if sinks is None else (sinks,)
-    return cpu_kernels.on_cpu(_differentiated_as(in_xla, in_cpp), in_xla, q, k, v, first, last, *given)
+    return _computed(in_cpp, in_xla, used, q, k, v, first, last, *given)
 
 
 def row_multiple(weights: Iterable[Leaf], dtype: str, chip: str, mesh: Mesh | None = None) -> int | None:
@@ -200,20 +213,30 @@ def implementation(chip: str) -> str:
     )
 
 
+def _used_rows(used, x):
+    """Of each of B windows, how many rows [..., K] of x [B, W, ..., K] are in use; None is all."""
+    return None if used is None else used * math.prod(x.shape[2:-1])
+
+
+def _computed(in_cpp: Callable, in_xla: Callable, used: jax.Array | None, *arguments: jax.Array) -> jax.Array:
+    """Run in_cpp(*arguments, used=used) or in_xla(*arguments); both are differentiated as the latter."""
+    return cpu_kernels.on_cpu(_differentiated_as(in_xla, in_cpp), lambda _, *arguments: in_xla(*arguments), used, *arguments)
+
+
 def _differentiated_as(form: Callable, function: Callable) -> Callable:
-    """Return a function whose derivative is that of another form of it, which XLA knows."""
+    """Return a function of (used, *arguments): function(*arguments, used=used), with the derivative of form(*arguments)."""
 
     @jax.custom_jvp
-    def run(*arguments):
-        return function(*arguments)
+    def run(used, *arguments):
+        return function(*arguments, used=used)
 
     @run.defjvp
     def _(primals, tangents):
-        return run(*primals), jax.jvp(form, primals, tangents)[1]
+        return run(*primals), jax.jvp(form, primals[1:], tangents[1:])[1]
 
     return run
 
 
-def _attend_in_cpp(q, k, v, first, last, sinks=None, *, scale, cap):
-    out = cpu_kernels.attention(q, k, v, first, last, sinks, scale=scale, cap=cap)
+def _attend_in_cpp(q, k, v, first, last, sinks=None, *, scale, cap, used):
+    out = cpu_kernels.attention(q, k, v, first, last, sinks, scale=scale, cap=cap, used=used)
     return out.reshape(*out.shape[:2], -1).astype(q.dtype)

@@ -26,7 +26,8 @@ class Scorer(Protocol):
     """A pure, hashable scoring function of parameters.
 
     Law 2: logits[:, w] depend on the tokens at absolute positions up to start + w alone, as fed in this call and, below start, as
-    last fed in earlier ones. Entries of the cache beyond them, other rows, and rows of `PADDING` change nothing.
+    last fed in earlier ones. Entries of the cache beyond them, other rows, and rows of `PADDING` change nothing. The latter come
+    last in a window, and nobody reads their logits and features.
     """
 
     @property

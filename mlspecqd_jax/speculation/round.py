@@ -95,16 +95,19 @@ def run_round(
         broken |= unfinished & (judged.lawful < appended)
         ended &= ~broken
         appended = jnp.minimum(appended, judged.lawful)
+    there = (
+        jnp.arange(level.draft_len + 1)[None, :] < appended[:, None]
+    )  # what is made of padding is anything (C13), a state is not
     probs, logprobs, classes = progress.probs, progress.logprobs, progress.classes
     if probs is not None and verdict.probs is not None:
         probs = write_at(probs, length - progress.begin, verdict.probs)
     if logprobs is not None:
-        logprobs = write_at(logprobs, length, judged.logprobs)
+        logprobs = write_at(logprobs, length, jnp.where(there, judged.logprobs, 0))
     if classes is not None:
         classes = write_at(classes, length - progress.begin, class_of_lead(verdict.leads))
     length = length + appended
     return progress._replace(
-        tokens=write_at(tokens, progress.length, verdict.tokens),
+        tokens=write_at(tokens, progress.length, jnp.where(there, verdict.tokens, 0)),
         length=length,
         ended=progress.ended | ended,
         broken=broken,

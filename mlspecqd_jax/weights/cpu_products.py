@@ -25,29 +25,29 @@ def _every_row_by_itself(chip, dtype):
     return 1
 
 
-def _run_mxfp4(x, arrays, *, n, chip, format, interpret):
-    return cpu_kernels.mxfp4_matmul(whole_blocks(x), arrays["codes"], arrays["scales"])
+def _run_mxfp4(x, arrays, *, n, chip, format, interpret, used=None):
+    return cpu_kernels.mxfp4_matmul(whole_blocks(x), arrays["codes"], arrays["scales"], used=used)
 
 
-def _run_mxfp6(x, arrays, *, n, chip, format, interpret):
-    return cpu_kernels.mxfp6_matmul(whole_blocks(x), **arrays, exponent_bits=format.element.exponent_bits)
+def _run_mxfp6(x, arrays, *, n, chip, format, interpret, used=None):
+    return cpu_kernels.mxfp6_matmul(whole_blocks(x), **arrays, exponent_bits=format.element.exponent_bits, used=used)
 
 
-def _run_grouped(x, arrays, *, n, chip, format, interpret):
-    return cpu_kernels.grouped_matmul(whole_blocks(x), **arrays, bits=format.bits)
+def _run_grouped(x, arrays, *, n, chip, format, interpret, used=None):
+    return cpu_kernels.grouped_matmul(whole_blocks(x), **arrays, bits=format.bits, used=used)
 
 
-def _run_mx8(x, arrays, *, n, chip, format, interpret):
+def _run_mx8(x, arrays, *, n, chip, format, interpret, used=None):
     bits = {"exponent_bits": format.element.exponent_bits, "mantissa_bits": format.element.mantissa_bits}
-    return cpu_kernels.mx8_matmul(whole_blocks(x), **arrays, **bits)
+    return cpu_kernels.mx8_matmul(whole_blocks(x), **arrays, **bits, used=used)
 
 
-def _run_decoded(x, arrays, *, n, chip, format, interpret):
-    return decoded_matmul(whole_blocks(x), arrays, format, product=cpu_kernels.dense_matmul)
+def _run_decoded(x, arrays, *, n, chip, format, interpret, used=None):
+    return decoded_matmul(whole_blocks(x), arrays, format, product=functools.partial(cpu_kernels.dense_matmul, used=used))
 
 
-def _run_dense(x, arrays, *, n, chip, format, interpret):
-    return cpu_kernels.dense_matmul(x.astype(arrays["weight"].dtype), arrays["weight"])
+def _run_dense(x, arrays, *, n, chip, format, interpret, used=None):
+    return cpu_kernels.dense_matmul(x.astype(arrays["weight"].dtype), arrays["weight"], used=used)
 
 
 SIZES = tuple(32 << i for i in range(10))  # of groups

@@ -36,13 +36,15 @@ def product_of(w: jax.Array | QuantizedArray, dtype: str, chip: str) -> Product:
     return found
 
 
-def multiply(x: jax.Array, w: jax.Array | QuantizedArray, interpret=False) -> jax.Array:
+def multiply(x: jax.Array, w: jax.Array | QuantizedArray, interpret: bool = False, used: jax.Array | None = None) -> jax.Array:
     """x [M, K] times the transpose of a leaf [N, K], f32 [M, N]; under a mesh, each device multiplies its part.
 
     Args:
       x: activations; a plain weight is used in its own dtype.
       w: the weight.
       interpret: run a Pallas kernel by an interpreter.
+      used: int32 [B], how many rows are wanted of each of B windows of M / B rows, from its first on; None is all. What the others
+        are is not defined; in C++ they cost nothing.
 
     Raises:
       NotImplementedError: the product for which w is arranged does not take x; one sentence with the shapes.
@@ -52,12 +54,12 @@ def multiply(x: jax.Array, w: jax.Array | QuantizedArray, interpret=False) -> ja
         x = _watched(x, leaf.arrays["moments"], leaf.arrays["counted"])
     if "order" in leaf.arrays:
         x = x[:, leaf.arrays["order"]]
-    y = _multiply_stored(x, leaf) if leaf.is_stored else _multiply_arranged(x, leaf, interpret)
+    y = _multiply_stored(x, leaf, used) if leaf.is_stored else _multiply_arranged(x, leaf, interpret)
     for scale in ("tensor_scale", "row_scale"):
         if scale in leaf.arrays:
             y = y * leaf.arrays[scale][None]
     if "change" in leaf.arrays:
-        y = y + leaf.arrays["amount"][:, None] * multiply(x, leaf.arrays["change"])
+        y = y + leaf.arrays["amount"][:, None] * multiply(x, leaf.arrays["change"], used=used)
     return y
 
 
@@ -75,13 +77,13 @@ def _add_up(given, cotangent):
 _watched.defvjp(lambda x, moments, counted: (x, (x, counted)), _add_up)
 
 
-def _multiply_stored(x, leaf):
+def _multiply_stored(x, leaf, used):
     w = leaf.arrays["weight"] if leaf.format == PLAIN else leaf
     on_cpu, elsewhere = product_of(w, x.dtype.name, "cpu"), product_of(w, x.dtype.name, "")
     otherwise = functools.partial(_run, elsewhere, leaf)
     if on_cpu is elsewhere:
-        return otherwise(x, leaf.core)
-    return jax.lax.platform_dependent(x, leaf.core, cpu=functools.partial(_run, on_cpu, leaf), default=otherwise)
+        return otherwise(x, leaf.core, used)
+    return jax.lax.platform_dependent(x, leaf.core, used, cpu=functools.partial(_run, on_cpu, leaf), default=otherwise)
 
 
 def _multiply_arranged(x, leaf, interpret):
@@ -124,6 +126,6 @@ def _leaf(w):
     return w if isinstance(w, QuantizedArray) else QuantizedArray({"weight": w}, w.shape, PLAIN)
 
 
-def _run(product, leaf, x, arrays, *, n=None, interpret=False):
+def _run(product, leaf, x, arrays, used=None, *, n=None, interpret=False):
     format = None if leaf.format == PLAIN else format_of(leaf.format)
-    return product.run(x, arrays, n=n or leaf.shape[0], chip=leaf.chip, format=format, interpret=interpret)
+    return product.run(x, arrays, n=n or leaf.shape[0], chip=leaf.chip, format=format, interpret=interpret, used=used)

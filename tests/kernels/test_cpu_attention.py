@@ -6,9 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from windows import assert_rows_in_use, in_use, numbers_in_use
 
 import cpu_kernels
 from mlspecqd_jax.network import attention, ops
+from mlspecqd_jax.network.config import Norm
 
 pytestmark = pytest.mark.skipif(not cpu_kernels.isas("attention"), reason="needs a C++ compiler")
 
@@ -85,6 +87,41 @@ def test_rows_of_attention_depend_on_nothing_else(isa, kind):
 
 
 @pytest.mark.parametrize("isa", cpu_kernels.isas("attention"))
+@pytest.mark.parametrize(("batch", "window"), [(1, 9), (3, 5)])
+def test_queries_in_use_are_those_of_the_whole_window(isa, batch, window):
+    """Whatever the others are, and whatever they would see."""
+    slots = 60
+    q, k, v = heads(batch, 6, window, 12), heads(batch, 3, slots, 12), heads(batch, 3, slots, 12, seed=1)
+    first, last = seen([30, 41, 3][:batch], window, slots, 1000)
+    whole = np.asarray(cpu_kernels.attention(q, k, v, first, last, isa=isa))
+    for used in numbers_in_use(batch, window):
+        rows = in_use(used, window)
+        poisoned = jnp.where(rows[:, None, :, None], q, jnp.nan)
+        far = np.where(rows, last, 2**31 - 1).astype(np.int32)
+        found = np.asarray(cpu_kernels.attention(poisoned, k, v, first, far, isa=isa, used=jnp.asarray(used)))
+        np.testing.assert_array_equal(found[rows], whole[rows])
+
+
+@pytest.mark.parametrize("dtype", cpu_kernels.library.DTYPES)
+def test_positions_in_use_are_rotated_and_normed_as_in_the_whole_window(dtype):
+    x, weight = heads(3, 6, 4, 10).astype(dtype), heads(10, seed=1).astype(dtype)
+    cos, sin = (jax.random.normal(jax.random.key(i), (3, 6, 5)) for i in range(2))
+    whole = np.asarray(cpu_kernels.rotate(x, cos, sin))
+    normed = np.asarray(ops.rms_norm(x, weight, Norm(1e-5)))
+    for used in numbers_in_use(3, 6):
+        rows = in_use(used, 6)
+        poisoned = jnp.where(rows[:, :, None, None], x, jnp.nan)
+        found = np.asarray(cpu_kernels.rotate(poisoned, cos, sin, jnp.asarray(used)))
+        np.testing.assert_array_equal(np.moveaxis(found, 1, 2)[rows], np.moveaxis(whole, 1, 2)[rows])
+        np.testing.assert_array_equal(np.asarray(ops.rms_norm(poisoned, weight, Norm(1e-5), jnp.asarray(used)))[rows], normed[rows])
+    for isa in cpu_kernels.isas("rms_norm", dtype):
+        x, weight = np.asarray(heads(18, 70).astype(dtype)), heads(70, seed=1).astype(dtype)
+        whole = np.asarray(cpu_kernels.rms_norm(jnp.asarray(x), weight, 1e-5, isa=isa))
+        norm = functools.partial(cpu_kernels.rms_norm, weight=weight, eps=1e-5, isa=isa)
+        assert_rows_in_use(lambda x, used, norm=norm: norm(jnp.asarray(x), used=used), x, whole)
+
+
+@pytest.mark.parametrize("isa", cpu_kernels.isas("attention"))
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_attention_passes_on_nan(isa, kind):
     kind = made(kind, 2)
@@ -111,16 +148,18 @@ def test_the_tangent_is_that_of_the_formula():
         np.testing.assert_allclose(ours.astype(np.float32), expected.astype(np.float32), rtol=0.05, atol=0.1)
 
 
-@pytest.mark.parametrize("start", [[0, 3], [5, 0], [7, 9], [-2, 4]])
-def test_a_window_is_written_and_what_falls_outside_is_dropped(start):
-    buffer, values = heads(2, 3, 8, 5), heads(2, 3, 4, 5, seed=1)
-    expected = np.array(buffer)
-    for row, position in enumerate(start):
-        for w in range(4):
-            if 0 <= position + w < 8:
-                expected[row, :, position + w] = values[row, :, w]
-    found = jax.jit(cpu_kernels.put_window)(buffer, jnp.array(start, jnp.int32), values)
-    np.testing.assert_array_equal(np.asarray(found), expected)
+@pytest.mark.parametrize("start", [[0, 3, 1], [5, 0, 6], [7, 9, -9], [-2, 4, -1], [2]])
+def test_a_window_is_written_and_what_falls_outside_or_is_not_in_use_is_dropped(start):
+    batch, put = len(start), jax.jit(cpu_kernels.put_window)
+    buffer, values = heads(batch, 3, 8, 5), heads(batch, 3, 4, 5, seed=1)
+    for used in (None, *numbers_in_use(batch, 4)):
+        expected = np.array(buffer)
+        for row, position in enumerate(start):
+            for w in range(4 if used is None else min(used[row], 4)):
+                if 0 <= position + w < 8:
+                    expected[row, :, position + w] = values[row, :, w]
+        found = put(buffer, jnp.array(start, jnp.int32), values, used)
+        np.testing.assert_array_equal(np.asarray(found), expected)
 
 
 def test_a_window_is_written_in_place():

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from cpu_kernels import build
-from cpu_kernels.products import TOGETHER, UNITS
+from cpu_kernels.library import TOGETHER, UNITS
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 exhaustive = pytest.mark.exhaustive

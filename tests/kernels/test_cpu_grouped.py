@@ -5,6 +5,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from test_cpu_kernels import ROOT, normal, rounded, rows  # noqa: F401
+from windows import assert_rows_in_use
 
 import cpu_kernels
 from mlspecqd_jax.weights.cast import dequantize, quantize
@@ -22,8 +23,9 @@ OF_EIGHT = ["int8", "int8_g16", "int8_g32", "int8_g64", "int8_g4096", "uint8_g16
 each_format = pytest.mark.parametrize("format", OF_FOUR + OF_EIGHT)
 
 
-def grouped(x, leaf, isa=None):
-    return np.asarray(cpu_kernels.grouped_matmul(jnp.asarray(x), **leaf.core, isa=isa, bits=format_of(leaf.format).bits))
+def grouped(x, leaf, isa=None, used=None):
+    bits = format_of(leaf.format).bits
+    return np.asarray(cpu_kernels.grouped_matmul(jnp.asarray(x), **leaf.core, isa=isa, used=used, bits=bits))
 
 
 def values(leaf):
@@ -68,6 +70,8 @@ def test_it_is_its_definition_and_rows_depend_on_nothing_else(isa, format, n, k)
     for m in rows(n) if format in ("nvfp4", "int8", "int8_g16") else (1, 3, 8):
         np.testing.assert_array_equal(grouped(x[:m], leaf, isa), whole[:m])
     np.testing.assert_array_equal(grouped(x[5:6], leaf, isa), whole[5:6])
+    if n == 13:
+        assert_rows_in_use(lambda x, used: grouped(x, leaf, isa, used), x, whole)
 
 
 @each_isa

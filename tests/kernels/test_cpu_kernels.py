@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from windows import assert_rows_in_use
 
 import cpu_kernels
 from mlspecqd_jax.weights.cast import quantize
@@ -36,12 +37,12 @@ def normal(*shape, seed=0, scale=1.0):
     return (scale * np.random.RandomState(seed).standard_normal(shape)).astype(ml_dtypes.bfloat16)
 
 
-def bf16(x, w, isa=None):
-    return np.asarray(cpu_kernels.dense_matmul(jnp.asarray(x), jnp.asarray(w), isa))
+def bf16(x, w, isa=None, used=None):
+    return np.asarray(cpu_kernels.dense_matmul(jnp.asarray(x), jnp.asarray(w), isa, used))
 
 
-def mxfp4(x, leaf, isa=None):
-    return np.asarray(cpu_kernels.mxfp4_matmul(jnp.asarray(x), leaf.arrays["codes"], leaf.arrays["scales"], isa))
+def mxfp4(x, leaf, isa=None, used=None):
+    return np.asarray(cpu_kernels.mxfp4_matmul(jnp.asarray(x), leaf.arrays["codes"], leaf.arrays["scales"], isa, used))
 
 
 def product(x, w):
@@ -83,6 +84,8 @@ def test_bf16_is_the_product_and_rows_depend_on_nothing_else(isa, n, k):
         np.testing.assert_array_equal(bf16(x[:m], w, isa), whole[:m])
     np.testing.assert_array_equal(bf16(x[5:6], w, isa), whole[5:6])
     np.testing.assert_array_equal(bf16(x, w[n // 2 :], isa), whole[:, n // 2 :])  # another place in a tile
+    if n in (13, 29):
+        assert_rows_in_use(lambda x, used: bf16(x, w, isa, used), x, whole)
 
 
 @pytest.mark.parametrize("isa", MXFP4)
@@ -94,6 +97,8 @@ def test_mxfp4_is_its_definition_and_rows_depend_on_nothing_else(isa, n, k):
     for m in rows(n):
         np.testing.assert_array_equal(mxfp4(x[:m], leaf, isa), whole[:m])
     np.testing.assert_array_equal(mxfp4(x[5:6], leaf, isa), whole[5:6])
+    if n == 13:
+        assert_rows_in_use(lambda x, used: mxfp4(x, leaf, isa, used), x, whole)
 
 
 @pytest.mark.parametrize("isa", MXFP4)
@@ -152,6 +157,8 @@ def test_empty_products():
     assert bf16(normal(0, 8), normal(3, 8)).shape == (0, 3)
     assert bf16(normal(2, 8), normal(0, 8)).shape == (2, 0)
     np.testing.assert_array_equal(bf16(normal(2, 0), normal(3, 0)), np.zeros((2, 3)))
+    assert bf16(normal(0, 8), normal(3, 8), used=jnp.zeros((0,), jnp.int32)).shape == (0, 3)
+    np.testing.assert_array_equal(bf16(normal(4, 0), normal(3, 0), used=jnp.array([1, 1], jnp.int32))[::2], np.zeros((2, 3)))
 
 
 def test_a_named_instruction_set_runs_or_raises():
@@ -166,6 +173,9 @@ def test_what_does_not_belong_together_is_refused():
     x, leaf = jnp.ones((2, 64), jnp.bfloat16), quantize(jnp.ones((3, 64)))
     with pytest.raises(ValueError, match="of one of bfloat16, float16, float32"):
         cpu_kernels.dense_matmul(x, jnp.ones((3, 64)))
+    for used in (jnp.ones((2,)), jnp.ones((), jnp.int32), jnp.ones((3,), jnp.int32), jnp.ones((0,), jnp.int32)):
+        with pytest.raises(ValueError, match=r"should be int32 \[B\] for 2 rows, B windows of equal size"):
+            cpu_kernels.dense_matmul(x, x, used=used)
     with pytest.raises(ValueError, match=r"should be \[M, K\] and \[K\]"):
         cpu_kernels.rms_norm(x, jnp.ones((32,), jnp.bfloat16), 1e-5)
     with pytest.raises(ValueError, match=r"\[M, K\] and \[N, K\]"):
@@ -185,8 +195,28 @@ def test_gradients_are_those_of_the_plain_product():
     def plain(x, w):
         return jnp.dot(x, w.T, preferred_element_type=jnp.float32)
 
-    for found, expected in zip(gradients(cpu_kernels.dense_matmul), gradients(plain), strict=True):
-        np.testing.assert_allclose(found.astype(np.float32), expected.astype(np.float32), rtol=0.02, atol=0.02)
+    def of_first_rows(x, w):
+        return cpu_kernels.dense_matmul(x, w, used=jnp.full((1,), 2, jnp.int32))[:2]
+
+    for ours, theirs in ((cpu_kernels.dense_matmul, plain), (of_first_rows, lambda x, w: plain(x[:2], w))):
+        for found, expected in zip(gradients(ours), gradients(theirs), strict=True):
+            np.testing.assert_allclose(found.astype(np.float32), expected.astype(np.float32), rtol=0.02, atol=0.02)
+
+
+def test_rows_in_use_are_mapped_over_and_exported():
+    x, w = jnp.asarray(normal(12, 40)), jnp.asarray(normal(5, 40, seed=1))
+    whole = np.asarray(cpu_kernels.dense_matmul(x, w))
+    used = jnp.array([[3, 1], [0, 2]], jnp.int32)
+
+    def run(x, used):
+        return cpu_kernels.dense_matmul(x, w, used=used)
+
+    found = jax.jit(jax.vmap(run))(x.reshape(2, 6, 40), used)
+    checks = [jax.export.DisabledSafetyCheck.custom_call("mlspecqd_matmul_bfloat16")]
+    exported = jax.export.export(jax.jit(run), disabled_checks=checks)(x, used.ravel())
+    for result in (found.reshape(12, 5), exported.call(x, used.ravel())):
+        for row in (0, 1, 2, 3, 9, 10):
+            np.testing.assert_array_equal(result[row], whole[row])
 
 
 def test_calls_from_two_threads_at_once():

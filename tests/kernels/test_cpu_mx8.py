@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from windows import assert_rows_in_use
 
 import cpu_kernels
 from mlspecqd_jax.network.ops import linear
@@ -25,11 +26,9 @@ def normal(*shape, seed=0):
     return np.random.RandomState(seed).standard_normal(shape).astype(ml_dtypes.bfloat16)
 
 
-def mx8(x, codes, scales, format, isa=None):
-    f = FORMATS[format].element
-    return np.asarray(
-        cpu_kernels.mx8_matmul(jnp.asarray(x), jnp.asarray(codes), jnp.asarray(scales), f.exponent_bits, f.mantissa_bits, isa)
-    )
+def mx8(x, codes, scales, format, isa=None, used=None):
+    f, arrays = FORMATS[format].element, [jnp.asarray(array) for array in (x, codes, scales)]
+    return np.asarray(cpu_kernels.mx8_matmul(*arrays, f.exponent_bits, f.mantissa_bits, isa, used))
 
 
 def decoded(codes, scales, format):
@@ -51,6 +50,8 @@ def test_it_is_the_product_with_the_decoded_weight_and_rows_depend_on_nothing_el
     np.testing.assert_array_equal(mx8(x[5:6], leaf.arrays["codes"], leaf.arrays["scales"], format, isa), whole[5:6])
     half = n // 2  # another place in a tile
     np.testing.assert_array_equal(mx8(x, leaf.arrays["codes"][half:], leaf.arrays["scales"][half:], format, isa), whole[:, half:])
+    if n == 13:
+        assert_rows_in_use(lambda x, used: mx8(x, leaf.arrays["codes"], leaf.arrays["scales"], format, isa, used), x, whole)
 
 
 @each_isa

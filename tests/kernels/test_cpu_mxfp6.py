@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from six_bits import joined, split
 from test_cpu_kernels import normal, rounded, rows
+from windows import assert_rows_in_use
 
 import cpu_kernels
 from mlspecqd_jax.network.ops import linear
@@ -25,9 +26,9 @@ each_isa = pytest.mark.parametrize("isa", ISAS)
 each_format = pytest.mark.parametrize("format", ["mxfp6_e2m3", "mxfp6_e3m2"])
 
 
-def mxfp6(x, codes, scales, format, isa=None):
+def mxfp6(x, codes, scales, format, isa=None, used=None):
     bits = FORMATS[format].element.exponent_bits
-    return np.asarray(cpu_kernels.mxfp6_matmul(jnp.asarray(x), jnp.asarray(codes), jnp.asarray(scales), bits, isa))
+    return np.asarray(cpu_kernels.mxfp6_matmul(jnp.asarray(x), jnp.asarray(codes), jnp.asarray(scales), bits, isa, used))
 
 
 def of_leaf(x, leaf, isa=None):
@@ -63,6 +64,8 @@ def test_it_is_its_definition_and_rows_depend_on_nothing_else(isa, format, n, k)
         np.testing.assert_array_equal(mxfp6(x[:m], packed, scales, format, isa), whole[:m])
     np.testing.assert_array_equal(mxfp6(x[5:6], packed, scales, format, isa), whole[5:6])
     np.testing.assert_array_equal(mxfp6(x, packed[n // 2 :], scales[n // 2 :], format, isa), whole[:, n // 2 :])
+    if n == 13:
+        assert_rows_in_use(lambda x, used: mxfp6(x, packed, scales, format, isa, used), x, whole)
 
 
 @each_isa

@@ -11,7 +11,7 @@ from flax import nnx
 from recorded import TOLERANCE, error, families, quick_jit, reference
 
 from mlspecqd_jax.network.config import Layer, Norm, Rope
-from mlspecqd_jax.network.layers import ACTIVATIONS, Block, RMSNorm
+from mlspecqd_jax.network.layers import ACTIVATIONS, Block, RMSNorm, Window
 from mlspecqd_jax.network.ops import rotary
 from mlspecqd_jax.network.rope import rope_of
 from mlspecqd_jax.weights.tensors import EMBEDDING
@@ -33,7 +33,7 @@ def block(layer: Layer, norm: Norm, i: int, params: dict):
 @functools.partial(quick_jit, static_argnums=(0, 1))
 def apply_block(rope, graphdef, leaves, x):
     positions = jnp.arange(x.shape[1])[None, :]
-    return nnx.merge(graphdef, leaves)(x, positions, rotary(positions, rope), None)[0]
+    return nnx.merge(graphdef, leaves)(x, Window(positions, rotary(positions, rope)), None)[0]
 
 
 def embedded(network, params):
@@ -131,7 +131,7 @@ def test_live_parts_of_a_layer(models, family, tmp_path):
             visible &= ~np.tril(np.ones((11, 11), bool), -window)
         mask = torch.tensor(np.where(visible, 0, -np.inf)[None, None], dtype=torch.float32)
         expected = layer.self_attn(xt, position_embeddings=rotation, attention_mask=mask)[0].numpy()
-        assert error(ours.self_attn(x, positions, (cos, sin), None)[0], expected) <= TOLERANCE
+        assert error(ours.self_attn(x, Window(positions, (cos, sin)), None)[0], expected) <= TOLERANCE
 
 
 @pytest.mark.torch

@@ -9,10 +9,13 @@ import numpy as np
 import pytest
 import tiny
 from recorded import TOLERANCE, error, families, quick_jit, reference
+from windows import in_use
 
+import cpu_kernels
 from mlspecqd_jax.network.config import Norm
 from mlspecqd_jax.network.layers import RMSNorm
 from mlspecqd_jax.network.network import Network
+from mlspecqd_jax.weights.quantization import quantize_params
 from mlspecqd_jax.weights.tensors import EMBEDDING, HEAD, Source
 
 B, T = tiny.TOKENS
@@ -99,6 +102,29 @@ def test_a_window_beyond_the_cache_writes_nothing_else(models):
     for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
         changed = np.any(np.asarray(old) != np.asarray(new), axis=(1, 3))  # [B, S]
         np.testing.assert_array_equal(changed, np.arange(S)[None, :] >= start[:, None])
+
+
+@pytest.mark.skipif(not cpu_kernels.isas("attention"), reason="needs a C++ compiler")
+@pytest.mark.parametrize(("family", "format"), [("llama3", None), ("gemma3", "mxfp4")])
+def test_what_only_pads_is_not_computed(models, family, format):
+    """In bfloat16: positions with a token have the bits of windows full of tokens, and no slot is written but theirs (C7, C13)."""
+    network, params = models(family)
+    params = {name: leaf.astype(jnp.bfloat16) for name, leaf in params.items()}
+    params = params if format is None else quantize_params(params, network.tensors(), format)
+    tokens, fed, width = np.concatenate([tiny.tokens(), tiny.tokens()[:1, ::-1]]), np.array([9, 2, 5], np.int32), 6
+    start = np.zeros(3, np.int32)
+    cache = apply(network, params, tokens[:, :9], start, network.init_cache(params, 3, S))[1]
+    window = np.stack([row[at : at + width] for row, at in zip(tokens, fed, strict=True)])
+    logits, full = apply(network, params, window, fed, cache)
+    beyond = (np.arange(S) >= fed[:, None])[:, None, :, None]
+    empty = jax.tree.map(lambda leaf: jnp.where(beyond, jnp.nan, leaf), cache)
+    for used in ([6, 6, 6], [1, 4, 2], [0, 6, 3], [5, 0, 0], [0, 0, 0]):
+        rows = in_use(np.array(used), width)
+        found, written = apply(network, params, np.where(rows, window, -1), fed, empty)
+        np.testing.assert_array_equal(found[rows], logits[rows])
+        for ours, theirs, before in zip(*map(jax.tree.leaves, (written, full, empty)), strict=True):
+            here = beyond & (np.arange(S) < (fed + used)[:, None])[:, None, :, None]
+            np.testing.assert_array_equal(np.float32(ours), np.where(here, theirs, before).astype(np.float32))
 
 
 def test_rows_do_not_see_each_other(models):

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny import shape
+from windows import in_use, numbers_in_use
 
 import cpu_kernels
 from mlspecqd_jax.folds import ordered_logsumexp, ordered_softmax, ordered_sum
@@ -43,6 +44,15 @@ def assert_rows_alike(run, *arrays, rows=ROWS):
             part = jax.tree.leaves(run(*(array[begin : begin + m] for array in arrays)))
             for found, expected in zip(part, whole, strict=True):
                 np.testing.assert_array_equal(np.asarray(found), expected[begin : begin + m], err_msg=f"{m} rows from {begin}")
+
+
+def assert_positions_in_use_alike(w, x):
+    """Assert that those of x [B, W, K] in use are multiplied as in the whole, whatever the others are."""
+    whole, run = np.asarray(linear(x, w)), jax.jit(linear)
+    for used in numbers_in_use(*x.shape[:2]):
+        rows = in_use(used, x.shape[1])
+        found = np.asarray(run(jnp.where(rows[..., None], x, jnp.nan), w, used=used))
+        np.testing.assert_array_equal(found[rows], whole[rows])
 
 
 def test_the_harness_sees_a_norm_whose_sums_xla_orders():
@@ -95,14 +105,20 @@ def test_products(k, dtype):
     w = random(1, (384, k), dtype)
     assert row_multiple([w], dtype, "cpu") == FEWEST
     assert_rows_alike(functools.partial(linear, w=w), random(0, (64, k), dtype), rows=[m for m in ROWS if m >= FEWEST])
+    if IN_CPP:
+        assert_positions_in_use_alike(w, random(0, (3, 6, k), dtype))
 
 
 @pytest.mark.skipif(not IN_CPP, reason="needs a C++ compiler")
-@pytest.mark.parametrize(("format", "dtype"), [("mxfp4", "bfloat16"), ("mxfp8_e4m3", "bfloat16"), ("mxfp4", "float32")])
+@pytest.mark.parametrize(
+    ("format", "dtype"),
+    [("mxfp4", "bfloat16"), ("mxfp6_e2m3", "bfloat16"), ("mxfp8_e4m3", "bfloat16"), ("int4_g32", "bfloat16"), ("mxfp4", "float32")],
+)
 def test_quantized_products(format, dtype):
     w = quantize(random(1, (384, 576), "bfloat16"), format)
     assert row_multiple([w], dtype, "cpu") == 1
     assert_rows_alike(functools.partial(linear, w=w), random(0, (64, 576), dtype))
+    assert_positions_in_use_alike(w, random(0, (3, 6, 576), dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -129,7 +129,7 @@ def test_the_exact_width_bounds_the_draft_where_windows_are_sixteen_rows(demo, m
             mlsd.stack(demo, (demo.quantized(), 16))
         assert mlsd.stack(demo, (demo.quantized(), 16), exact=False).level.window() == 17
     monkeypatch.undo()
-    monkeypatch.setattr(cpu_kernels.products, "usable", lambda unit="": False)
+    monkeypatch.setattr(cpu_kernels.library, "usable", lambda unit="": False)
     monkeypatch.setattr(cpu_kernels, "usable", lambda unit="": False)
     assert stacks.exact_rows(mlsd.load("demo"), 40) == 2
     with pytest.raises(ValueError, match=r"cannot be promised for float32 on CPU without the C\+\+ kernels.* exact=False"):
