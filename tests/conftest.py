@@ -44,3 +44,20 @@ def demo():
     import mlspecqd_jax as mlsd
 
     return mlsd.load("demo", dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def compiled_quickly():
+    """Compile with less optimization throughout a module that shows nothing that depends on it."""
+    import jax
+    from compiling import quick_options
+
+    import mlspecqd_jax as mlsd
+    from mlspecqd_jax import programs
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (mlsd, programs):  # generation's own programs, which are kept by their options
+            patch.setattr(module, "compiler_options", lambda stack: quick_options())
+        jax.config.update("jax_disable_most_optimizations", True)  # all others
+        yield
+        jax.config.update("jax_disable_most_optimizations", False)

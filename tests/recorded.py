@@ -3,7 +3,6 @@
 import functools
 import pathlib
 
-import jax
 import numpy as np
 import pytest
 import tiny
@@ -25,7 +24,3 @@ def error(ours, reference) -> float:
 def reference(family) -> dict[str, np.ndarray]:
     with np.load(pathlib.Path(__file__).parent / "reference" / f"{family}.npz") as recorded:
         return dict(recorded)
-
-
-# Dozens of small programs are compiled here, each to run a few times: XLA's optimizations cost more than they save.
-quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})

@@ -4,11 +4,11 @@ Notation: B batch, S buffer length, W window, G draft_len, V vocabulary.
 """
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from compiling import quick_jit
 
 from mlspecqd_jax.arguments import LARGEST_INT
 from mlspecqd_jax.speculation.buffers import write_at
@@ -22,20 +22,6 @@ from mlspecqd_jax.speculation.state import counts_of
 
 MODULUS = 1009
 EMPTY = PADDING  # so that an entry that a row of padding wrote is as good as none
-
-
-def _quick_options():
-    """Toys take longer to compile than to run, so the compiler is asked for less: three times as fast."""
-    options = {"xla_backend_optimization_level": 0}
-    without_emitters = options | {"xla_cpu_use_fusion_emitters": False}
-    try:
-        jax.jit(jnp.negative, compiler_options=without_emitters)(0)
-    except jax.errors.JaxRuntimeError:  # not every version of XLA knows it
-        return options
-    return without_emitters
-
-
-quick_jit = functools.partial(jax.jit, compiler_options=_quick_options())
 
 
 def undefined_where_padded(logits, tokens):

@@ -19,6 +19,8 @@ from mlspecqd_jax.weights.cast import dequantize, quantize
 from mlspecqd_jax.weights.quantized_array import QuantizedArray
 from mlspecqd_jax.weights.tensors import EMBEDDING, HEAD
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 # All weights of a layer have one shape, so that they are one program.
 CONFIG = tiny.FAMILIES["qwen3_bias"] | {"hidden_size": 64, "intermediate_size": 64, "num_key_value_heads": 4, "head_dim": 16}
 CONFIG |= {"num_hidden_layers": 2, "max_window_layers": 2}

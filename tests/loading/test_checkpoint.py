@@ -16,6 +16,8 @@ from mlspecqd_jax.network.network import Network
 from mlspecqd_jax.weights import quantization
 from mlspecqd_jax.weights.quantized_array import QuantizedArray
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 CONFIG = tiny.FAMILIES["qwen3_bias"] | {"num_hidden_layers": 1}
 NAME = "model.layers.0.mlp.up_proj.weight"
 

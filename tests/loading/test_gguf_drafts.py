@@ -30,7 +30,7 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 LINEAR = [name for name in PLAIN if name.endswith("_proj.weight") or name == HEAD]
 FORMATS = {block.name: block.format for block in BLOCKS.values()}
 TOKENS = tiny.tokens()
-pytestmark = pytest.mark.filterwarnings("ignore:.*weights are dequantized")
+pytestmark = [pytest.mark.usefixtures("compiled_quickly"), pytest.mark.filterwarnings("ignore:.*weights are dequantized")]
 
 
 def token_list(start=()):

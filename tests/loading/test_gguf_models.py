@@ -18,6 +18,8 @@ from mlspecqd_jax.loading import config_file, models
 from mlspecqd_jax.loading.gguf import architectures, reader, weights
 from mlspecqd_jax.network.network import Network
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 LLAMA = {key: value for key, value in tiny.FAMILIES["llama3"].items() if key != "rope_scaling"} | {"hidden_size": 96}
 CONFIGS = {name: tiny.FAMILIES[name] for name in ("llama2", "llama_linear", "mistral", "qwen2", "qwen3", "gemma3")}
 CONFIGS |= {

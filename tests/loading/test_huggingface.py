@@ -14,6 +14,8 @@ from mlspecqd_jax.loading import config_file, huggingface
 from mlspecqd_jax.network.network import Network
 from mlspecqd_jax.weights.tensors import Source
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 CONFIG = tiny.FAMILIES["llama3"] | {"num_hidden_layers": 1}
 NAME = "model.layers.0.mlp.up_proj.weight"
 

@@ -18,6 +18,8 @@ from mlspecqd_jax.loading import find, models
 from mlspecqd_jax.text import tokenizer_files
 from mlspecqd_jax.text.card import Card
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 HERE = pathlib.Path(mlsd.__file__).parent
 
 

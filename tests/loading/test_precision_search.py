@@ -13,6 +13,8 @@ from mlspecqd_jax.weights.cast import dequantize, quantize
 from mlspecqd_jax.weights.quantized_array import QuantizedArray
 from mlspecqd_jax.weights.tensors import EMBEDDING, HEAD
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 FIRST = 0
 
 

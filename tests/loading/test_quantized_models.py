@@ -11,6 +11,8 @@ import mlspecqd_jax as mlsd
 from mlspecqd_jax.stacks import is_twin
 from mlspecqd_jax.weights.quantized_array import QuantizedArray
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 PLAIN = made.weights()
 TOKENS = tiny.tokens()
 

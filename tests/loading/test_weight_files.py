@@ -17,6 +17,8 @@ import mlspecqd_jax as mlsd
 from mlspecqd_jax.loading import models
 from mlspecqd_jax.network.network import Network
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 TIED = tiny.FAMILIES["llama3"] | {"num_hidden_layers": 1}
 UNTIED = TIED | {"tie_word_embeddings": False}
 EMBEDDING, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"

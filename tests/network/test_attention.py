@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from recorded import error, quick_jit
+from compiling import quick_jit
+from recorded import error
 
 from mlspecqd_jax.network.attention import KVCache
 from mlspecqd_jax.network.ops import attend, write

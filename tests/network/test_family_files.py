@@ -8,7 +8,8 @@ import family_files
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from recorded import error, quick_jit
+from compiling import quick_jit
+from recorded import error
 from refusals import refused
 
 import mlspecqd_jax as mlsd

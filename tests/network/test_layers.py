@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from compiling import quick_jit
 from flax import nnx
-from recorded import TOLERANCE, error, families, quick_jit, reference
+from recorded import TOLERANCE, error, families, reference
 
 from mlspecqd_jax.network.config import Layer, Norm, Rope
 from mlspecqd_jax.network.layers import ACTIVATIONS, Block, RMSNorm, Window

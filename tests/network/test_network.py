@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from recorded import TOLERANCE, error, families, quick_jit, reference
+from compiling import quick_jit
+from recorded import TOLERANCE, error, families, reference
 from windows import in_use
 
 import cpu_kernels

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from compiling import quick_flags
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 SMALL = ["--layers", "tiny", "--rows", "1", "8", "--bytes", "65536", "--trials", "1", "--model", "tiny", "--new-tokens", "8"]
@@ -18,7 +19,7 @@ def measured(tmp_path, *parts):
     """Return what the benchmark saves of some of its parts."""
     out = tmp_path / "result.json"
     command = [sys.executable, "benchmarks/accelerator.py", *SMALL, *REAL, *REST, "--parts", *parts, "--out", str(out)]
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "MLSPECQD_CPU_KERNELS": "0"}
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "MLSPECQD_CPU_KERNELS": "0"} | quick_flags()
     process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
     assert process.returncode == 0, process.stderr + process.stdout
     result = json.loads(out.read_text())

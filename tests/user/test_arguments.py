@@ -14,6 +14,8 @@ from mlspecqd_jax import arguments
 from mlspecqd_jax.arguments import NUMBERS, brief
 from mlspecqd_jax.speculation import loop
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 
 class Unspeakable:
     """Nothing that a message could show."""

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 from command import DEMO, ROOT
+from compiling import quick_flags
 
 
 def test_a_closed_pipe_is_no_error():
@@ -79,10 +80,12 @@ def test_ctrl_c_ends_a_generation_of_any_form(options):
         "    return whole(*arguments)\n"
         "generation._slice = rested\n"
         f"options = ['--prompt', 'def f():', '--draft', 'none', '--max-new-tokens', '900', *{options!r}]\n"
-        "sys.argv = ['mlspecqd', 'generate', 'demo', *options]\n"
+        "sys.argv = ['mlspecqd', 'generate', 'demo-small', *options]\n"
         "cli.run()\n"
     )
-    process = subprocess.Popen([sys.executable, "-c", child], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    environment = os.environ | quick_flags()
+    command, pipe = [sys.executable, "-c", child], subprocess.PIPE
+    process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, cwd=ROOT, env=environment)
     while process.stderr.readline() not in ("slice\n", ""):
         pass
     process.send_signal(signal.SIGINT)

@@ -8,6 +8,8 @@ from short_prompts import IDS, NEW, PROMPTS
 import mlspecqd_jax as mlsd
 from mlspecqd_jax import requests
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 
 def test_a_limit_for_each_row(stack):
     out = mlsd.generate(stack, PROMPTS, max_new_tokens=[3, 1, 7], stop_token_ids=[])

@@ -11,6 +11,8 @@ from command import refused, run
 import mlspecqd_jax as mlsd
 from mlspecqd_jax.loading import checkpoint
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 CONFIG = tiny.FAMILIES["llama2"] | {"vocab_size": 259, "hidden_size": 96, "intermediate_size": 64, "num_hidden_layers": 1}
 TOKENS = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256))]
 

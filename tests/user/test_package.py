@@ -10,6 +10,7 @@ import tomllib
 import zipfile
 
 import pytest
+from compiling import quick_flags
 
 import cpu_kernels
 
@@ -92,8 +93,8 @@ def test_demo_checkpoints_are_small():
 
 @pytest.mark.parametrize("draft_len", [pytest.param(0, marks=pytest.mark.exhaustive), pytest.param(2, marks=pytest.mark.slow)])
 def test_jit_generate_example(draft_len):
-    options = ["--samples", "2", "--max-new-tokens", "6", "--draft-len", str(draft_len)]
-    out = run(sys.executable, "examples/jit_generate.py", *options, PYTHONPATH=str(ROOT))
+    options = ["--model", "demo-small", "--samples", "2", "--max-new-tokens", "6", "--draft-len", str(draft_len)]
+    out = run(sys.executable, "examples/jit_generate.py", *options, PYTHONPATH=str(ROOT), **quick_flags())
     assert "compiled 1 time(s) for 2 calls" in out
     assert out.count("mean log-probability") == 2
     assert "resumed to its end" in out
@@ -115,12 +116,11 @@ def test_the_wheel_works_outside_the_tree(tmp_path):
         assert needed in names
     assert not [name for name in names if name.startswith(("tests/", "examples/", "benchmarks/"))]
     run(sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", tmp_path / "site", wheel)
-    environment = {"PYTHONPATH": str(tmp_path / "site")}
-    where = run(sys.executable, "-c", "import mlspecqd_jax; print(mlspecqd_jax.__file__)", cwd=tmp_path, **environment)
+    calls = [["generate", "--prompt", "def fibonacci(n):", "--max-new-tokens", "8"], ["info"]]
+    script = f"import mlspecqd_jax; print(mlspecqd_jax.__file__); from mlspecqd_jax import cli; [cli.main(c) for c in {calls}]"
+    where, _, rest = run(sys.executable, "-c", script, cwd=tmp_path, PYTHONPATH=str(tmp_path / "site")).partition("\n")
     assert where.startswith(str(tmp_path / "site"))
-    command = [sys.executable, "-m", "mlspecqd_jax.cli"]
-    text = run(*command, "generate", "--prompt", "def fibonacci(n):", "--max-new-tokens", "8", cwd=tmp_path, **environment)
+    text, _, facts = rest.partition("model:")
     assert text.strip()
-    facts = run(*command, "info", cwd=tmp_path, **environment)
     assert "_demo" in facts
     assert ("C++ for bfloat16" in facts) == bool(cpu_kernels.isas("matmul"))

@@ -8,6 +8,8 @@ from command import refused, run
 
 from mlspecqd_jax import prompt_files
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 
 @pytest.mark.slow
 def test_several_prompts_files_and_stdin_are_the_same_batch(capsys, tmp_path, monkeypatch):

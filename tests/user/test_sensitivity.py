@@ -8,6 +8,8 @@ from command import refused, run
 import mlspecqd_jax as mlsd
 from mlspecqd_jax import sensitivity_table
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 COSTS = {
     f"model.layers.{i}.{part}.weight": {"mxfp4": 0.002 * (i + 1), "int8": 0.00001}
     for i in range(3)

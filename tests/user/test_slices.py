@@ -9,6 +9,8 @@ from short_prompts import IDS, NEW
 import mlspecqd_jax as mlsd
 from mlspecqd_jax import generation, requests
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 
 @pytest.mark.slow
 def test_slices_of_any_size_give_one_text_and_one_trace(small, monkeypatch):

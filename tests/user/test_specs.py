@@ -8,6 +8,8 @@ import mlspecqd_jax as mlsd
 from mlspecqd_jax import specs, stacks
 from mlspecqd_jax.speculation.drafters.prompt_lookup import PromptLookup
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 
 def test_specs_spell_drafters(demo):
     loaded = []

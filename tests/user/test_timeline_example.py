@@ -8,6 +8,8 @@ import pytest
 
 import mlspecqd_jax as mlsd
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 FOLDER = pathlib.Path(__file__).resolve().parents[2] / "examples"
 STOP = 99
 

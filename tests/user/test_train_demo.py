@@ -16,6 +16,8 @@ import tokenizers
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "train_demo.py"
 TINY = "--hidden 32 --ffn 32 --layers 1 --heads 2 --kv-heads 1 --vocab 300 --positions 32 --window 16 --batch 2".split()
 

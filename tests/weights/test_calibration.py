@@ -9,10 +9,14 @@ from mlspecqd_jax.weights.calibration import DAMPINGS, calibrated, influence
 from mlspecqd_jax.weights.cast import dequantize, quantize
 from mlspecqd_jax.weights.formats import FORMATS
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 N, K = 24, 72  # K is a multiple of no group
 QUICK = [("nvfp4", "mse"), ("uint4_g32", "floor")]  # each compiles a program
 OTHERS = {(name, rule) for name in FORMATS for rule in ("floor", "mse")} | {("mxfp6_e2m3", "ceil")}
 FORMATS_AND_RULES = [*QUICK, *(pytest.param(*other, marks=pytest.mark.slow) for other in sorted(OTHERS - set(QUICK)))]
+# By module, so that one program after another serves all tests.
+each_format = pytest.mark.parametrize(("format", "scale_rule"), FORMATS_AND_RULES, scope="module")
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +89,7 @@ def test_it_is_the_paper_s_algorithm(w, h, format, cast):
     assert rows > 0.9
 
 
-@pytest.mark.parametrize(("format", "scale_rule"), FORMATS_AND_RULES)
+@each_format
 def test_outputs_are_nearer_than_those_of_a_cast(w, h, format, scale_rule):
     leaf = calibrated(w, influence(h), format, scale_rule)
     plain = quantize(w, format, scale_rule)
@@ -94,7 +98,7 @@ def test_outputs_are_nearer_than_those_of_a_cast(w, h, format, scale_rule):
     assert error(w, h, leaf) < 0.85 * error(w, h, plain)
 
 
-@pytest.mark.parametrize(("format", "scale_rule"), FORMATS_AND_RULES)
+@each_format
 def test_inputs_that_know_nothing_of_each_other_give_the_cast(w, format, scale_rule):
     assert equal(calibrated(w, influence(jnp.eye(K)), format, scale_rule), quantize(w, format, scale_rule))
 

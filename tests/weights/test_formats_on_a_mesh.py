@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+from compiling import quick_flags
 
 pytestmark = pytest.mark.slow
 
@@ -37,6 +38,6 @@ print("right")
 
 
 def test_products_of_split_weights_are_those_of_whole_ones():
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
+    environment = os.environ | quick_flags("--xla_force_host_platform_device_count=2") | {"JAX_PLATFORMS": "cpu"}
     process = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, timeout=600)
     assert process.stdout == "right\n", process.stderr

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import mx_weights
 import numpy as np
 import pytest
+from compiling import quick_flags
 from jax.sharding import PartitionSpec
 
 from mlspecqd_jax.network.ops import implementation, linear, row_multiple
@@ -21,6 +22,8 @@ from mlspecqd_jax.weights.cast import quantize
 from mlspecqd_jax.weights.quantization import place_quantized, quantize_params
 from mlspecqd_jax.weights.quantized_array import QuantizedArray
 from mlspecqd_jax.weights.tensors import Tensor
+
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 CHIPS = mx_weights.CHIPS
@@ -134,9 +137,9 @@ print(json.dumps(found))
 
 @pytest.mark.slow
 def test_split_over_four_devices():
-    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "weights")])
-    environment = os.environ | {"XLA_FLAGS": flags.strip(), "JAX_PLATFORMS": "cpu", "PYTHONPATH": path}
+    environment = os.environ | quick_flags("--xla_force_host_platform_device_count=4")
+    environment |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": path}
     process = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, timeout=600)
     assert process.returncode == 0, process.stderr
     found = json.loads(process.stdout)

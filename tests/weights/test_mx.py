@@ -17,6 +17,8 @@ from mlspecqd_jax.weights.mx import SCALE_RULES, stored_codes
 from mlspecqd_jax.weights.quantized_array import QuantizedArray
 from pallas_kernels import mx_decode, unpacked
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 FORMATS = {format.name: format for format in MX}
 formats = pytest.mark.parametrize("format", list(FORMATS))
 rules = pytest.mark.parametrize("rule", SCALE_RULES)

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 import tiny
+from compiling import quick_flags
 from jax.sharding import Mesh, PartitionSpec
 
 from mlspecqd_jax.network.families import config_of
@@ -98,11 +99,8 @@ def found(tmp_path_factory):
     folders = CONFIGS | {"twin": TWIN}
     for name, config in folders.items():
         tiny.write_checkpoint(folder / name, config, tiny.weights(config, name))
-    flags = " ".join(
-        [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"]
-    )
-    environment = os.environ | {
-        "XLA_FLAGS": flags.strip(),
+    environment = os.environ | quick_flags("--xla_force_host_platform_device_count=4")
+    environment |= {
         "JAX_PLATFORMS": "cpu",
         "JAX_COMPILATION_CACHE_DIR": str(folder / "xla"),
         "PYTHONPATH": str(ROOT),

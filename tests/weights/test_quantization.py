@@ -16,6 +16,8 @@ from mlspecqd_jax.weights.formats import FORMATS
 from mlspecqd_jax.weights.quantization import quantize_params
 from mlspecqd_jax.weights.quantized_array import QuantizedArray
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 # K is a multiple of 32 everywhere, so that products with decoded weights are the same operations; few shapes compile quickly.
 EVEN = tiny.FAMILIES["qwen3_bias"] | {"hidden_size": 64, "intermediate_size": 64, "num_key_value_heads": 4, "head_dim": 16}

@@ -9,6 +9,8 @@ import pytest
 from mlspecqd_jax.weights.cast import dequantize, quantize
 from mlspecqd_jax.weights.formats import FORMATS, SCALED, format_of
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 QUICK = ("nvfp4", "int4", "uint4_g32", "int8")
 formats = pytest.mark.parametrize("format", [format.name for format in SCALED])
 quick_formats = pytest.mark.parametrize(
