@@ -7,6 +7,7 @@ else the machine does only adds to it.
 Notation: L levels, D levels that draft.
 """
 
+import dataclasses
 import itertools
 import time
 from typing import NamedTuple
@@ -92,7 +93,7 @@ def _forced_control(stack: Stack, caps: tuple[int, ...], batch: int) -> Autopilo
     control = Autopilot.create(times, prior, len(caps), rate=1.0, allowance=np.inf)
     control = control.capped(jnp.full((batch,), SLACK, jnp.int32))
     most = jnp.broadcast_to(jnp.asarray(caps, jnp.int32)[:, None], control.most.shape)
-    return Autopilot(control.times, control.prior, control.rate, most, control.allowance)
+    return dataclasses.replace(control, most=most)
 
 
 def _rounds(stack: Stack, asked: Request, state: State, caps: tuple[int, ...]) -> tuple[np.ndarray, float]:

@@ -91,7 +91,7 @@ def assert_account_holds(state, times):
 def test_the_loss_is_bounded_whatever_is_accepted(kind, twin, small, slopes, chance, weight, rate):
     """C14, as an inequality on the clock of the table: also where priors lie, and drafts are right until they are trusted."""
     times = times_of((1, twin, small), slopes)
-    control = Autopilot(times, prior_of(chance, weight), jnp.float32(rate))
+    control = Autopilot.create(times, prior_of(chance, weight), 2, rate=rate)
     assert_account_holds(play(texts(*shapes(kind)), LETTERS, control), times)
 
 
@@ -101,7 +101,7 @@ def test_the_loss_is_bounded_whatever_is_accepted(kind, twin, small, slopes, cha
 def test_the_loss_is_bounded_in_a_batch(kind, twin, chance):
     """C14."""
     times = times_of((1, twin, 0.05), (0.05, 0.05, 0.05))
-    control = Autopilot(times, prior_of(chance), jnp.float32(1.5))
+    control = Autopilot.create(times, prior_of(chance), 2, rate=1.5)
     assert_account_holds(play(texts(*shapes(kind, 4)), LETTERS, control), times)
 
 
@@ -116,7 +116,7 @@ def test_without_the_account_the_loss_is_not_bounded(monkeypatch):
             stack, tokens, length, limit, sampling_of_letters(len(length)), control
         ),
     )
-    state = play(played, LETTERS, Autopilot(times, prior_of(0.98, 20.0), jnp.float32(1.0)))
+    state = play(played, LETTERS, Autopilot.create(times, prior_of(0.98, 20.0), 2, rate=1.0))
     with pytest.raises(AssertionError):
         assert_account_holds(state, times)
 
@@ -124,7 +124,7 @@ def test_without_the_account_the_loss_is_not_bounded(monkeypatch):
 def test_what_pays_is_drafted_and_what_does_not_is_not():
     """A draft that is always right is drafted to its full length; one that never is, hardly, and no more in the end."""
     times = times_of((1, 0.3, 0.05), (0.02, 0.02, 0.02))
-    control = Autopilot(times, prior_of(0.7), jnp.float32(1.5))
+    control = Autopilot.create(times, prior_of(0.7), 2, rate=1.5)
     always = play(texts(*shapes("always")), LETTERS, control)
     assert assert_account_holds(always, times) < N / 2.4
     never = play(texts(*shapes("never")), LETTERS, control)
@@ -146,7 +146,7 @@ def some_control(seed):
     rng = np.random.default_rng(seed)
     times = times_of((1, rng.uniform(0.05, 1), rng.uniform(0.01, 0.5)), rng.uniform(0, 0.2, 3))
     prior = jnp.asarray(np.stack([rng.random((3, 2, CLASSES)), np.ones((3, 2, CLASSES))], axis=-1), jnp.float32)
-    return Autopilot(times, prior * jnp.float32(rng.choice([0.01, 1, 100])), jnp.float32(rng.uniform(0.3, 4)))
+    return Autopilot.create(times, prior * jnp.float32(rng.choice([0.01, 1, 100])), 2, rate=rng.uniform(0.3, 4))
 
 
 guided = quick_jit(
@@ -194,7 +194,7 @@ def test_look_up_alone_is_guided_too():
     """C14, for a stack whose only drafter is look-up."""
     stack = Level(toy, table, PromptLookup(), 6)
     times = times_of((1,), (0.1,))
-    control = Autopilot(times, prior_of(0.5)[:1], jnp.float32(1.5))
+    control = Autopilot.create(times, prior_of(0.5)[:1], 1, rate=1.5)
     given = *ragged(PROMPTS[:1], S, toy.alarm), jnp.asarray(limits_of(60)[:1], jnp.int32)
     tokens, length, state = guided(stack, *given, sampling_of(1), control)
     assert rows(tokens, length) == generate(plain, limits_of(60)[:1], sampling_of(1), PROMPTS[:1])[0]

@@ -141,7 +141,7 @@ def test_the_autopilot_keeps_the_distribution():
     stack = Level(model, TABLES[0], Either(inner), 3)
     times = jnp.asarray(np.array([[1], [0.2], [0.02]]) * (1 + 0.02 * np.arange(SLACK + 1)), jnp.float32)
     prior = jnp.asarray(np.broadcast_to([0.03, 0.05], (3, 2, CLASSES, 2)), jnp.float32)
-    control = Autopilot(times, prior, jnp.float32(1.2))
+    control = Autopilot.create(times, prior, 2, rate=1.2)
 
     @quick_jit
     def run(tokens, length, limit, sampling):
