@@ -38,26 +38,28 @@ class Pass(NamedTuple):
     appended: list[int]
 
 
-def passes(events, lengths, text, end: int, depth: int = 0) -> Iterator[Pass]:
+def passes(events, text, end: int, depth: int = 0, begin: int | None = None) -> Iterator[Pass]:
     """Yield the passes of a level, each after those of what drafted for it.
 
     Args:
       events: in order, of this level and those below it.
-      lengths: draft_len of each level.
       text: what the level put out, position -> token.
       end: the length that it reached.
       depth: of the level.
+      begin: the length that it had; None is that of its first pass, if that feeds no token again.
     """
     own = [i for i, event in enumerate(events) if event.depth == depth]
-    refed = [len(events[i].window) - lengths[depth] - 1 if depth else 0 for i in own]  # the target's are padded instead
-    reached = [*(events[i].start + 1 + n for i, n in zip(own, refed, strict=True)), end]
+    reached = [*(events[i].start + 1 for i in own), end]
+    if begin is not None:  # only a draft's first pass may feed tokens before the pending one
+        reached[0] = begin
+    refed = [length - 1 - events[i].start for length, i in zip(reached, own, strict=False)]
     groups = itertools.pairwise([-1, *own])
     for (before, i), (length, then), n in zip(groups, itertools.pairwise(reached), refed, strict=True):
         event, below = events[i], events[before + 1 : i]
         draft = list(itertools.takewhile(lambda token: token != mlsd.PADDING, event.window[1 + n :]))
         if below and below[-1].start >= 0:  # those of a level
             window = {event.start + j: token for j, token in enumerate(event.window)}
-            yield from passes(below, lengths, window, length + len(draft), depth + 1)
+            yield from passes(below, window, length + len(draft), depth + 1, length)
         appended = [text[position] for position in range(length, then)]
         kept = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(draft, appended, strict=False))
         yield Pass(depth, event.began, event.ended, draft, len(list(kept)), appended)
@@ -104,7 +106,7 @@ def summary(stack: mlsd.Stack, found: list) -> Run:
     events = [e._replace(began=times[2 * i + 1], ended=times[2 * i + 2]) for i, e in enumerate(events)]
     begin, end = int(batch.length[0]), int(state.length[0])
     text = np.asarray(state.tokens)[0].tolist()
-    passed = passes(events, [level.draft_len for level in stack.levels], text, end)
+    passed = passes(events, text, end)
     names = [card.name for card in stack.cards] + ["look-up"] * (stack.levels[-1].drafter is not None)
     unlogged = statistics.median(ended - began for _, (*_, began, ended) in found)
     return Run(names, list(passed), text[begin:end], times[-1], unlogged)

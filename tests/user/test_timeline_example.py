@@ -46,7 +46,7 @@ def test_passes_of_a_level_over_look_up(script, event):
         event(0, 6, 9, -1, -1, -1),
     ]
     text = [1, 2, 4, 5, 7, 8, 9, 10]
-    assert told(script.passes(events, [3], text, 8)) == [
+    assert told(script.passes(events, text, 8)) == [
         (0, [5, 6], 1, [5, 7]),
         (0, [8], 1, [8, 9]),
         (0, [], 0, [10]),
@@ -57,13 +57,13 @@ def test_passes_of_a_draft_with_a_draft(script, event):
     """The inner level's tokens are read where its verifier judges them; its last pass is asked for what is still of use."""
     inner = [event(2, -1, 11), event(1, 1, 10, 11, -1), event(2, -1, 20), event(1, 3, 12, 20, -1)]
     target = event(0, 1, 10, 11, 12, 13, -1)  # 3 of the 4 that a draft may have, since the limit leaves no more
-    found = told(script.passes([*inner, target], [4, 2], [0, 10, 11, 12, 14], 5))
+    found = told(script.passes([*inner, target], [0, 10, 11, 12, 14], 5))
     assert found == [(1, [11], 1, [11, 12]), (1, [20], 0, [13]), (0, [11, 12, 13], 2, [11, 12, 14])]
 
 
 def test_a_cache_of_its_own_is_fed_again_and_a_stop_ends_a_draft(script, event):
     events = [event(1, 0, 0, 10), event(1, 2, 11), event(0, 1, 10, 11, STOP, -1)]
-    found = told(script.passes(events, [3, 0], [0, 10, 11, STOP], 4))
+    found = told(script.passes(events, [0, 10, 11, STOP], 4))
     assert found == [(1, [], 0, [11]), (1, [], 0, [STOP]), (0, [11, STOP], 2, [11, STOP])]
 
 
