@@ -1,6 +1,7 @@
 """Settings for every test: no network, a compilation cache of this run's own."""
 
 import gc
+import itertools
 import os
 import pathlib
 import tempfile
@@ -29,6 +30,24 @@ def pytest_collection_finish():
     gc.set_threshold(50_000, 20, 100)
 
 
+MAPS = pathlib.Path("/proc/self/maps")  # the memory regions of this process, one a line; Linux has them
+MOST_MAPS = 30_000  # each compiled program has several, a long test two thousand, and Linux allows a process 65,530
+_ended = itertools.count(1)
+
+
+def pytest_runtest_teardown():
+    """Throw compiled programs away once there are many, else XLA crashes in a worker that runs many tests."""
+    if next(_ended) % 8 or not MAPS.exists():
+        return
+    with MAPS.open("rb") as file:
+        regions = sum(1 for _ in file)
+    if regions > MOST_MAPS:
+        import jax
+
+        jax.clear_caches()
+        gc.collect()
+
+
 @pytest.fixture(scope="session")
 def shared() -> pathlib.Path:
     """Folder of larger data for measurements, beside the repository; what needs it is skipped where it is absent."""
@@ -46,9 +65,9 @@ def demo():
     return mlsd.load("demo", dtype="float32")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def compiled_quickly():
-    """Compile with less optimization throughout a module that shows nothing that depends on it."""
+    """Compile with less optimization, for tests that show nothing that depends on it."""
     import jax
     from compiling import quick_options
 

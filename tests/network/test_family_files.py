@@ -77,6 +77,7 @@ def test_logits_of_one_pass_and_of_other_windows(models, family):
 
 @pytest.mark.parametrize("family", ONE_EACH)
 @pytest.mark.slow
+@pytest.mark.usefixtures("compiled_quickly")
 def test_drafts_change_no_token(folder, family):
     """Of the twin, whose products are rounded, and of the model itself, all of whose drafts are accepted."""
     model = mlsd.load(folder(family), dtype="float32")

@@ -13,6 +13,8 @@ import mlspecqd_jax as mlsd
 from mlspecqd_jax import generation, report
 from mlspecqd_jax.loading import models
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 
 def test_generate_prints_text_to_stdout_and_the_rest_to_stderr(capsys):
     code, out, err = run(capsys, "generate", *SHORT)

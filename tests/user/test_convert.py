@@ -13,6 +13,8 @@ from command import DEMO, ROOT, SHORT, refused, run
 
 from mlspecqd_jax.loading import checkpoint
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 
 def test_convert_then_generate(capsys, tmp_path):
     code, _, err = run(capsys, "convert", "demo", tmp_path / "out", "--draft", "mxfp4")

@@ -80,6 +80,7 @@ def test_the_twin_is_accepted_and_reported_by_level_and_request(demo):
         assert sum(request["below"][0][count] for request in requests) == twin[count]
 
 
+@pytest.mark.usefixtures("compiled_quickly")
 @slow
 def test_a_draft_that_is_never_right_is_warned_of(quick):
     twin = quick.quantized()
@@ -90,6 +91,7 @@ def test_a_draft_that_is_never_right_is_warned_of(quick):
     assert out.tokens == mlsd.generate(mlsd.stack(quick), PROMPTS * 2, **arguments).tokens
 
 
+@pytest.mark.usefixtures("compiled_quickly")
 @pytest.mark.slow
 @pytest.mark.filterwarnings("error")
 def test_synthetic_acceptance_is_what_was_asked_for_and_marked(quick):
@@ -118,6 +120,7 @@ def test_padded_vocabularies_of_one_tokenizer_draft_for_each_other(quick):
         assert out.tokens == plain.tokens
 
 
+@pytest.mark.usefixtures("compiled_quickly")
 @pytest.mark.slow
 def test_a_limit_of_drafts_for_each_row(quick):
     """Rows that draft less, or nothing, say the same."""

@@ -184,6 +184,7 @@ def overflowing(folder):
     return write_checkpoint(folder, config, tensors)
 
 
+@pytest.mark.usefixtures("compiled_quickly")
 @pytest.mark.slow
 def test_a_model_that_leaves_float16_is_refused_in_one_sentence_and_runs_in_bfloat16(tmp_path):
     folder = overflowing(tmp_path / "m")
@@ -199,6 +200,7 @@ def test_a_model_that_leaves_float16_is_refused_in_one_sentence_and_runs_in_bflo
     assert [len(set(row)) > 1 for row in out.tokens] == [True, True]
 
 
+@pytest.mark.usefixtures("compiled_quickly")
 @pytest.mark.slow
 def test_broken_weights_are_told_from_a_narrow_dtype(small):
     params = small.params | {"model.norm.weight": small.params["model.norm.weight"] * np.nan}

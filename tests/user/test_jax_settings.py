@@ -9,10 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiling import quick_flags
 from tiny import write_family
 
 import mlspecqd_jax as mlsd
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 CHOICE = {
     "max_new_tokens": 9,
@@ -82,7 +84,6 @@ def test_strange_settings_around_a_users_own_jit_give_the_same_text(folder):
 def test_strange_settings_of_the_environment_give_the_same_text(folder, setting):
     code = f"import test_jax_settings; print(test_jax_settings.generated({str(folder)!r}, 'rejection'))"
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "user")])
-    run = subprocess.run(
-        [sys.executable, "-c", code], env=os.environ | setting | {"PYTHONPATH": path}, capture_output=True, text=True
-    )
+    environment = os.environ | quick_flags() | setting | {"PYTHONPATH": path}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert run.stdout.strip() == str(generated(folder, "rejection")), run.stderr
