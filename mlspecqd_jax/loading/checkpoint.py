@@ -261,7 +261,7 @@ def restore_draft(folder: pathlib.Path, model: Network, recipe: Recipe, dtype: j
     _refuse_six_bits_in_bytes(folder, recipe, wanted)
     with _damage_named(folder):
         leaves = {name: mapped(name, leaf) for name, leaf in wanted.items()}
-        placed = {name: place_quantized(tensors[name].axes, leaf, model.mesh, dtype) for name, leaf in leaves.items()}
+        placed = {name: place_quantized(tensors[name], leaf, model.mesh, dtype) for name, leaf in leaves.items()}
         return jax.block_until_ready(placed)
 
 
