@@ -13,7 +13,7 @@ from mlspecqd_jax.errors import InputError
 from mlspecqd_jax.json_files import read_json, read_json_if_there, reason
 from mlspecqd_jax.loading.config_keys import KEYS, ROPE_KEYS, check_numbers, check_table
 from mlspecqd_jax.loading.unsupported import why
-from mlspecqd_jax.network.config import Config
+from mlspecqd_jax.network.config import Config, Experts, Router
 from mlspecqd_jax.network.families import FAMILIES
 from mlspecqd_jax.network.families.common import head_dim
 from mlspecqd_jax.network.layers import ACTIVATIONS
@@ -34,7 +34,8 @@ WRAPPERS = {
     "idefics3": ("llama",),
 }
 WITHOUT_TEXT_CONFIG = ("qwen2_vl", "qwen2_5_vl")  # whose first files hold the language model's keys beside vision_config
-PARTIAL = ("phi3", "glm", "glm4", "phi", "gpt_neox", "stablelm", "nemotron")  # families that may rotate a part of each head
+# Families that may rotate a part of each head.
+PARTIAL = ("phi3", "glm", "glm4", "phi", "gpt_neox", "stablelm", "nemotron", "glm4_moe", "minimax_m2")
 PATTERNED = ("gemma3_text", "cohere2", "exaone4")  # families that know sliding_window_pattern
 # What older files call a kind of rope; on a text, positions along three axes are the plain ones.
 ROPE_NAMES = {"su": "longrope", "mrope": "default"}
@@ -93,7 +94,23 @@ def config_of(path: pathlib.Path, raw: dict) -> Config:
         _check_rope(path, rope, dim, family)
     if (getattr(c, "rotary_dim", None) or 2) % 2 or (getattr(c, "rotary_dim", None) or 2) > dim:
         raise InputError(f"{path}: rotary_dim is {c.rotary_dim}, but must be even and at most {dim}, the size of a head")
-    return FAMILIES[family](c)
+    config = FAMILIES[family](c)
+    for feed in dict.fromkeys(layer.feed for layer in config.layers):
+        if isinstance(feed, Experts):
+            _check_router(path, feed.router)
+    return config
+
+
+def _check_router(path: pathlib.Path, router: Router) -> None:
+    """Raise an InputError unless so many experts can be chosen."""
+    within, groups = router.experts // router.groups * router.groups_chosen, router.groups
+    if router.chosen > router.experts:
+        raise InputError(f"{path}: positions are given to {router.chosen} of {router.experts} experts; correct these keys")
+    if router.experts % groups or router.groups_chosen > groups or router.chosen > within:
+        raise InputError(
+            f"{path}: {router.experts} experts in n_group {groups} groups of which topk_group {router.groups_chosen} are chosen do "
+            f"not give {router.chosen} experts of equal groups; correct these keys"
+        )
 
 
 def _refuse(path: pathlib.Path, raw: dict) -> None:
@@ -199,6 +216,7 @@ def _with_defaults(path: pathlib.Path, raw: dict, family: str):
         known |= {"rope_local_base_freq"}
     if family in PATTERNED:
         known |= {"sliding_window_pattern"}
+    known |= {"rotary_dim"} if family == "minimax_m2" else set()  # which becomes partial_rotary_factor
     known |= set() if hasattr(CONFIG_MAPPING[family], "head_dim") else {"head_dim"}
     known |= {"tie_word_embeddings"}  # which Qwen2 and its part of Qwen2-VL honour although their classes know none
     given: dict[str, Any] = {
