@@ -166,6 +166,27 @@ CONFIGS: dict[str, dict] = {
         shared_intermediate_size=24,
     ),
     "olmoe": _text("olmoe", clip_qkv=0.8, num_experts=5, num_experts_per_tok=2),
+    "ernie4_5_moe": _text(
+        "ernie4_5_moe",
+        head_dim=14,
+        use_bias=True,
+        num_hidden_layers=3,
+        moe_num_experts=5,
+        moe_k=2,
+        moe_intermediate_size=36,
+        moe_num_shared_experts=2,
+        moe_layer_start_index=1,
+        moe_layer_end_index=1,
+        moe_norm_min=0.6,
+    ),
+    "hunyuan_moe": _text(
+        "hunyuan_v1_moe",
+        head_dim=14,
+        attention_bias=True,
+        num_experts=5,
+        moe_topk=[2, 3],
+        rope_scaling={"type": "dynamic", "alpha": 50.0, "factor": 1.0},
+    ),
     "gemma3_images": _with_images(
         "gemma3", _text("gemma3_text", head_dim=14, sliding_window=5, layer_types=["sliding_attention", "full_attention"])
     ),

@@ -72,6 +72,8 @@ def config_of(path: pathlib.Path, raw: dict) -> Config:
     _refuse(path, raw)
     raw = _of_text(path, raw)
     family = raw["model_type"]
+    if family == "qwen2_moe" and not raw.get("use_sliding_window"):  # then transformers writes a window of 0
+        raw = {key: value for key, value in raw.items() if key != "sliding_window"}
     _check_values(path, raw, family)
     c = _with_defaults(path, raw, family)
 
@@ -109,7 +111,7 @@ def _check_router(path: pathlib.Path, router: Router) -> None:
     if router.experts % groups or router.groups_chosen > groups or router.chosen > within:
         raise InputError(
             f"{path}: {router.experts} experts in n_group {groups} groups of which topk_group {router.groups_chosen} are chosen do "
-            f"not give {router.chosen} experts of equal groups; correct these keys"
+            f"not give {router.chosen} experts; correct these keys"
         )
 
 
@@ -184,8 +186,8 @@ def _check_values(path: pathlib.Path, raw: dict, family: str) -> None:
             _check_rope_keys(path, rope, f"rope_parameters: {kind}")
     kinds = raw.get("layer_types")
     layers = raw.get("num_hidden_layers", len(kinds or ()))  # text_config may leave it to the default
-    for key in ("no_rope_layers", "layer_rope_theta"):
-        if raw.get(key) is not None:
+    for key in ("no_rope_layers", "layer_rope_theta", "moe_topk"):
+        if isinstance(raw.get(key), list):
             check_numbers(path, key, raw[key], layers, least=0)
     if kinds is not None and (len(kinds) != layers or any(kind not in LAYER_TYPES for kind in kinds)):
         raise InputError(
@@ -216,6 +218,8 @@ def _with_defaults(path: pathlib.Path, raw: dict, family: str):
         known |= {"rope_local_base_freq"}
     if family in PATTERNED:
         known |= {"sliding_window_pattern"}
+    spelled = CONFIG_MAPPING[family].attribute_map
+    known |= {"num_experts", "num_local_experts"} & {*spelled, *spelled.values()}
     known |= {"rotary_dim"} if family == "minimax_m2" else set()  # which becomes partial_rotary_factor
     known |= set() if hasattr(CONFIG_MAPPING[family], "head_dim") else {"head_dim"}
     known |= {"tie_word_embeddings"}  # which Qwen2 and its part of Qwen2-VL honour although their classes know none
@@ -244,7 +248,7 @@ def _check_rope(path: pathlib.Path, rope: dict[str, Any], dim: int, family: str)
         raise InputError(
             f"{path}: partial_rotary_factor {part} rotates {size} of {dim} elements of a head; an even number is needed"
         )
-    if kind == "dynamic" and family != "hunyuan_v1_dense":
+    if kind == "dynamic" and family not in ("hunyuan_v1_dense", "hunyuan_v1_moe"):
         raise InputError(f"{path}: rope_type 'dynamic' changes what was computed of a text as it grows, which is not supported")
     growing = ("llama_4_scaling_beta", "original_max_position_embeddings") if family == "ministral3" else ()
     absent = [key for key in (*ROPE_TYPES.get(kind, ()), *growing) if rope.get(key) is None]

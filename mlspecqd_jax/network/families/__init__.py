@@ -3,7 +3,7 @@
 from mlspecqd_jax.network.config import Config
 from mlspecqd_jax.network.families.apertus import apertus
 from mlspecqd_jax.network.families.cohere import cohere, cohere2
-from mlspecqd_jax.network.families.ernie4_5 import ernie4_5
+from mlspecqd_jax.network.families.ernie4_5 import ernie4_5, ernie4_5_moe
 from mlspecqd_jax.network.families.exaone4 import exaone4
 from mlspecqd_jax.network.families.falcon import falcon
 from mlspecqd_jax.network.families.gemma import gemma
@@ -17,7 +17,7 @@ from mlspecqd_jax.network.families.gpt_oss import gpt_oss
 from mlspecqd_jax.network.families.gptj import gptj
 from mlspecqd_jax.network.families.granite import granite, granite_swa, granitemoe, hyperclovax
 from mlspecqd_jax.network.families.helium import helium
-from mlspecqd_jax.network.families.hunyuan import hunyuan
+from mlspecqd_jax.network.families.hunyuan import hunyuan, hunyuan_moe
 from mlspecqd_jax.network.families.llama import llama
 from mlspecqd_jax.network.families.ministral3 import ministral3
 from mlspecqd_jax.network.families.mistral import mistral
@@ -87,6 +87,8 @@ FAMILIES = {
     "granitemoe": granitemoe,
     "granitemoeshared": granitemoe,
     "olmoe": olmoe,
+    "ernie4_5_moe": ernie4_5_moe,
+    "hunyuan_v1_moe": hunyuan_moe,
     "qwen2_vl_text": qwen2,
     "qwen2_5_vl_text": qwen2,
     "qwen3_vl_text": qwen3,
