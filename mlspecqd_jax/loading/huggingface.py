@@ -165,11 +165,12 @@ def _all_finite(x):
 def place_finite(
     name: str, array: np.ndarray, dtype: jnp.dtype, mesh: Mesh | None, tensor: Tensor, file: pathlib.Path
 ) -> jax.Array:
-    """Put a parameter of a file where its axes say, in `dtype`.
+    """Put a parameter of a file where its axes say, in `dtype`, or in the one that it has in any model.
 
     Raises:
       InputError: it is not finite there.
     """
+    dtype = jnp.dtype(tensor.dtype or dtype)
     with np.errstate(over="ignore"):  # an overflow to infinity is reported below, by name
         array = np.asarray(array, dtype)
     sharding = None if mesh is None else weight_sharding(tensor.axes, array.shape, mesh)

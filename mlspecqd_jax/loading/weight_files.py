@@ -41,6 +41,8 @@ BALLAST = (
     r".*\.(attn|attention)\.(bias|masked_bias)",
 )
 
+AHEAD = "eh_proj.weight"
+
 
 class Header(NamedTuple):
     """What a file says of a tensor."""
@@ -77,12 +79,14 @@ def locate(
     found, index = headers(folder)
     expected = expected | dict(bytewise)
     located, ignored, problems = {}, [], []
+    # Layers behind the last that predict further tokens (GLM-4.5), which have a projection that no other layer has.
+    ahead = tuple(place.name.removesuffix(AHEAD) for place in found if place.name.endswith(f".{AHEAD}"))
     for source, header in found.items():
         name = own_name(source.name, expected)
         if index is not None and index.get(source.name) != source.file:
             ignored.append(source.name)  # the index decides: another file's tensor is meant, or none
         elif name not in expected:
-            known = any(re.fullmatch(pattern, source.name) for pattern in BALLAST)
+            known = source.name.startswith(ahead) or any(re.fullmatch(pattern, source.name) for pattern in BALLAST)
             (ignored if known else problems).append(source.name if known else f"unknown tensor {source.name}")
         elif name in located:
             problems.append(f"both {located[name].name} and {source.name} are there")

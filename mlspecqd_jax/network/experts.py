@@ -44,7 +44,9 @@ class Router(nnx.Module):
         self.router = router
         self.weight = nnx.Param(init(rngs.params(), (router.experts, k)))
         self.bias = nnx.Param(jnp.zeros((router.experts,))) if router.bias else None
-        self.e_score_correction_bias = nnx.Param(jnp.zeros((router.experts,))) if router.choice_bias else None
+        # Of larger magnitude than scores are, so that bfloat16 would take them for equal.
+        added = nnx.Param(jnp.zeros((router.experts,)), dtype="float32") if router.choice_bias else None
+        self.e_score_correction_bias = added
 
     def __call__(self, x: jax.Array, used: jax.Array | None) -> tuple[jax.Array, jax.Array]:
         """Return (experts int32 [T, C], factors f32 [T, C]) of x [B, W, K]; positions that are not in use have the expert -1."""

@@ -97,8 +97,8 @@ class Network:
     def init(self, seed: int, dtype: jnp.dtype = jnp.float32, stddev: float = 0.02) -> dict[str, jax.Array]:
         """Return random parameters: weights normal(0, stddev), norms one, biases zero."""
         state = nnx.state(Transformer(self.config, nnx.Rngs(seed), stddev))
-        flat = {_name(path): leaf.get_value().astype(dtype) for path, leaf in nnx.to_flat_state(state)}
-        return {name: flat[name] for name in self.tensors()}
+        flat = {_name(path): leaf.get_value() for path, leaf in nnx.to_flat_state(state)}
+        return {name: flat[name].astype(tensor.dtype or dtype) for name, tensor in self.tensors().items()}
 
     def row_multiple(self, params: dict[str, Leaf]) -> int:
         """Return to how many rows windows are padded so that a row is computed alike in all of them (see `speculation.protocols`).
@@ -187,7 +187,7 @@ def _tensor(name: str, leaf: nnx.Param, sources: dict[str, Source]) -> Tensor:
     source = sources.get(anywhere, of_module._replace(names=tuple(f"{other}.{kind}" for other in of_module.names)))
     names = source.names if here is None else tuple(other.replace("*", here[1]) for other in source.names)
     known = facts.get("axes", ()), facts.get("linear", False), (source._replace(names=names),)
-    return Tensor(leaf.get_value().shape, *known, facts.get("experts"))
+    return Tensor(leaf.get_value().shape, *known, facts.get("dtype"), facts.get("experts"))
 
 
 def _name(path) -> str:

@@ -35,6 +35,7 @@ class Tensor(NamedTuple):
     axes: tuple[str | None, ...]  # the mesh axis over which each dimension may be split, or None; () splits nothing
     linear: bool  # whether it is the weight of a linear layer, which may be quantized
     sources: tuple[Source, ...]  # its rows are theirs, one source's after another's
+    dtype: str | None = None  # that it has whatever the model's
     experts: int | None = None  # of how many experts it holds the rows, one's after another's; None is no expert's
 
 
