@@ -26,6 +26,7 @@ _VISION |= {"patch_size": 14}
 _QWEN_VISION = {"depth": 1, "hidden_size": 32, "intermediate_size": 40, "num_heads": 2, "patch_size": 14, "out_hidden_size": 48}
 _GRANITE = {"embedding_multiplier": 3.0, "logits_scaling": 4.0, "residual_multiplier": 0.3}
 _SPARSE = {"num_hidden_layers": 3, "decoder_sparse_step": 2}  # every other layer
+_LLAMA4 = {"head_dim": 14, "num_local_experts": 5, "intermediate_size_mlp": 40, "attention_chunk_size": 6, "floor_scale": 4}
 _MROPE = {"rope_theta": 1e6, "rope_scaling": {"type": "mrope", "mrope_section": [2, 2, 2]}}
 
 
@@ -166,6 +167,7 @@ CONFIGS: dict[str, dict] = {
         shared_intermediate_size=24,
     ),
     "olmoe": _text("olmoe", clip_qkv=0.8, num_experts=5, num_experts_per_tok=2),
+    "llama4": _text("llama4_text", **_LLAMA4, num_hidden_layers=4, interleave_moe_layer_step=2, no_rope_layers=[1, 0, 1, 1]),
     "ernie4_5_moe": _text(
         "ernie4_5_moe",
         head_dim=14,

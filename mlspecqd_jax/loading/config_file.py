@@ -32,6 +32,7 @@ WRAPPERS = {
     "internvl": ("qwen2", "qwen3", "llama"),
     "smolvlm": ("llama",),
     "idefics3": ("llama",),
+    "llama4": ("llama4_text",),
 }
 WITHOUT_TEXT_CONFIG = ("qwen2_vl", "qwen2_5_vl")  # whose first files hold the language model's keys beside vision_config
 # Families that may rotate a part of each head.
@@ -51,6 +52,7 @@ UNSUPPORTED = {
     "qk_layernorm": "only models without these norms are",
 }
 LAYER_TYPES = ("full_attention", "sliding_attention")
+CHUNKED = ("full_attention", "chunked_attention")  # of Llama 4
 
 
 def read_config(folder: pathlib.Path) -> Config:
@@ -187,11 +189,14 @@ def _check_values(path: pathlib.Path, raw: dict, family: str) -> None:
     kinds = raw.get("layer_types")
     layers = raw.get("num_hidden_layers", len(kinds or ()))  # text_config may leave it to the default
     for key in ("no_rope_layers", "layer_rope_theta", "moe_topk"):
-        if isinstance(raw.get(key), list):
+        if isinstance(raw.get(key), list) and (
+            raw[key] or family != "llama4_text"
+        ):  # whose files say by none that it is the default
             check_numbers(path, key, raw[key], layers, least=0)
-    if kinds is not None and (len(kinds) != layers or any(kind not in LAYER_TYPES for kind in kinds)):
+    known = CHUNKED if family == "llama4_text" else LAYER_TYPES
+    if kinds is not None and (len(kinds) != layers or any(kind not in known for kind in kinds)):
         raise InputError(
-            f"{path}: layer_types is {brief(kinds)}, but must name one of {', '.join(LAYER_TYPES)} for each of {layers} layers"
+            f"{path}: layer_types is {brief(kinds)}, but must name one of {', '.join(known)} for each of {layers} layers"
         )
 
 

@@ -145,6 +145,13 @@ KEYS: dict[str, Rule] = {
     "moe_layer_end_index": _whole(-1, 1024),
     "moe_layer_interval": _whole(1, 1024),
     "moe_norm_min": _number(0, 1),
+    "intermediate_size_mlp": _whole(1, 2**22),
+    "moe_layers": LIST,
+    "interleave_moe_layer_step": _whole(1, 1024),
+    "attention_chunk_size": _whole(1, POSITIONS, null=True),
+    "attn_temperature_tuning": FLAG,
+    "floor_scale": _whole(1, POSITIONS),
+    "attn_scale": _number(0, 1e3),
     "swiglu_alpha": SCALE,
     "swiglu_limit": SCALE,
 }

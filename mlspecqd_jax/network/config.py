@@ -31,10 +31,11 @@ class Rope:
 
 @dataclasses.dataclass(frozen=True)
 class Growth:
-    """What queries at position p are multiplied by: factors[p // period], behind the end the last."""
+    """What queries at position p are multiplied by: factors[(p + ahead) // period], behind the end the last."""
 
     period: int
     factors: tuple[float, ...]
+    ahead: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +49,7 @@ class Attention:
     scale: float
     rope: Rope | None
     window: int | None = None  # how many positions a query sees, its own among them; None is all up to it
+    chunk: int | None = None  # equal parts of a text, a query sees nothing of those before its own; None is one whole
     qk_norm: Norm | None = None  # of queries and keys, before the rotation
     qk_norm_of: Literal["head", "each", "all"] = "head"  # one for every head, one for each, or one of all heads' elements together
     qk_norm_last: bool = False  # after the rotation
@@ -91,7 +93,7 @@ class Router:
 
     experts: int
     chosen: int  # of them for each position
-    scores: Literal["softmax", "sigmoid", "softmax of chosen"]  # of logits; the last are the logits until the choice is made
+    scores: Literal["softmax", "sigmoid", "softmax of chosen", "sigmoid of chosen"]  # of logits, which the last two choose by
     bias: bool = False  # of logits
     choice_bias: bool = False  # of scores, for the choice alone
     groups: int = 1  # equal parts of the experts

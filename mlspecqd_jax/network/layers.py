@@ -99,14 +99,15 @@ class Embedding(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """`ops.rms_norm` with its weight [K]."""
+    """`ops.rms_norm` with its weight [K], where it has one."""
 
     def __init__(self, k: int, norm: config.Norm):
-        self.weight = nnx.Param(jnp.full((k,), 1 - norm.offset))
+        self.weight = nnx.Param(jnp.full((k,), 1 - norm.offset)) if norm.weight else None
         self.norm = norm
 
     def __call__(self, x: jax.Array, used: jax.Array | None = None) -> jax.Array:
-        return rms_norm(x, self.weight.get_value(), self.norm, used)
+        weight = jnp.ones(x.shape[-1:], x.dtype) if self.weight is None else self.weight.get_value()
+        return rms_norm(x, weight, self.norm, used)
 
 
 class LayerNorm(nnx.Module):
@@ -178,6 +179,7 @@ class Attention(nnx.Module):
             cache = write(cache, k, v, last[:, 0], used)
             k, v = cache
         first = jnp.zeros_like(last) if self.a.window is None else last - self.a.window + 1
+        first = first if self.a.chunk is None else jnp.maximum(first, last - window.positions % self.a.chunk)
         sinks = None if self.sinks is None else self.sinks.get_value()
         out = attend(q, k, v, first, last, sinks, scale=self.a.scale, cap=self.a.cap, used=used)  # [B, W, H * Dv]
         return self.o_proj(out, used), cache
@@ -197,7 +199,9 @@ class Attention(nnx.Module):
 
 
 def _grown(q, positions, growth: config.Growth):
-    factors = jnp.asarray(growth.factors, jnp.float32)[jnp.minimum(positions // growth.period, len(growth.factors) - 1)]
+    factors = jnp.asarray(growth.factors, jnp.float32)[
+        jnp.minimum((positions + growth.ahead) // growth.period, len(growth.factors) - 1)
+    ]
     return q * factors[:, None, :, None].astype(q.dtype)
 
 

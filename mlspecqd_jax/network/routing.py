@@ -29,8 +29,8 @@ def route(logits: jax.Array, bias: jax.Array | None, router: Router) -> tuple[ja
     wanted = wanted if router.groups == 1 else _of_best_groups(wanted, router)
     _, experts = jax.lax.top_k(wanted, router.chosen)
     factors = jnp.take_along_axis(scores, experts, axis=-1)
-    if router.scores == "softmax of chosen":
-        factors = ordered_softmax(factors)
+    if router.scores.endswith(" of chosen"):
+        factors = ordered_softmax(factors) if router.scores == "softmax of chosen" else jax.nn.sigmoid(factors)
     if router.normed:
         factors = factors / jnp.maximum(_total(factors), router.least_sum)
     return experts.astype(jnp.int32), factors if router.factor == 1 else factors * router.factor

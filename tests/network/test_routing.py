@@ -16,6 +16,7 @@ RULES = {
     "softmax, normed": Router(E, C, "softmax", normed=True),
     "softmax, normed by a least sum": Router(E, C, "softmax", choice_bias=True, normed=True, least_sum=0.5),
     "softmax of chosen": Router(E, C, "softmax of chosen"),
+    "sigmoid of chosen": Router(E, 1, "sigmoid of chosen"),
     "sigmoid": Router(E, C, "sigmoid", choice_bias=True, normed=True),
     "groups": Router(E, C, "sigmoid", choice_bias=True, groups=4, groups_chosen=2, normed=True, factor=1.7),
     "groups of one": Router(E, C, "softmax", groups=12, groups_chosen=4, factor=0.5),
@@ -43,6 +44,8 @@ def expected(row, bias, router):
     factors = scores[chosen]
     if router.scores == "softmax of chosen":
         factors = np.exp(factors - factors.max()) / np.exp(factors - factors.max()).sum()
+    if router.scores == "sigmoid of chosen":
+        factors = 1 / (1 + np.exp(-factors))
     if router.normed:
         factors = factors / max(factors.sum(), router.least_sum)
     return chosen, factors * router.factor
@@ -74,5 +77,5 @@ def test_a_position_s_bits_do_not_depend_on_the_others(rule):
 def test_of_equal_scores_the_lower_number_goes_first(rule):
     router = dataclasses.replace(RULES[rule], choice_bias=False)
     experts, factors = route(jnp.zeros((2, E)), None, router)
-    assert experts.tolist() == [[0, 1, 2]] * 2
+    assert experts.tolist() == [[0, 1, 2][: router.chosen]] * 2
     assert (factors == factors[0, 0]).all()

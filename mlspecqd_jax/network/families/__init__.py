@@ -19,6 +19,7 @@ from mlspecqd_jax.network.families.granite import granite, granite_swa, granitem
 from mlspecqd_jax.network.families.helium import helium
 from mlspecqd_jax.network.families.hunyuan import hunyuan, hunyuan_moe
 from mlspecqd_jax.network.families.llama import llama
+from mlspecqd_jax.network.families.llama4 import llama4
 from mlspecqd_jax.network.families.ministral3 import ministral3
 from mlspecqd_jax.network.families.mistral import mistral
 from mlspecqd_jax.network.families.mixtral import minimax_m2, mixtral
@@ -87,6 +88,7 @@ FAMILIES = {
     "granitemoe": granitemoe,
     "granitemoeshared": granitemoe,
     "olmoe": olmoe,
+    "llama4_text": llama4,
     "ernie4_5_moe": ernie4_5_moe,
     "hunyuan_v1_moe": hunyuan_moe,
     "qwen2_vl_text": qwen2,
