@@ -49,7 +49,7 @@ class Attention:
     scale: float
     rope: Rope | None
     window: int | None = None  # how many positions a query sees, its own among them; None is all up to it
-    chunk: int | None = None  # equal parts of a text, a query sees nothing of those before its own; None is one whole
+    chunk: int | None = None  # size of a text's equal parts; a query sees nothing of those before its own
     qk_norm: Norm | None = None  # of queries and keys, before the rotation
     qk_norm_of: Literal["head", "each", "all"] = "head"  # one for every head, one for each, or one of all heads' elements together
     qk_norm_last: bool = False  # after the rotation

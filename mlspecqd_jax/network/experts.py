@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from mlspecqd_jax.folds import ordered_sum
 from mlspecqd_jax.network import config
-from mlspecqd_jax.network.layers import ALONG_K, GatedMLP, Linear, gated
+from mlspecqd_jax.network.layers import ALONG_K, GatedMLP, gated
 from mlspecqd_jax.network.ops import expert_linear, linear, product, rows
 from mlspecqd_jax.network.routing import route
 
@@ -76,6 +77,22 @@ class ExpertMLPs(nnx.Module):
         return self.down_proj(self.gated(self.gate_proj(x, experts), self.up_proj(x, experts)), experts)
 
 
+class Share(nnx.Module):
+    """sigmoid(x @ weight.T), one number for each position, with weight [1, K], which no twin casts.
+
+    Not by `linear`: XLA:CPU adds up a product of one column otherwise for other numbers of rows.
+    """
+
+    def __init__(self, k: int, *, init, rngs: nnx.Rngs):
+        self.weight = nnx.Param(init(rngs.params(), (1, k)))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Return [..., 1] in x's dtype of x [..., K]."""
+        weight = self.weight.get_value().astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))
+        total = ordered_sum(product(x.astype(jnp.float32), weight))
+        return jax.nn.sigmoid(total)[..., None].astype(x.dtype)
+
+
 class Experts(nnx.Module):
     """The sum of what a position's experts make of it, each times its factor, and of what a shared MLP does (`config.Experts`)."""
 
@@ -84,7 +101,7 @@ class Experts(nnx.Module):
         self.gate = Router(mlp.router, k, init=init, rngs=rngs)
         self.experts = ExpertMLPs(mlp, k, init=init, rngs=rngs)
         self.shared_expert = None if mlp.shared is None else GatedMLP(mlp.shared, k, init=init, rngs=rngs)
-        self.shared_expert_gate = Linear(1, k, axes=(), init=init, rngs=rngs, kept=True) if mlp.shared_gate else None
+        self.shared_expert_gate = Share(k, init=init, rngs=rngs) if mlp.shared_gate else None
 
     def __call__(self, x: jax.Array, used: jax.Array | None = None) -> jax.Array:
         experts, factors = self.gate(x, used)
@@ -98,7 +115,7 @@ class Experts(nnx.Module):
             return y
         shared = self.shared_expert(x, used)
         if self.shared_expert_gate is not None:
-            shared = product(shared, jax.nn.sigmoid(self.shared_expert_gate(x, used)))
+            shared = product(shared, self.shared_expert_gate(x))
         return y + shared
 
 

@@ -76,11 +76,11 @@ class Window(NamedTuple):
 
 
 class Linear(nnx.Module):
-    """x @ weight.T + bias with weight [N, K], which twins cast unless it is `kept`."""
+    """x @ weight.T + bias with weight [N, K]."""
 
-    def __init__(self, n: int, k: int, *, axes: tuple, bias: bool = False, kept: bool = False, init, rngs: nnx.Rngs):
-        self.weight = nnx.Param(init(rngs.params(), (n, k)), axes=axes, linear=not kept)
-        self.bias = nnx.Param(jnp.zeros((n,)), axes=axes[:1] if axes and axes[0] else ()) if bias else None
+    def __init__(self, n: int, k: int, *, axes: tuple, bias: bool = False, init, rngs: nnx.Rngs):
+        self.weight = nnx.Param(init(rngs.params(), (n, k)), axes=axes, linear=True)
+        self.bias = nnx.Param(jnp.zeros((n,)), axes=axes[:1] if axes[0] else ()) if bias else None
 
     def __call__(self, x: jax.Array, used: jax.Array | None = None, out_dtype: jnp.dtype | None = None) -> jax.Array:
         y = linear(x, self.weight.get_value(), used=used, out_dtype=out_dtype)

@@ -10,6 +10,7 @@ from flax import nnx
 
 from mlspecqd_jax.network.config import ClampedSwish, Experts, GatedMLP, Router
 from mlspecqd_jax.network.experts import Experts as Module
+from mlspecqd_jax.network.experts import Share
 
 E, C, K, SIZE, W = 6, 2, 40, 24, 5
 PLAIN = Experts(Router(E, C, "softmax", normed=True), SIZE)
@@ -78,6 +79,16 @@ def test_a_mixture_is_its_definition(name):
     found = np.asarray(module(x))
     for at in np.ndindex(2, W):
         np.testing.assert_allclose(found[at], expected(PARTS[name], module, np.asarray(x[at], np.float64)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_the_share_of_a_shared_expert_does_not_depend_on_other_positions(dtype):
+    """Also without the C++ kernels, where the product of one column would."""
+    share = Share(2048, init=nnx.initializers.normal(), rngs=nnx.Rngs(0))
+    x, run = jax.random.normal(jax.random.key(1), (1, 64, 2048)).astype(dtype), jax.jit(lambda x: share(x))
+    whole = np.asarray(run(x))
+    for rows in (1, 2, 6, 16):
+        np.testing.assert_array_equal(run(x[:, :rows]), whole[:, :rows])
 
 
 def test_positions_that_only_pad_choose_no_experts():
