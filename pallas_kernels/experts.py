@@ -3,6 +3,7 @@
 Notation: T rows of activations, C experts that a row chose, all different, E experts in all, N outputs of each, K contracted.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 
 import jax
@@ -44,8 +45,12 @@ def part(array: jax.Array, i: jax.Array, parts: int) -> jax.Array:
     """
     if not jnp.issubdtype(array.dtype, jnp.floating) or array.dtype.itemsize != 2:
         return _plain_part(array, i, parts)
-    bits = jax.lax.bitcast_convert_type(array, jnp.uint16)
-    return jax.lax.bitcast_convert_type(_plain_part(bits, i, parts), array.dtype)
+
+    def of_bits(array, i):
+        bits = jax.lax.bitcast_convert_type(array, jnp.uint16)
+        return jax.lax.bitcast_convert_type(_plain_part(bits, i, parts), array.dtype)
+
+    return jax.lax.platform_dependent(array, i, cpu=of_bits, default=functools.partial(_plain_part, parts=parts))
 
 
 def _plain_part(array, i, parts):
