@@ -50,7 +50,7 @@ class Model:
 
     @property
     def pass_bytes(self) -> int:
-        """What a pass over one row reads of the weights: all but an embedding that is not the head."""
+        """What a pass over one row reads of the weights, if all experts are chosen: all but an embedding that is not the head."""
         gathered = EMBEDDING if HEAD in self.params else None
         return sum(leaf.nbytes for name, leaf in self.params.items() if name != gathered)
 

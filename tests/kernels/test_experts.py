@@ -16,6 +16,7 @@ from pallas_kernels import experts, hit_by_hit, xla
 
 E, N, K = 5, 24, 96
 CHOSEN = jnp.asarray([[3, 0], [1, -1], [-1, -1], [4, 3], [0, 3], [3, 1]], jnp.int32)  # expert 2 by nobody
+MORE = ("mxfp6_e2m3", "mxfp8_e4m3", "nvfp4", "int4", "uint4_g32", "int8")
 IN_CPP = bool(cpu_kernels.isas("matmul"))
 run = jax.jit(multiply_experts, static_argnums=3)
 
@@ -41,10 +42,12 @@ def leaves(format, dtype):
 @pytest.mark.parametrize(
     ("format", "dtype"),
     [
-        *((None, dtype) for dtype in ("bfloat16", "float16", "float32")),
-        *((format, "bfloat16") for format in ("mxfp4", "mxfp6_e2m3", "mxfp8_e4m3", "nvfp4", "int4", "uint4_g32", "int8")),
+        (None, "bfloat16"),
+        ("mxfp4", "bfloat16"),
         ("fp8_e4m3", "bfloat16"),
-        ("mxfp4", "float32"),
+        *(pytest.param(None, dtype, marks=pytest.mark.slow) for dtype in ("float16", "float32")),
+        *(pytest.param(format, "bfloat16", marks=pytest.mark.slow) for format in MORE),
+        pytest.param("mxfp4", "float32", marks=pytest.mark.slow),
     ],
 )
 @pytest.mark.parametrize("each", [1, 2])

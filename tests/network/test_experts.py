@@ -72,7 +72,7 @@ def expected(part, module, x):
     return total
 
 
-@pytest.mark.parametrize("name", PARTS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if name == "shared" else ()) for name in PARTS])
 def test_a_mixture_is_its_definition(name):
     module = module_of(PARTS[name])
     x = jax.random.normal(jax.random.key(1), (2, W, K))
