@@ -128,8 +128,21 @@ def test_plan_measures_keeps_and_tells(folder, capsys):
     assert str(path) in err
     plan = plans.loaded(path)
     assert plan.names == ("demo", "demo@mxfp4")
-    assert main(["plan", "demo", "--json"]) == 0
+    assert main(["plan", "demo", "--draft", "ngram", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["names"] == ["demo"]
+
+
+@pytest.mark.exhaustive
+def test_plan_chooses(folder, capsys):
+    """Every twin is tried, whatever comes of it, and the next run says what drafts."""
+    assert main(["plan", "demo", "--prompt", "def read_file(path):"]) == 0
+    out, _ = capsys.readouterr()
+    assert [line.split()[0] for line in out.splitlines()[1:3]] == ["none", "ngram"]
+    assert {line.split()[0] for line in out.splitlines()[3:7]} == set(planner.twins_for("cpu"))
+    chosen = planner.default_drafts(mlsd.load("demo"))
+    assert main(["generate", "--prompt", "def f(", "--max-new-tokens", "4"]) == 0
+    said = f"--draft {' --draft '.join(chosen)}" if chosen else "decoded plainly, as its plan says"
+    assert said in capsys.readouterr().err
 
 
 def test_lengths_that_cannot_be_planned_are_refused(capsys):
