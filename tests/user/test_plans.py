@@ -14,6 +14,7 @@ from mlspecqd_jax.pass_times import guessed
 from mlspecqd_jax.requests import request
 from mlspecqd_jax.speculation.buffers import SLACK
 from mlspecqd_jax.speculation.counts import Counts
+from mlspecqd_jax.speculation.guide import LOOKUP
 
 
 @pytest.fixture
@@ -47,14 +48,26 @@ def test_times_are_found_from_the_seconds_of_rounds():
     np.testing.assert_allclose(found[1, 1:9], truth[1, 1:9], rtol=1e-6)
 
 
-def test_rounds_are_forced_to_their_lengths(twins):
-    asked = request(twins, [pass_measurement._repeating([5, 6, 7])], {"max_new_tokens": 40, "stop_token_ids": ()})
+@pytest.mark.parametrize("prompt", [[5, 6, 7], list(range(40, 80))])
+def test_rounds_are_forced_to_their_lengths(twins, prompt):
+    repeated = pass_measurement._repeating(prompt, 8192)
+    assert len(repeated) == 2 * pass_measurement.PERIOD
+    assert repeated[:3] == prompt[:3]
+    assert len(set(repeated)) == pass_measurement.PERIOD
+    asked = request(twins, [repeated], {"max_new_tokens": 40, "stop_token_ids": (), "temperature": 1.0})
     state = prefilled(twins, compiled(twins, asked)[0], asked.batch)
-    for caps in pass_measurement._forced(twins):
-        passes, _ = pass_measurement._rounds(twins, asked, state, caps)
-        assert np.flatnonzero(passes[0]).tolist() == [caps[0] + 1]
-        assert passes[0].sum() == pass_measurement.ROUNDS
-        assert np.flatnonzero(passes[1]).max(initial=0) == (0 if caps[0] == 0 else 1 if caps[1] == 0 else caps[1] + 1)
+    for forced in pass_measurement._forced(twins):
+        (target, twin), _ = pass_measurement._rounds(twins, asked, state, forced)
+        outer, inner = forced.caps
+        assert target.sum() == pass_measurement.ROUNDS
+        if forced.source == LOOKUP:  # which finds the period, and afterwards what it can
+            assert target[outer + 1] >= 1
+            assert twin.sum() == 0
+        else:
+            assert np.flatnonzero(target).tolist() == [outer + 1]
+            assert np.flatnonzero(twin).max() == inner + 1
+    passes, _ = pass_measurement._rounds(twins, asked, state, None)
+    assert passes.sum() == 0
 
 
 def test_what_is_measured_are_times(twins):
