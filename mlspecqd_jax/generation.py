@@ -24,6 +24,7 @@ from mlspecqd_jax.text.detokenizer import Detokenizer
 
 ROUNDS_TO_STOP_STRINGS = 16  # rounds between looks at the text when stop strings are given
 SLICE_SECONDS = 0.2  # of work in one call, after which an interrupt is heeded
+GROWTH = 4  # of a call's work from one to the next: the first say little of what later ones take, and each takes time of its own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,8 +189,8 @@ def _slice(stack: Stack, state: State, limit: np.ndarray, sampling: Sampling, ro
 
 
 def _next(n: int, seconds: float, most: int) -> int:
-    """Return how many rounds or pieces take about SLICE_SECONDS if n took so long, but at most twice as many as those."""
-    return max(1, min(int(n * SLICE_SECONDS / max(seconds, 1e-9)), 2 * n, most))
+    """Return how many rounds or pieces take about SLICE_SECONDS if n took so long, but at most GROWTH times as many as those."""
+    return max(1, min(int(n * SLICE_SECONDS / max(seconds, 1e-9)), GROWTH * n, most))
 
 
 def _broken_sentence(stack: Stack, row: int, new_tokens: np.ndarray) -> str:

@@ -2,8 +2,9 @@
 
 A round's seconds are those of its passes, so that rounds of several lengths give the time of a pass of each level by rows in use,
 by least squares: piecewise linear in the rows, and never less for more of them. Drafts of look-up tell a verifier's passes from
-those of a model that drafts for it. Of several tries the shortest counts: whatever else the machine does only adds to it. Tokens
-are sampled, which takes its time in each row, so that greedy runs are a little faster than by the table.
+those of a model that drafts for it. Of several tries the shortest counts: whatever else the machine does only adds to it; and a
+call of one plain round is taken off, since calls take time of their own. Tokens are sampled, which takes its time in each row, so
+that greedy runs are a little faster than by the table.
 
 Notation: L levels, D levels that draft.
 """
@@ -28,8 +29,8 @@ from mlspecqd_jax.speculation.stack import Stack
 from mlspecqd_jax.speculation.state import State, counts_of
 
 KNOTS = (1, 2, 4, 8, 16)  # rows
-OUTER, INNER = (0, 1, 3, 7, 15), (3, 7)  # forced lengths; inner ones under the longest
-ROUNDS = 2  # of each length at once
+OUTER, INNER = (1, 3, 7, 15), (3, 7)  # forced lengths; inner ones under the longest
+ROUNDS, PLAIN_ROUNDS = 2, 16  # of a length at once, and of none
 PERIOD = 16  # tokens that repeat, so that look-up finds as many
 LEAST, MOST = 3, 9  # times that each is tried
 CERTAIN = 0.999 * 1e6, 1e6  # accepted and judged: so many that what rounds add says nothing
@@ -59,34 +60,39 @@ def measure(stack: Stack, prompt: list[int], *, budget: float = 2.0, **arguments
     state = jax.block_until_ready(prefilled(stack, state, asked.batch))
     began = time.perf_counter()
     forced = [each for each in _forced(stack) if each.caps[0] <= min(7, stack.level.draft_len) or _is_quick(stack, asked, state)]
-    passes: dict[_Forced | None, np.ndarray] = {}
-    seconds: dict[_Forced | None, float] = {}
+    passes: dict[_Forced, np.ndarray] = {}
+    seconds: dict[_Forced, float] = {}
     for i in range(MOST):
         if i >= LEAST and time.perf_counter() - began > budget:
             break
-        for each in (None, *forced):  # in turn, so that what else the machine does falls on all of them
+        for each in forced:  # in turn, so that what else the machine does falls on all of them
             passes[each], spent = _rounds(stack, asked, state, each)
             seconds[each] = min(spent, seconds.get(each, np.inf))
-    own = np.array([seconds[each] - seconds[None] for each in forced])  # without what a call takes that runs nothing
-    times = _solved(np.array([passes[each] for each in forced]), np.maximum(own, 1e-9))
+    first, *others = forced
+    times = _solved(
+        np.array([passes[each] - passes[first] for each in others]),
+        np.maximum([seconds[each] - seconds[first] for each in others], 1e-9),
+    )
     return Measured(times / times[0, 1], float(times[0, 1]), time.perf_counter() - began)
 
 
 class _Forced(NamedTuple):
-    """What a round has to draft: by which source for the target, and at most how many tokens each level, outermost first."""
+    """What rounds have to draft: by which source for the target, at most how many tokens each level, and how many rounds."""
 
     source: int
-    caps: tuple[int, ...]
+    caps: tuple[int, ...]  # outermost first
+    rounds: int
 
 
 def _forced(stack: Stack) -> list[_Forced]:
-    """Return rounds of the target alone, of look-up, of a model alone, and of a model with what drafts for it."""
-    drafters = len(stack.level.draft_lens)
-    outer = [n for n in OUTER if n <= stack.level.draft_len]
-    found = [_Forced(LOOKUP, (n, *(0,) * (drafters - 1))) for n in outer]
+    """Return one round of the target alone, several, rounds of look-up, of a model alone, and of one with what drafts for it."""
+    inner = len(stack.level.draft_lens) - 1
+    outer = [n for n in OUTER if 0 < n <= stack.level.draft_len]
+    found = [_Forced(LOOKUP, (0,) * (1 + inner), rounds) for rounds in (1, PLAIN_ROUNDS)]
+    found += [_Forced(LOOKUP, (n, *(0,) * inner), ROUNDS) for n in outer]
     if len(stack.levels) > 1:
-        found += [_Forced(MODEL, (n, *(0,) * (drafters - 1))) for n in outer[1:]]
-        found += [_Forced(MODEL, (outer[-1], n, *(0,) * (drafters - 2))) for n in INNER if drafters > 1]
+        found += [_Forced(MODEL, (n, *(0,) * inner), ROUNDS) for n in outer]
+        found += [_Forced(MODEL, (outer[-1], n, *(0,) * (inner - 1)), ROUNDS) for n in INNER if inner]
     return found
 
 
@@ -103,9 +109,8 @@ def _forced_control(stack: Stack, forced: _Forced, batch: int) -> Autopilot:
     return dataclasses.replace(control, most=most)
 
 
-def _rounds(stack: Stack, asked: Request, state: State, forced: _Forced | None) -> tuple[np.ndarray, float]:
-    """Run some rounds, or none, on a copy of the state; return passes by level and rows [L, SLACK + 1], and their seconds."""
-    rounds, forced = (0, _forced(stack)[0]) if forced is None else (ROUNDS, forced)
+def _rounds(stack: Stack, asked: Request, state: State, forced: _Forced) -> tuple[np.ndarray, float]:
+    """Run rounds on a copy of the state; return passes by level and rows [L, SLACK + 1], and their seconds."""
     control = _forced_control(stack, forced, len(asked.batch.length))
     begun = jax.tree.map(jnp.copy, state)._replace(
         control=control, plan=control.init(stack.level.draft_lens, len(asked.batch.length))
@@ -113,7 +118,7 @@ def _rounds(stack: Stack, asked: Request, state: State, forced: _Forced | None) 
     jax.block_until_ready(begun)
     began = time.perf_counter()
     end = jax.block_until_ready(
-        programs(stack).advance(stack, begun, np.array(asked.batch.limit), asked.sampling, np.int32(rounds))
+        programs(stack).advance(stack, begun, np.array(asked.batch.limit), asked.sampling, np.int32(forced.rounds))
     )
     seconds = time.perf_counter() - began
     return np.stack([np.asarray(each.by_rows) for each in counts_of(end)]), seconds
@@ -121,7 +126,7 @@ def _rounds(stack: Stack, asked: Request, state: State, forced: _Forced | None) 
 
 def _is_quick(stack: Stack, asked: Request, state: State) -> bool:
     """Return whether long drafts can be tried within a budget of seconds."""
-    return _rounds(stack, asked, state, _forced(stack)[0])[1] < 0.02 * ROUNDS
+    return _rounds(stack, asked, state, _forced(stack)[0])[1] < 0.02
 
 
 def _repeating(prompt: list[int], vocab_size: int) -> list[int]:
