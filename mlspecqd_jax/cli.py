@@ -141,19 +141,21 @@ def _convert(a: argparse.Namespace) -> None:
 def _info(a: argparse.Namespace) -> None:
     import jax
 
-    from mlspecqd_jax.loading import models
+    from mlspecqd_jax.loading import description
     from mlspecqd_jax.network import ops
     from pallas_kernels import chip_of
 
     device = jax.devices()[0]
-    for name, value in (
-        models.describe(a.model)
-        | {
-            "device": f"{device.device_kind} ({device.platform}, {jax.device_count()} in all), jax {jax.__version__}",
-            "products": ops.implementation(chip_of(device)),
-        }
-    ).items():
-        console.put(f"{name + ':':22}{value}\n")
+    try:
+        found = description.describe(a.model, device.platform)
+    except InputError as error:
+        if a.json:
+            console.put(json.dumps({"supported": False, "model": str(a.model), "why": str(error)}) + "\n")
+        raise
+    found = {"supported": True} | found
+    found["device"] = f"{device.device_kind} ({device.platform}, {jax.device_count()} in all), jax {jax.__version__}"
+    found["products"] = ops.implementation(chip_of(device))
+    console.put(json.dumps(found) + "\n" if a.json else description.lines(found))
 
 
 def _plan(a: argparse.Namespace) -> None:

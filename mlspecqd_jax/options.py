@@ -61,8 +61,11 @@ def parser() -> Parser:
     c.add_argument("--draft", metavar="FORMAT", help="store the weights of the quantized draft too, such as mxfp4 or auto4.5")
     c.add_argument("--calibrate", action="store_true", help=CALIBRATE_HELP)
 
-    i = commands.add_parser("info", help="say what a model is and what would run it", allow_abbrev=False)
-    i.add_argument("model", nargs="?", default="demo", metavar="MODEL", help=f"{MODEL_HELP}, demo (default) or demo-small")
+    i = commands.add_parser("info", help="say whether a model is supported, what it is and what would run it", allow_abbrev=False)
+    i.add_argument(
+        "model", nargs="?", default="demo", metavar="MODEL", help=f"{MODEL_HELP}, demo (default), demo-small, or a config.json"
+    )
+    i.add_argument("--json", action="store_true", help="print one JSON object")
 
     p = commands.add_parser("plan", help="measure what drafts cost and gain here, and keep it", allow_abbrev=False)
     p.add_argument("model", nargs="?", default="demo", metavar="MODEL", help=f"{MODEL_HELP}, demo (default) or demo-small")
