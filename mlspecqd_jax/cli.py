@@ -59,7 +59,7 @@ def _generate(a: argparse.Namespace) -> None:
     arguments = {name: getattr(a, name) for name in ARGUMENTS if hasattr(a, name)}
     if "logprobs" in arguments and not a.json:
         raise InputError("--logprobs needs --json to print them; add --json")
-    prompts = a.prompt or prompt_files.read(a.prompt_file)
+    prompts = _prompts(a)
     if "logit_bias" in arguments:
         arguments["logit_bias"] = options.biases(arguments["logit_bias"])
 
@@ -99,7 +99,17 @@ def _generate(a: argparse.Namespace) -> None:
         console.say(f"[by default drafted with --draft {' --draft '.join(drafts)}; --draft none decodes plainly]")
 
 
-def _print_prompt(prompt: str) -> None:
+def _prompts(a: argparse.Namespace) -> list:
+    if a.messages is not None:
+        return prompt_files.read_conversations(a.messages)
+    return a.prompt or prompt_files.read(a.prompt_file)
+
+
+def _print_prompt(prompt: str | list[dict]) -> None:
+    if isinstance(prompt, list):
+        last = prompt[-1]
+        console.say(f"{last.get('role')}: {last.get('content')}")
+        return
     # On a terminal the text reads on from its prompt; in a pipe stdout carries the new text alone.
     console.say(prompt, end="")
 

@@ -2,6 +2,7 @@
 
 import argparse
 import collections
+import json
 from typing import Any
 
 from mlspecqd_jax.arguments import ARGUMENTS, Argument
@@ -20,6 +21,9 @@ CALIBRATE_HELP = (
 )
 PROMPT_FILE_HELP = (
     "UTF-8 text, - is stdin; a file is one prompt (one newline at its end is dropped), a .jsonl file holds one a line"
+)
+MESSAGES_HELP = (
+    'a conversation in JSON, a list such as [{"role": "user", "content": "Hi"}], or a list of them; - is stdin; implies --chat'
 )
 
 
@@ -42,6 +46,7 @@ def parser() -> Parser:
     source = g.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", action="append", metavar="TEXT", help="repeat it for a batch")
     source.add_argument("--prompt-file", metavar="F", help=PROMPT_FILE_HELP)
+    source.add_argument("--messages", metavar="F", help=MESSAGES_HELP)
     g.add_argument("--draft", action="append", default=[], metavar="SPEC", help=DRAFT_HELP)
     g.add_argument("--calibrate", action="store_true", help=CALIBRATE_HELP)
     g.add_argument("--own-cache", action="store_true", help="give twins a cache of their own instead of their verifier's")
@@ -97,6 +102,8 @@ def _spelt(name: str, argument: Argument) -> tuple[str, dict[str, Any]]:
             form = {"action": "append", "type": _bias, "metavar": "ID=VALUE"}
         case "synthetic_acceptance":
             form = {"type": _rates, "metavar": "A[,A2...]"}
+        case "chat_template_kwargs":
+            form = {"type": _object, "metavar": "JSON"}
         case "rule":
             form = {"metavar": "R"}
         case _:
@@ -109,6 +116,16 @@ def _rates(text: str) -> list[float]:
         return [float(rate) for rate in text.split(",")]
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is no number, nor several with commas between them") from None
+
+
+def _object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f'{text!r} is no JSON object, such as {{"enable_thinking": false}}')
+    return value
 
 
 def _bias(text: str) -> tuple[int, float]:

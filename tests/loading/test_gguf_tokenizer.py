@@ -19,7 +19,7 @@ from mlspecqd_jax.loading.description import describe
 from mlspecqd_jax.loading.gguf import reader
 from mlspecqd_jax.loading.gguf.pre_tokenizers import RULES
 from mlspecqd_jax.loading.gguf.tokenizer import end_token_ids, read_tokenizer
-from mlspecqd_jax.text import chat
+from mlspecqd_jax.text.detokenizer import encode
 
 SPECIAL = ["<|begin|>", "<|end|>", "<|user|>", "<|assistant|>"]
 TEXTS = [
@@ -209,7 +209,7 @@ def test_a_model_with_a_chat_template_and_its_conversion(tmp_path, kind):
     assert converted.tokenizer.special_tokens_map == model.tokenizer.special_tokens_map
     for text in TEXTS:
         assert converted.tokenizer(text)["input_ids"] == model.tokenizer(text)["input_ids"]
-    prompts = [chat.encode_texts(m.card, ["the thing"], chat=True) for m in (model, converted)]
+    prompts = [encode(m.card, ["the thing"], chat=True) for m in (model, converted)]
     assert prompts[0] == prompts[1]
     described = describe(path)
     assert described["tokenizer"] == ("yes (gpt2, smollm)" if kind == "byte level" else "yes (llama)")
