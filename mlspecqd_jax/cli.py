@@ -106,9 +106,11 @@ def _prompts(a: argparse.Namespace) -> list:
 
 
 def _print_prompt(prompt: str | list[dict]) -> None:
+    from mlspecqd_jax.text.conversations import conversation
+
     if isinstance(prompt, list):
-        last = prompt[-1]
-        console.say(f"{last.get('role')}: {last.get('content')}")
+        last = conversation(prompt, 0)[-1]
+        console.say(f"{last['role']}: {last.get('content') or ''}")
         return
     # On a terminal the text reads on from its prompt; in a pipe stdout carries the new text alone.
     console.say(prompt, end="")
@@ -165,7 +167,7 @@ def _info(a: argparse.Namespace) -> None:
     found = {"supported": True} | found
     found["device"] = f"{device.device_kind} ({device.platform}, {jax.device_count()} in all), jax {jax.__version__}"
     found["products"] = ops.implementation(chip_of(device))
-    console.put(json.dumps(found) + "\n" if a.json else description.lines(found))
+    console.put(json.dumps(_finite(found), allow_nan=False) + "\n" if a.json else description.lines(found))
 
 
 def _plan(a: argparse.Namespace) -> None:

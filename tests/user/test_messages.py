@@ -79,6 +79,8 @@ def test_messages_from_the_shell(capsys, folder, tmp_path, monkeypatch):
     (tmp_path / "one.json").write_bytes(text)
     moody, _ = found("--messages", tmp_path / "one.json", "--chat-template-kwargs", '{"mood": "a"}')
     assert moody[0][1:] == one[0][0]
+    parts = [{"type": "text", "text": "Hi"}]
+    (tmp_path / "one.json").write_text(json.dumps([{"role": "user", "content": parts}]))
     code, _, err = run(capsys, "generate", folder, *options[:2], "--messages", tmp_path / "one.json", "--draft", "none")
     assert code == 0
     assert err.startswith("user: Hi\n")
