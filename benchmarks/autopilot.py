@@ -30,8 +30,8 @@ DEMO_PROMPTS = (
     "import json\n\ndef load(path):\n",
     "for i in range(",
 )
-FIXED = (("ngram:4",), ("ngram:8",), ("mxfp4:3",), ("mxfp4:5",), ("mxfp4:8",), ("mxfp4:7", "ngram:3"))
-AUTO = (("ngram",), ("mxfp4",))
+FIXED = (("ngram:4",), ("ngram:8",), ("mxfp4:3",), ("mxfp4:5",), ("int8:5",), ("mxfp4:7", "ngram:3"))
+AUTO = (("ngram",), ("mxfp4",), ("int8",))
 OFF = " with draft_limit=0"
 CHOICES = {"greedy": {}, "T = 0.8": {"temperature": 0.8}}
 
@@ -72,7 +72,7 @@ def compared(stacks, prompts, new: int, trials: int, batch: int) -> dict:
                 seconds[name] = sum(run.report["seconds"] for run in runs)
                 texts[name] = [run.tokens for run in runs]
                 told = [run.report["autopilot"] for run in runs]
-                modelled[name] = None if told[0] is None else sum(t["time"] for t in told)
+                modelled[name] = None if told[0] is None else sum(each["time"] for each in told)
             for name in calls:
                 ratios[name].append(seconds["none"] / seconds[name])
         found[choice] = {

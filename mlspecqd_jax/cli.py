@@ -96,7 +96,8 @@ def _generate(a: argparse.Namespace) -> None:
         assert out is not None  # since the stream has ended
     _print_summary(out.report)
     if not a.draft:
-        console.say(f"[by default drafted with --draft {' --draft '.join(drafts)}; --draft none decodes plainly]")
+        drafted = f"drafted with --draft {' --draft '.join(drafts)}" if drafts else "decoded plainly, as its plan says"
+        console.say(f"[by default {drafted}{'; --draft none decodes plainly' * bool(drafts)}]")
 
 
 def _prompts(a: argparse.Namespace) -> list:

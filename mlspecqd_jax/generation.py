@@ -9,16 +9,17 @@ from typing import Any, Unpack
 import jax
 import numpy as np
 
-from mlspecqd_jax import jax_settings, report
+from mlspecqd_jax import jax_settings, plans, report
 from mlspecqd_jax.arguments import LARGEST_INT, Arguments, is_array
 from mlspecqd_jax.errors import InputError
 from mlspecqd_jax.programs import programs
 from mlspecqd_jax.requests import Batch, Request, request
+from mlspecqd_jax.speculation.autopilot import Autopilot
 from mlspecqd_jax.speculation.level import Level
 from mlspecqd_jax.speculation.loop import piece_width
 from mlspecqd_jax.speculation.settings import Sampling
 from mlspecqd_jax.speculation.stack import Stack
-from mlspecqd_jax.speculation.state import State
+from mlspecqd_jax.speculation.state import State, counts_of
 from mlspecqd_jax.text.conversations import is_conversation
 from mlspecqd_jax.text.detokenizer import Detokenizer
 
@@ -118,6 +119,7 @@ def _run(stack: Stack, prompts, most_rounds: int, arguments: Mapping[str, Any]):
 
     began = time.perf_counter()
     state = prefilled(stack, state, batch)
+    prefill_seconds = time.perf_counter() - began
     decoders = [Detokenizer(stack.card.tokenizer, prompt, stops) if stack.card.tokenizer else None for prompt in prompt_tokens]
     length, rounds = begin, 1
     while True:
@@ -133,13 +135,15 @@ def _run(stack: Stack, prompts, most_rounds: int, arguments: Mapping[str, Any]):
             raise InputError(_broken_sentence(stack, int(np.argmax(broken & ~stopped)), length - begin))
         if done.all():
             break
-    timing = report.Timing(time.perf_counter() - began, compile_seconds)
+    timing = report.Timing(time.perf_counter() - began, prefill_seconds, compile_seconds)
     stopped = [d is not None and d.stopped for d in decoders]  # what `finish` gave may have completed a stop string
     new = [tokens[r, begin[r] : length[r]].tolist() for r in rows]
     new = [ids[: d.tokens] if d and over else ids for ids, d, over in zip(new, decoders, stopped, strict=True)]
     logprobs = None
     if state.logprobs is not None:
         logprobs = [np.asarray(state.logprobs)[r, begin[r] : begin[r] + len(new[r])].tolist() for r in rows]
+    if isinstance(state.control, Autopilot):
+        plans.learn(stack.level, counts_of(state), timing.seconds - timing.prefill_seconds)
     summary = report.build(stack, state, sampling, [len(ids) for ids in new], timing)
     for sentence in report.warnings_of(summary):
         warnings.warn(sentence, stacklevel=3)
