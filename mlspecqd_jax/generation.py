@@ -20,6 +20,7 @@ from mlspecqd_jax.speculation.loop import piece_width
 from mlspecqd_jax.speculation.settings import Sampling
 from mlspecqd_jax.speculation.stack import Stack
 from mlspecqd_jax.speculation.state import State, counts_of
+from mlspecqd_jax.text.conversations import is_conversation
 from mlspecqd_jax.text.detokenizer import Detokenizer
 
 ROUNDS_TO_STOP_STRINGS = 16  # rounds between looks at the text when stop strings are given
@@ -87,7 +88,8 @@ def stream(stack: Stack, prompt, **arguments: Unpack[Arguments]) -> Stream:
     Raises:
       InputError: as `generate`, or more than one prompt is given.
     """
-    if (isinstance(prompt, (list, tuple)) or (is_array(prompt) and prompt.ndim)) and len(prompt) != 1:
+    several = (isinstance(prompt, (list, tuple)) and not is_conversation(prompt)) or (is_array(prompt) and prompt.ndim)
+    if several and len(prompt) != 1:
         raise InputError(f"stream continues one prompt, but {len(prompt)} were given; call generate for several")
     run = _run(stack, prompt, 1, arguments)
     next(run)  # check the arguments and compile now rather than at the first piece

@@ -58,7 +58,7 @@ def _of_folder(folder: pathlib.Path) -> Origin:
         eos_token_ids=config_file.eos_token_ids(folder, config.vocab_size),
         recorded=read_json_if_there(folder / "generation_config.json"),
         tokenizer_kind=tokenizer_files.describe(folder),
-        facts={"weights": "plain" if quantization is None else f"quantized by {quantization.method}"},
+        facts={},
         quantization=quantization,
         leaves=leaves,
         tokenizer=lambda known: tokenizer_files.read_tokenizer(folder),
