@@ -50,7 +50,7 @@ def planned(model) -> dict[str, dict]:
         measured = measure(stack, model.tokenizer.encode("a")[:1] or [0])
         keep(Plan(key_of(stack.level), tuple(card.name for card in stack.cards), measured.times, measured.plain, {}))
         times = {
-            card.name: [round(float(each[n]), 3) for n in (1, 2, 4, 8, 16)]
+            Path(card.name).name: [round(float(each[n]), 3) for n in (1, 2, 4, 8, 16)]
             for card, each in zip(stack.cards, measured.times, strict=True)
         }
         found[" ".join(drafts)] = {"passes": times, "plain_seconds": measured.plain, "seconds": measured.seconds}

@@ -1,5 +1,8 @@
 """The products of weights in C++ as JAX functions, on CPU alone.
 
+A weight of several experts is theirs one after another, [E * N, K]: then `experts`, int32 [M], says by whose a row is multiplied,
+and `n` how many outputs each has (see `cpu_kernels.used`).
+
 Notation: M rows of activations, N outputs, K contracted. Weights are [N, K], K last.
 """
 
@@ -9,14 +12,21 @@ import jax
 import jax.numpy as jnp
 
 from cpu_kernels.library import DTYPES, call
-from cpu_kernels.used import used_of_rows
+from cpu_kernels.used import experts_of_rows, used_of_rows
 
 ELEMENTS = ("e4m3", "e5m2")  # of mx8_matmul: exponent and mantissa bits
 SIX_BITS = {2: "e2m3", 3: "e3m2"}  # of mxfp6_matmul, by exponent bits
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
-def dense_matmul(x: jax.Array, w: jax.Array, isa: str | None = None, used: jax.Array | None = None) -> jax.Array:
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 5))
+def dense_matmul(
+    x: jax.Array,
+    w: jax.Array,
+    isa: str | None = None,
+    used: jax.Array | None = None,
+    experts: jax.Array | None = None,
+    n: int | None = None,
+) -> jax.Array:
     """x @ w.T with f32 accumulation; each row of the result is bit for bit the same whatever M, N and the number of threads.
 
     Args:
@@ -24,6 +34,7 @@ def dense_matmul(x: jax.Array, w: jax.Array, isa: str | None = None, used: jax.A
       w: [N, K], in x's dtype.
       isa: one of `isas("matmul", dtype)`; None is the first.
       used: int32 [B], rows of each window (see `cpu_kernels.used`). The derivative is that of all rows.
+      experts, n: of a weight of several experts; there is no derivative then.
 
     Returns:
       f32 [M, N].
@@ -32,12 +43,14 @@ def dense_matmul(x: jax.Array, w: jax.Array, isa: str | None = None, used: jax.A
         raise ValueError(
             f"x {x.dtype}{list(x.shape)} and w {w.dtype}{list(w.shape)} should be [M, K] and [N, K] of one of {', '.join(DTYPES)}"
         )
-    return _call_on_rows("matmul", isa, used, len(w), x, w)
+    return _call_on_rows("matmul", isa, used, experts, n or len(w), x, w)
 
 
 @dense_matmul.defjvp
-def _(isa, primals, tangents):
-    (x, w, _), (dx, dw, _) = primals, tangents
+def _(isa, n, primals, tangents):
+    (x, w, _, experts), (dx, dw, *_) = primals, tangents
+    if experts is not None:
+        raise NotImplementedError("the product with several experts' weights has no derivative of its own")
 
     def plain(x, w):
         precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
@@ -47,7 +60,13 @@ def _(isa, primals, tangents):
 
 
 def mxfp4_matmul(
-    x: jax.Array, packed: jax.Array, scales: jax.Array, isa: str | None = None, used: jax.Array | None = None
+    x: jax.Array,
+    packed: jax.Array,
+    scales: jax.Array,
+    isa: str | None = None,
+    used: jax.Array | None = None,
+    experts: jax.Array | None = None,
+    n: int | None = None,
 ) -> jax.Array:
     """x @ decoded.T with each block of x rounded to eight bits: q = round(127 x / a) and x taken for q a / 127, a = max |block|.
 
@@ -60,6 +79,7 @@ def mxfp4_matmul(
       scales: uint8 [N, K/32]; byte s is 2^(s - 127), and 0 is read as scale 0.
       isa: one of `isas("mxfp4_matmul")`; None is the first.
       used: int32 [B], rows of each window (see `cpu_kernels.used`).
+      experts, n: of a weight of several experts.
 
     Returns:
       f32 [M, N].
@@ -67,13 +87,13 @@ def mxfp4_matmul(
     dtypes = tuple(str(array.dtype) for array in (x, packed, scales))
     if dtypes != ("bfloat16", "uint8", "uint8"):
         raise ValueError(f"x, packed and scales are {', '.join(dtypes)}, but should be bfloat16, uint8, uint8")
-    k, n = x.shape[-1], packed.shape[0]
-    if k % 32 or x.ndim != 2 or packed.shape != (n, k // 2) or scales.shape != (n, k // 32):
+    k, rows = x.shape[-1], packed.shape[0]
+    if k % 32 or x.ndim != 2 or packed.shape != (rows, k // 2) or scales.shape != (rows, k // 32):
         raise ValueError(
             f"x {list(x.shape)}, packed {list(packed.shape)} and scales {list(scales.shape)} do not belong together; "
             "give x [M, K], packed [N, K/2] and scales [N, K/32], with K padded to whole blocks"
         )
-    return _call_on_rows("mxfp4_matmul", isa, used, n, x, packed, scales)
+    return _call_on_rows("mxfp4_matmul", isa, used, experts, n or rows, x, packed, scales)
 
 
 def mxfp6_matmul(
@@ -83,6 +103,8 @@ def mxfp6_matmul(
     exponent_bits: int,
     isa: str | None = None,
     used: jax.Array | None = None,
+    experts: jax.Array | None = None,
+    n: int | None = None,
 ) -> jax.Array:
     """x @ decoded.T for a weight in MXFP6, with x rounded and sums added as `mxfp4_matmul` does.
 
@@ -94,6 +116,7 @@ def mxfp6_matmul(
       exponent_bits: of an element: 2 with three bits of mantissa, or 3 with two.
       isa: one of `isas("mxfp6_matmul")`; None is the first.
       used: int32 [B], rows of each window (see `cpu_kernels.used`).
+      experts, n: of a weight of several experts.
 
     Returns:
       f32 [M, N].
@@ -103,13 +126,14 @@ def mxfp6_matmul(
         raise ValueError(f"x, codes and scales are {', '.join(dtypes)}, but should be bfloat16, uint8, uint8")
     if exponent_bits not in SIX_BITS:
         raise ValueError(f"elements have {exponent_bits} bits of exponent, but should have 2 or 3")
-    k, n = x.shape[-1], codes.shape[0]
-    if k % 32 or x.ndim != 2 or codes.shape != (n, k * 6 // 8) or scales.shape != (n, k // 32):
+    k, rows = x.shape[-1], codes.shape[0]
+    if k % 32 or x.ndim != 2 or codes.shape != (rows, k * 6 // 8) or scales.shape != (rows, k // 32):
         raise ValueError(
             f"x {list(x.shape)}, codes {list(codes.shape)} and scales {list(scales.shape)} do not belong together; "
             "give x [M, K], codes [N, 3K/4] and scales [N, K/32], with K padded to whole blocks"
         )
-    return _call_on_rows("mxfp6_matmul", isa, used, n, x, codes, scales, elements=SIX_BITS[exponent_bits])
+    elements = SIX_BITS[exponent_bits]
+    return _call_on_rows("mxfp6_matmul", isa, used, experts, n or rows, x, codes, scales, elements=elements)
 
 
 def grouped_matmul(
@@ -119,6 +143,8 @@ def grouped_matmul(
     minima: jax.Array | None = None,
     isa: str | None = None,
     used: jax.Array | None = None,
+    experts: jax.Array | None = None,
+    n: int | None = None,
     *,
     bits: int = 4,
 ) -> jax.Array:
@@ -136,6 +162,7 @@ def grouped_matmul(
       minima: float16 [N, G], of integers without an offset.
       isa: one of `isas(...)` of the product, a name of `library.OF_NUMBERS`; None is the first.
       used: int32 [B], rows of each window (see `cpu_kernels.used`).
+      experts, n: of a weight of several experts.
       bits: of a code, 4 or 8, if scales are float16.
 
     Returns:
@@ -143,9 +170,9 @@ def grouped_matmul(
     """
     of_groups = {4: ("int4", "uint4"), 8: ("int8_groups", "uint8")}[bits][minima is not None]
     product = {"uint8": "nvfp4", "float16": of_groups, "float32": "int8"}[scales.dtype.name]
-    bits, n, k = {"nvfp4": 4, "int8": 8}.get(product, bits), len(codes), x.shape[-1]
+    bits, rows, k = {"nvfp4": 4, "int8": 8}.get(product, bits), len(codes), x.shape[-1]
     groups = {"nvfp4": k // 16, "int8": 1}.get(product, scales.shape[-1])
-    fits = x.ndim == 2 and k % 32 == 0 and codes.shape == (n, k * bits // 8) and scales.shape == (n, groups)
+    fits = x.ndim == 2 and k % 32 == 0 and codes.shape == (rows, k * bits // 8) and scales.shape == (rows, groups)
     fits = fits and (x.dtype, codes.dtype) == (jnp.bfloat16, jnp.uint8)
     if not fits or (minima is not None and (minima.shape, minima.dtype) != (scales.shape, jnp.float16)):
         arrays = {"x": x, "codes": codes, "scales": scales} | ({} if minima is None else {"minima": minima})
@@ -153,7 +180,8 @@ def grouped_matmul(
         raise ValueError(
             f"{given} do not belong together; give x bfloat16 [M, K], K a multiple of 32, and a weight [N, K] as stored"
         )
-    return _call_on_rows(f"{product}_matmul", isa, used, n, x, codes, scales, *([] if minima is None else [minima]))
+    weight = (codes, scales) if minima is None else (codes, scales, minima)
+    return _call_on_rows(f"{product}_matmul", isa, used, experts, n or rows, x, *weight)
 
 
 def mx8_matmul(
@@ -164,6 +192,8 @@ def mx8_matmul(
     mantissa_bits: int,
     isa: str | None = None,
     used: jax.Array | None = None,
+    experts: jax.Array | None = None,
+    n: int | None = None,
 ) -> jax.Array:
     """x @ decoded.T with f32 accumulation, decoded in registers; rows do not depend on M, N and the number of threads.
 
@@ -176,6 +206,7 @@ def mx8_matmul(
       exponent_bits, mantissa_bits: of an element: 4 and 3, or 5 and 2.
       isa: one of `isas("mx8_matmul")`; None is the first.
       used: int32 [B], rows of each window (see `cpu_kernels.used`).
+      experts, n: of a weight of several experts.
 
     Returns:
       f32 [M, N].
@@ -185,16 +216,17 @@ def mx8_matmul(
         raise ValueError(f"x, codes and scales are {', '.join(dtypes)}, but should be bfloat16, uint8, uint8")
     if elements not in ELEMENTS:
         raise ValueError(f"elements are {elements}, but should be one of {', '.join(ELEMENTS)}")
-    n, k = codes.shape
-    if k % 32 or x.shape[1:] != (k,) or scales.shape != (n, k // 32):
+    rows, k = codes.shape
+    if k % 32 or x.shape[1:] != (k,) or scales.shape != (rows, k // 32):
         raise ValueError(
             f"x {list(x.shape)}, codes {list(codes.shape)} and scales {list(scales.shape)} do not belong together; "
             "give x [M, K], codes [N, K] and scales [N, K/32], with K padded to whole blocks"
         )
-    return _call_on_rows("mx8_matmul", isa, used, n, x, codes, scales, elements=elements)
+    return _call_on_rows("mx8_matmul", isa, used, experts, n or rows, x, codes, scales, elements=elements)
 
 
-def _call_on_rows(product, isa, used, n, x, *weight, **attributes):
-    """Multiply x [M, K] by a weight of N rows."""
+def _call_on_rows(product, isa, used, experts, n, x, *weight, **attributes):
+    """Multiply x [M, K] by a weight of N rows, or by those of several experts, which the kernel counts."""
     result = jax.ShapeDtypeStruct((len(x), n), jnp.float32)
-    return call(product, isa, result, x, *weight, used_of_rows(used, len(x)), **attributes)
+    rows = used_of_rows(used, len(x)), experts_of_rows(experts, len(x))
+    return call(product, isa, result, x, *weight, *rows, **attributes)

@@ -17,11 +17,12 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import family_files  # noqa: E402  (of the tests)
 
 from mlspecqd_jax.loading.config_file import WRAPPERS, config_of  # noqa: E402
-from mlspecqd_jax.network.config import MLP, Config  # noqa: E402
+from mlspecqd_jax.network.config import MLP, ClampedSwish, Config, Experts  # noqa: E402
 from mlspecqd_jax.network.families import FAMILIES  # noqa: E402
 
 PAGE = ROOT / "docs" / "models.md"
 
+BY_ITS_TEXT = {"llama4"}  # multimodal types through which transformers runs no text alone: their language models are compared
 ROPES = {"yarn": "YaRN", "longrope": "LongRoPE"}
 ACTS = {"silu": "SiLU", "relu2": "squared ReLU", "xielu": "xIELU"}  # all others are ways to compute GELU
 
@@ -87,6 +88,42 @@ ROWS = (
         "Nemotron-4, Minitron, AFM, Jais 2",
         "MLP without a gate that squares what is positive",
     ),
+    Row(
+        ("qwen2_moe", "qwen3_moe"),
+        "Qwen1.5-MoE, Qwen2-57B-A14B, Qwen3-30B-A3B, Qwen3-235B-A22B",
+        "experts; a shared one with a gate",
+    ),
+    Row(
+        ("mixtral", "minimax_m2"),
+        "Mixtral, MiniMax-M2",
+        "experts; chosen by sigmoids and a bias, norms of whole queries and keys",
+    ),
+    Row(
+        ("gpt_oss",),
+        "GPT-OSS, also with its experts in MXFP4",
+        "experts with biases and a bounded activation, all in one tensor; sinks, windows, YaRN",
+    ),
+    Row(
+        ("glm4_moe",),
+        "GLM-4.5, GLM-4.6",
+        "experts by groups beside a shared one, behind dense layers; a part of each head rotated",
+    ),
+    Row(
+        ("granitemoe", "granitemoeshared"),
+        "Granite 3 MoE",
+        "Granite's scales; experts in one tensor, and a shared one",
+    ),
+    Row(("olmoe",), "OLMoE", "experts; norms of whole queries and keys, bounded"),
+    Row(
+        ("ernie4_5_moe", "hunyuan_v1_moe"),
+        "ERNIE 4.5 21B-A3B, Hunyuan-A13B",
+        "the dense ones' layers with experts and shared ones",
+    ),
+    Row(
+        ("llama4_text",),
+        "Llama 4",
+        "chunks of positions; layers without; one expert chosen, whose input is scaled, and a shared one",
+    ),
     Row(("apertus",), "Apertus", "an activation with parameters"),
 )
 
@@ -104,6 +141,7 @@ def features(raw: dict) -> list[str]:
     sources = [source for _, source in c.sources]
     text = raw.get("text_config") or raw
     stretched = text.get("rope_scaling") or text.get("rope_parameters") or {}
+    experts = [feed for feed in feeds if isinstance(feed, Experts)]
     kind, act = stretched.get("rope_type", stretched.get("type")), feeds[0].act
     found = {
         "layer norm": c.norm.centered,
@@ -112,8 +150,13 @@ def features(raw: dict) -> list[str]:
         "norms after parts": any(layer.norms[1] or layer.norms[3] for layer in layers),
         "no norms before parts": any(layer.norms[0] is None for layer in layers),
         "side by side": any(layer.parallel for layer in layers),
+        "experts": experts,
+        "shared experts": any(feed.shared for feed in experts),
+        "dense layers": 0 < len(experts) < len(feeds),
+        "bounded swish": any(isinstance(feed.act, ClampedSwish) for feed in feeds),
+        "chunks": any(mixer.chunk for mixer in mixers),
         "no gate": any(isinstance(feed, MLP) for feed in feeds),
-        ACTS.get(act, "GELU"): act != "silu",
+        ACTS.get(act, "GELU"): act != "silu" and not isinstance(act, ClampedSwish),
         "biases": any(mixer.bias or mixer.output_bias for mixer in mixers) or any(feed.bias for feed in feeds),
         "head's bias": c.head_bias,
         "windows": any(mixer.window for mixer in mixers),
@@ -168,7 +211,8 @@ def families() -> str:
 def wrappers() -> str:
     """Return the table of multimodal models."""
     head = ("`model_type`", "its language model may be", "checkpoints compared: what is in them")
-    return table(head, [(names((kind,)), names(within), compared((kind,))) for kind, within in WRAPPERS.items()])
+    told = {kind: "its language model alone" if kind in BY_ITS_TEXT else compared((kind,)) for kind in WRAPPERS}
+    return table(head, [(names((kind,)), names(within), told[kind]) for kind, within in WRAPPERS.items()])
 
 
 def names(types: tuple[str, ...]) -> str:

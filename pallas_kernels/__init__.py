@@ -1,5 +1,6 @@
 """Weight products over plain arrays, with jax as the only dependency (floor 0)."""
 
+from pallas_kernels.experts import each_by_each, hit_by_hit
 from pallas_kernels.product import PLAIN, Product
 from pallas_kernels.products import PRODUCTS, best_product, chip_of, named, why_not
 from pallas_kernels.reference import (
@@ -27,8 +28,10 @@ __all__ = [
     "chip_of",
     "code_values",
     "decode",
+    "each_by_each",
     "element_values",
     "group_values",
+    "hit_by_hit",
     "honours_subnormals",
     "mx_decode",
     "mx_matmul",

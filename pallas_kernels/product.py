@@ -39,6 +39,8 @@ class Product(NamedTuple):
     1: every row by itself. 2: at all even numbers of rows. 16: one padded width, beyond which nothing is known. None: no such
     number is known.
     """
+    by_experts: bool = False
+    """Whether `run` also takes `experts`, int32 [M]: whose n rows of the arrays each row of x is multiplied by, -1 for none."""
 
 
 def reads(product: Product, format: str) -> bool:

@@ -10,7 +10,9 @@ static void check_dense(Pool& pool, int64_t m, int64_t n, int64_t k, std::mt1993
   const auto x = numbers<Element>(m * k, random), w = numbers<Element>(n * k, random);
   for (const auto& choice : dense_choices<Element>()) {
     if (!choice.supported) continue;
-    const auto product = [&](float* out, Used used) { dense_matmul(*choice.kernel, pool, x.data(), w.data(), out, m, n, k, used); };
+    const auto product = [&](float* out, Used used) {
+      dense_matmul(*choice.kernel, pool, x.data(), w.data(), out, m, n / used.number, k, used);
+    };
     const auto y = with_some_rows(product, "matmul, rows", choice.isa, m, n, k);
     for (int64_t i = 0; i < m * n; ++i) {
       double expected = 0;
@@ -81,7 +83,7 @@ template <class Form>
 static void check_six(Pool& pool, const char* name, four_bits::Weight w, const std::vector<uint16_t>& x, int64_t m, int64_t n,
                       int64_t k) {
   const auto product = [&](const six_bits::Kernel& kernel, float* y, Used used) {
-    six_bits_matmul(kernel, pool, x.data(), w, y, m, n, k, used);
+    six_bits_matmul(kernel, pool, x.data(), w, y, m, n / used.number, k, used);
   };
   same(six_bits_choices<Form>(), name, product, m, n, k, 2e-4);
 }
@@ -90,7 +92,7 @@ template <class Form>
 static void check_form(Pool& pool, const char* name, four_bits::Weight w, const std::vector<uint16_t>& x, int64_t m, int64_t n,
                        int64_t k) {
   const auto product = [&](const four_bits::Kernel& kernel, float* y, Used used) {
-    four_bits_matmul(kernel, pool, x.data(), w, y, m, n, k, used);
+    four_bits_matmul(kernel, pool, x.data(), w, y, m, n / used.number, k, used);
   };
   same(four_bits_choices<Form>(), name, product, m, n, k, 3e-5);
 }
@@ -99,7 +101,7 @@ template <class Form>
 static void check_eight(Pool& pool, const char* name, int8::Weight w, const std::vector<uint16_t>& x, int64_t m, int64_t n,
                         int64_t k) {
   const auto product = [&](const int8::Kernel& kernel, float* y, Used used) {
-    int8_matmul(kernel, pool, x.data(), w, y, m, n, k, used);
+    int8_matmul(kernel, pool, x.data(), w, y, m, n / used.number, k, used);
   };
   same(int8_choices<Form>(), name, product, m, n, k, 3e-5);
 }
@@ -157,7 +159,7 @@ static void check_mx8(Pool& pool, int64_t m, int64_t n, int64_t blocks, unsigned
     for (const auto& choice : mx8_choices()) {
       if (!choice.supported) continue;
       const auto product = [&](float* out, Used used) {
-        mx8_matmul(*choice.kernel, pool, f, x.data(), codes.data(), scales.data(), out, m, n, k, used);
+        mx8_matmul(*choice.kernel, pool, f, x.data(), codes.data(), scales.data(), out, m, n / used.number, k, used);
       };
       const auto y = with_some_rows(product, "mx8, rows", choice.isa, m, n, k);
       for (int64_t i = 0; i < m * n; ++i) {

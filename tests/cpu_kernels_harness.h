@@ -80,6 +80,30 @@ inline std::vector<int32_t> some_used(int64_t windows, int64_t size, std::mt1993
   return used;
 }
 
+// A product of M rows of x with a weight that is some experts', n / used.number rows each: a row has the bits of its expert's part
+// of the whole result, and one that has no expert, or is not in use, is left as it is.
+template <class Product>
+void with_experts(const Product& product, const std::vector<float>& whole, const char* name, std::string_view isa, int64_t m,
+                  int64_t n, int64_t k, std::mt19937& random) {
+  for (const int64_t number : {int64_t{2}, int64_t{3}, n}) {
+    if (number == 0 || n % number) continue;
+    const int64_t each = n / number;
+    std::vector<int32_t> experts(m);
+    for (auto& expert : experts) expert = static_cast<int32_t>(random() % (number + 2)) - 1;
+    const auto rows = some_used(1, m, random);
+    const Used used = {rows.data(), 1, experts.data(), number};
+    constexpr float kLeft = 12345;
+    std::vector<float> y(m * each, kLeft);
+    product(y.data(), used);
+    for (int64_t i = 0; i < m * each; ++i) {
+      const int64_t row = i / each, expert = experts[row];
+      const bool computed = row < used.of(0, m) && expert >= 0 && expert < number;
+      const float expected = computed ? whole[row * n + expert * each + i % each] : kLeft;
+      require(y[i] == expected, name, isa, m, n, k);
+    }
+  }
+}
+
 // A product of M rows of x that are windows, and with some of their rows in use: those have the same bits, the others are left as
 // they are. The result with all rows.
 template <class Product>
@@ -99,6 +123,7 @@ std::vector<float> with_some_rows(const Product& product, const char* name, std:
       require(y[i] == (computed ? whole[i] : kLeft), name, isa, m, n, k);
     }
   }
+  with_experts(product, whole, name, isa, m, n, k, random);
   return whole;
 }
 

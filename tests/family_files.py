@@ -28,6 +28,9 @@ _GROWING = _YARN | {"original_max_position_embeddings": 6, "llama_4_scaling_beta
 _VISION = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28}
 _VISION |= {"patch_size": 14}
 _QWEN_VISION = {"depth": 1, "hidden_size": 32, "intermediate_size": 40, "num_heads": 2, "patch_size": 14, "out_hidden_size": 48}
+_GRANITE = {"embedding_multiplier": 3.0, "logits_scaling": 4.0, "residual_multiplier": 0.3}
+_SPARSE = {"num_hidden_layers": 3, "decoder_sparse_step": 2}  # every other layer
+_LLAMA4 = {"head_dim": 14, "num_local_experts": 5, "intermediate_size_mlp": 40, "attention_chunk_size": 6, "floor_scale": 4}
 _MROPE = {"rope_theta": 1e6, "rope_scaling": {"type": "mrope", "mrope_section": [2, 2, 2]}}
 
 
@@ -122,6 +125,74 @@ CONFIGS: dict[str, dict] = {
     "arcee": _text("arcee", head_dim=14),
     "jais2": _text("jais2"),
     "apertus": _text("apertus", attention_bias=True),
+    "qwen3_moe": _text(
+        "qwen3_moe", head_dim=14, num_experts=5, num_experts_per_tok=2, norm_topk_prob=True, moe_intermediate_size=36, **_SPARSE
+    ),
+    "qwen2_moe": _text(
+        "qwen2_moe",
+        num_experts=5,
+        num_experts_per_tok=2,
+        moe_intermediate_size=36,
+        shared_expert_intermediate_size=24,
+        mlp_only_layers=[0],
+    ),
+    "mixtral": _text("mixtral", head_dim=14, num_local_experts=5, num_experts_per_tok=2, sliding_window=5),
+    "minimax_m2": _text("minimax_m2", head_dim=16, rotary_dim=8, num_local_experts=5, num_experts_per_tok=2),
+    "gpt_oss": _text(
+        "gpt_oss",
+        head_dim=16,
+        num_local_experts=5,
+        num_experts_per_tok=2,
+        sliding_window=5,
+        rope_parameters=_YARN | {"truncate": False},
+    ),
+    "glm4_moe": _text(
+        "glm4_moe",
+        head_dim=16,
+        attention_bias=True,
+        use_qk_norm=True,
+        n_routed_experts=8,
+        num_experts_per_tok=3,
+        n_group=4,
+        topk_group=2,
+        moe_intermediate_size=36,
+        n_shared_experts=2,
+        routed_scaling_factor=1.7,
+    ),
+    "granitemoe": _text(
+        "granitemoe", **_GRANITE, num_local_experts=5, num_experts_per_tok=2, attention_multiplier=0.1, tie_word_embeddings=True
+    ),
+    "granitemoeshared": _text(
+        "granitemoeshared",
+        **_GRANITE,
+        num_local_experts=5,
+        num_experts_per_tok=2,
+        attention_multiplier=0.1,
+        shared_intermediate_size=24,
+    ),
+    "olmoe": _text("olmoe", clip_qkv=0.8, num_experts=5, num_experts_per_tok=2),
+    "llama4": _text("llama4_text", **_LLAMA4, num_hidden_layers=4, interleave_moe_layer_step=2, no_rope_layers=[1, 0, 1, 1]),
+    "ernie4_5_moe": _text(
+        "ernie4_5_moe",
+        head_dim=14,
+        use_bias=True,
+        num_hidden_layers=3,
+        moe_num_experts=5,
+        moe_k=2,
+        moe_intermediate_size=36,
+        moe_num_shared_experts=2,
+        moe_layer_start_index=1,
+        moe_layer_end_index=1,
+        moe_norm_min=0.6,
+    ),
+    "hunyuan_moe": _text(
+        "hunyuan_v1_moe",
+        head_dim=14,
+        attention_bias=True,
+        num_experts=5,
+        moe_topk=[2, 3],
+        rope_scaling={"type": "dynamic", "alpha": 50.0, "factor": 1.0},
+    ),
     "gemma3_images": _with_images(
         "gemma3", _text("gemma3_text", head_dim=14, sliding_window=5, layer_types=["sliding_attention", "full_attention"])
     ),

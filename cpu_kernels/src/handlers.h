@@ -44,6 +44,7 @@ using HeadsOut = Heads<ffi::F32>;
 using Slots = Matrix<ffi::S32>;
 using Slot = Row<ffi::S32>;
 using UsedRows = Row<ffi::S32>;  // how many of each window
+using Experts = Row<ffi::S32>;   // whose weight each row is multiplied by, or none at all where there is one weight
 using Thirds = ffi::Buffer<ffi::F32, 3>;
 
 inline constexpr char kIsa[] = "isa", kEps[] = "eps", kOffset[] = "offset", kElements[] = "elements", kScale[] = "scale",
@@ -70,17 +71,30 @@ inline bool are_windows(int64_t m, UsedRows used) {
   return windows == 0 ? m == 0 : m % windows == 0;
 }
 
+// Whether a weight of so many rows gives results of n columns for m rows, by itself or as that of several experts.
+inline bool are_outputs(int64_t m, int64_t n, int64_t rows, Experts experts) {
+  const int64_t given = experts.dimensions()[0];
+  return given == 0 ? rows == n : given == m && n != 0 && rows % n == 0;
+}
+
 inline Used of(UsedRows used) { return {used.typed_data(), used.dimensions()[0]}; }
+
+// The same of a product, whose weight has so many rows for its n outputs.
+inline Used of(UsedRows used, Experts experts, int64_t n, int64_t rows) {
+  if (experts.dimensions()[0] == 0) return of(used);
+  return {used.typed_data(), used.dimensions()[0], experts.typed_data(), rows / n};
+}
 
 inline ffi::Error unfitting() { return ffi::Error::InvalidArgument("the shapes do not belong together"); }
 
 template <ffi::DataType type>
-ffi::Error dense_handler(ffi::ThreadPool pool, Isa isa, Matrix<type> x, Matrix<type> w, UsedRows used, ffi::Result<Y> y) {
+ffi::Error dense_handler(ffi::ThreadPool pool, Isa isa, Matrix<type> x, Matrix<type> w, UsedRows used, Experts experts,
+                         ffi::Result<Y> y) {
   const auto a = x.dimensions(), b = w.dimensions(), c = y->dimensions();
-  if (b[1] != a[1] || c[0] != a[0] || c[1] != b[0] || !are_windows(a[0], used)) return unfitting();
+  if (b[1] != a[1] || c[0] != a[0] || !are_outputs(a[0], c[1], b[0], experts) || !are_windows(a[0], used)) return unfitting();
   const auto* kernel = choose(dense_choices<Element<type>>(), *isa);
   if (kernel == nullptr) return unsupported(*isa);
-  dense_matmul(*kernel, pool, elements(x), elements(w), y->typed_data(), a[0], b[0], a[1], of(used));
+  dense_matmul(*kernel, pool, elements(x), elements(w), y->typed_data(), a[0], c[1], a[1], of(used, experts, c[1], b[0]));
   return ffi::Error::Success();
 }
 

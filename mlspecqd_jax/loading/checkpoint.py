@@ -203,7 +203,8 @@ def restore(folder: pathlib.Path, model: Network, dtype: jnp.dtype, mesh: Mesh |
 
     def place(name, tensor):
         sharding = None if mesh is None else weight_sharding(tensor.axes, tensor.shape, mesh)
-        return jax.device_put(np.asarray(_map(folder / WEIGHTS / name, tensor.shape), dtype), sharding)
+        array = np.asarray(_map(folder / WEIGHTS / name, tensor.shape), jnp.dtype(tensor.dtype or dtype))
+        return jax.device_put(array, sharding)
 
     with _damage_named(folder):
         return jax.block_until_ready({name: place(name, tensor) for name, tensor in model.tensors().items()})
@@ -217,7 +218,8 @@ def drafts(folder: pathlib.Path, dtype: str) -> tuple[Recipe, ...]:
     """
     marker = read_json(folder / MARKER)
     plain, calibrated = (_formats(folder, marker, kind) for kind in ("drafts", "calibrated"))
-    same_values = dtype == "float32" or marker.get("dtypes") == [dtype]
+    # Some parameters are in float32 in any model.
+    same_values = dtype == "float32" or marker.get("dtypes") in ([dtype], sorted({dtype, "float32"}))
     policies = marker.get("policies", {})  # earlier versions made no exceptions
     if not isinstance(policies, dict) or not all(isinstance(policy, dict) for policy in policies.values()):
         raise InputError(f"{folder} is damaged (policies is {brief(policies)} in {MARKER}); convert the model again")
@@ -261,7 +263,7 @@ def restore_draft(folder: pathlib.Path, model: Network, recipe: Recipe, dtype: j
     _refuse_six_bits_in_bytes(folder, recipe, wanted)
     with _damage_named(folder):
         leaves = {name: mapped(name, leaf) for name, leaf in wanted.items()}
-        placed = {name: place_quantized(tensors[name].axes, leaf, model.mesh, dtype) for name, leaf in leaves.items()}
+        placed = {name: place_quantized(tensors[name], leaf, model.mesh, dtype) for name, leaf in leaves.items()}
         return jax.block_until_ready(placed)
 
 

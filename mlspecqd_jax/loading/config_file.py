@@ -13,7 +13,7 @@ from mlspecqd_jax.errors import InputError
 from mlspecqd_jax.json_files import read_json, read_json_if_there, reason
 from mlspecqd_jax.loading.config_keys import KEYS, ROPE_KEYS, check_numbers, check_table
 from mlspecqd_jax.loading.unsupported import why
-from mlspecqd_jax.network.config import Config
+from mlspecqd_jax.network.config import Config, Experts, Router
 from mlspecqd_jax.network.families import FAMILIES
 from mlspecqd_jax.network.families.common import head_dim
 from mlspecqd_jax.network.layers import ACTIVATIONS
@@ -32,9 +32,11 @@ WRAPPERS = {
     "internvl": ("qwen2", "qwen3", "llama"),
     "smolvlm": ("llama",),
     "idefics3": ("llama",),
+    "llama4": ("llama4_text",),
 }
 WITHOUT_TEXT_CONFIG = ("qwen2_vl", "qwen2_5_vl")  # whose first files hold the language model's keys beside vision_config
-PARTIAL = ("phi3", "glm", "glm4", "phi", "gpt_neox", "stablelm", "nemotron")  # families that may rotate a part of each head
+# Families that may rotate a part of each head.
+PARTIAL = ("phi3", "glm", "glm4", "phi", "gpt_neox", "stablelm", "nemotron", "glm4_moe", "minimax_m2")
 PATTERNED = ("gemma3_text", "cohere2", "exaone4")  # families that know sliding_window_pattern
 # What older files call a kind of rope; on a text, positions along three axes are the plain ones.
 ROPE_NAMES = {"su": "longrope", "mrope": "default"}
@@ -50,6 +52,7 @@ UNSUPPORTED = {
     "qk_layernorm": "only models without these norms are",
 }
 LAYER_TYPES = ("full_attention", "sliding_attention")
+CHUNKED = ("full_attention", "chunked_attention")  # of Llama 4
 
 
 def read_config(folder: pathlib.Path) -> Config:
@@ -71,6 +74,8 @@ def config_of(path: pathlib.Path, raw: dict) -> Config:
     _refuse(path, raw)
     raw = _of_text(path, raw)
     family = raw["model_type"]
+    if family == "qwen2_moe" and not raw.get("use_sliding_window"):  # then transformers writes a window of 0
+        raw = {key: value for key, value in raw.items() if key != "sliding_window"}
     _check_values(path, raw, family)
     c = _with_defaults(path, raw, family)
 
@@ -93,7 +98,23 @@ def config_of(path: pathlib.Path, raw: dict) -> Config:
         _check_rope(path, rope, dim, family)
     if (getattr(c, "rotary_dim", None) or 2) % 2 or (getattr(c, "rotary_dim", None) or 2) > dim:
         raise InputError(f"{path}: rotary_dim is {c.rotary_dim}, but must be even and at most {dim}, the size of a head")
-    return FAMILIES[family](c)
+    config = FAMILIES[family](c)
+    for feed in dict.fromkeys(layer.feed for layer in config.layers):
+        if isinstance(feed, Experts):
+            _check_router(path, feed.router)
+    return config
+
+
+def _check_router(path: pathlib.Path, router: Router) -> None:
+    """Raise an InputError unless so many experts can be chosen."""
+    within, groups = router.experts // router.groups * router.groups_chosen, router.groups
+    if router.chosen > router.experts:
+        raise InputError(f"{path}: positions are given to {router.chosen} of {router.experts} experts; correct these keys")
+    if router.experts % groups or router.groups_chosen > groups or router.chosen > within:
+        raise InputError(
+            f"{path}: {router.experts} experts in n_group {groups} groups of which topk_group {router.groups_chosen} are chosen do "
+            f"not give {router.chosen} experts; correct these keys"
+        )
 
 
 def _refuse(path: pathlib.Path, raw: dict) -> None:
@@ -167,12 +188,15 @@ def _check_values(path: pathlib.Path, raw: dict, family: str) -> None:
             _check_rope_keys(path, rope, f"rope_parameters: {kind}")
     kinds = raw.get("layer_types")
     layers = raw.get("num_hidden_layers", len(kinds or ()))  # text_config may leave it to the default
-    for key in ("no_rope_layers", "layer_rope_theta"):
-        if raw.get(key) is not None:
+    for key in ("no_rope_layers", "layer_rope_theta", "moe_topk"):
+        if isinstance(raw.get(key), list) and (
+            raw[key] or family != "llama4_text"
+        ):  # whose files say by none that it is the default
             check_numbers(path, key, raw[key], layers, least=0)
-    if kinds is not None and (len(kinds) != layers or any(kind not in LAYER_TYPES for kind in kinds)):
+    known = CHUNKED if family == "llama4_text" else LAYER_TYPES
+    if kinds is not None and (len(kinds) != layers or any(kind not in known for kind in kinds)):
         raise InputError(
-            f"{path}: layer_types is {brief(kinds)}, but must name one of {', '.join(LAYER_TYPES)} for each of {layers} layers"
+            f"{path}: layer_types is {brief(kinds)}, but must name one of {', '.join(known)} for each of {layers} layers"
         )
 
 
@@ -199,6 +223,9 @@ def _with_defaults(path: pathlib.Path, raw: dict, family: str):
         known |= {"rope_local_base_freq"}
     if family in PATTERNED:
         known |= {"sliding_window_pattern"}
+    spelled = CONFIG_MAPPING[family].attribute_map
+    known |= {"num_experts", "num_local_experts"} & {*spelled, *spelled.values()}
+    known |= {"rotary_dim"} if family == "minimax_m2" else set()  # which becomes partial_rotary_factor
     known |= set() if hasattr(CONFIG_MAPPING[family], "head_dim") else {"head_dim"}
     known |= {"tie_word_embeddings"}  # which Qwen2 and its part of Qwen2-VL honour although their classes know none
     given: dict[str, Any] = {
@@ -226,7 +253,7 @@ def _check_rope(path: pathlib.Path, rope: dict[str, Any], dim: int, family: str)
         raise InputError(
             f"{path}: partial_rotary_factor {part} rotates {size} of {dim} elements of a head; an even number is needed"
         )
-    if kind == "dynamic" and family != "hunyuan_v1_dense":
+    if kind == "dynamic" and family not in ("hunyuan_v1_dense", "hunyuan_v1_moe"):
         raise InputError(f"{path}: rope_type 'dynamic' changes what was computed of a text as it grows, which is not supported")
     growing = ("llama_4_scaling_beta", "original_max_position_embeddings") if family == "ministral3" else ()
     absent = [key for key in (*ROPE_TYPES.get(kind, ()), *growing) if rope.get(key) is None]

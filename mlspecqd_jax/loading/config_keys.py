@@ -48,6 +48,7 @@ FLAG, TEXT, OBJECT, LIST = (
 )
 CAP = _number(1e-3, 1e6, null=True)
 SCALE, SCALE_OR_NULL = _number(1e-6, 1e6), _number(1e-6, 1e6, null=True)
+EXPERTS = _whole(1, 2**14)
 POSITIONS = 2**30  # int32 holds a position and a window beyond it
 KEYS: dict[str, Rule] = {
     "vocab_size": _whole(1, 2**24),
@@ -120,6 +121,39 @@ KEYS: dict[str, Rule] = {
     "no_rope_layers": LIST,
     "layer_rope_theta": LIST,
     "no_rope_layer_interval": _whole(1, 1024),
+    "num_experts": EXPERTS,
+    "num_local_experts": EXPERTS,
+    "n_routed_experts": EXPERTS,
+    "num_experts_per_tok": EXPERTS,
+    "n_group": EXPERTS,
+    "topk_group": EXPERTS,
+    "n_shared_experts": EXPERTS,
+    "moe_intermediate_size": _whole(1, 2**22),
+    "shared_expert_intermediate_size": _whole(1, 2**22),
+    "shared_intermediate_size": _whole(0, 2**22),
+    "decoder_sparse_step": _whole(1, 1024),
+    "mlp_only_layers": LIST,
+    "first_k_dense_replace": _whole(0, 1024),
+    "norm_topk_prob": FLAG,
+    "routed_scaling_factor": SCALE,
+    "qkv_bias": FLAG,
+    "moe_num_experts": EXPERTS,
+    "moe_k": EXPERTS,
+    "moe_topk": Rule("a whole number or a list", (int, list), 1, 2**14),
+    "moe_num_shared_experts": _whole(0, 2**14),
+    "moe_layer_start_index": _whole(0, 1024),
+    "moe_layer_end_index": _whole(-1, 1024),
+    "moe_layer_interval": _whole(1, 1024),
+    "moe_norm_min": _number(0, 1),
+    "intermediate_size_mlp": _whole(1, 2**22),
+    "moe_layers": LIST,
+    "interleave_moe_layer_step": _whole(1, 1024),
+    "attention_chunk_size": _whole(1, POSITIONS, null=True),
+    "attn_temperature_tuning": FLAG,
+    "floor_scale": _whole(1, POSITIONS),
+    "attn_scale": _number(0, 1e3),
+    "swiglu_alpha": SCALE,
+    "swiglu_limit": SCALE,
 }
 ROPE_KEYS: dict[str, Rule] = {
     "rope_type": TEXT,

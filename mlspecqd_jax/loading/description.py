@@ -11,16 +11,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mlspecqd_jax.json_files import read_json
+from mlspecqd_jax.errors import InputError
+from mlspecqd_jax.json_files import read_json, read_json_if_there
 from mlspecqd_jax.loading.config_file import config_of
 from mlspecqd_jax.loading.find import find_config
+from mlspecqd_jax.loading.native_mxfp4 import is_native
 from mlspecqd_jax.loading.origin import origin
 from mlspecqd_jax.loading.quantized.method import Quantization, quantization_of, reader_of
-from mlspecqd_jax.network.config import Config
+from mlspecqd_jax.network.config import Config, Experts
 from mlspecqd_jax.network.network import Network
 from mlspecqd_jax.weights.formats import FORMATS, format_of
 from mlspecqd_jax.weights.quantization import default_policy, formats_of, with_head
-from mlspecqd_jax.weights.tensors import EMBEDDING, HEAD, parameters
+from mlspecqd_jax.weights.tensors import EMBEDDING, HEAD, Tensor, parameters
 
 SAMPLING_KEYS = ("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 BFLOAT16 = 2  # bytes
@@ -60,7 +62,7 @@ def describe(model: str | os.PathLike, platform: str = "cpu") -> dict[str, Any]:
         "layers": f"{len(config.layers)} x hidden {config.hidden_size}, {attention.heads} heads, "
         f"{attention.kv_heads} key/value heads",
         **told,
-        "twins": {name: _twin(network, name, platform) for name in FORMATS},
+        "twins": {name: twin for name in FORMATS if (twin := _twin(network, name, platform))},
     }
 
 
@@ -80,30 +82,46 @@ def _read(model: str | os.PathLike) -> tuple[Config, dict[str, Any]]:
     place = find_config(model)
     if place.is_file() and place.suffix == ".json":
         raw = read_json(place)
-        config, quantization = config_of(place, raw), quantization_of(place, raw)
-        return config, {"source": f"{place} alone", "family": raw["model_type"], "weights": _weights(quantization)}
+        config, weights = config_of(place, raw), _weights(raw, quantization_of(place, raw))
+        return config, {"source": f"{place} alone", "family": raw["model_type"], "weights": weights}
     found = origin(place)
     recorded = {key: found.recorded[key] for key in SAMPLING_KEYS if key in found.recorded}
     return found.config, {
         "source": found.kind,
         "family": found.family,
-        **(found.facts if place.is_file() else {"weights": _weights(found.quantization)}),
+        **(found.facts or {"weights": _weights(read_json_if_there(place / "config.json"), found.quantization)}),
         "tokenizer": found.tokenizer_kind,
         "end_of_text_ids": list(found.eos_token_ids),
         "recorded_sampling": recorded,
     }
 
 
-def _weights(quantization: Quantization | None) -> str:
+def _weights(raw: dict, quantization: Quantization | None) -> str:
     if quantization is None:
-        return "plain"
+        return "plain, those of experts in MXFP4" if is_native(raw) else "plain"
     reader_of(quantization)  # or it is refused
     return f"quantized by {quantization.method}"
 
 
 def _read_by_a_pass(network: Network) -> int:
     """Count the parameters that a pass over one token reads: all but an embedding that is not the head (`Model.pass_bytes`)."""
-    return parameters({name: tensor for name, tensor in network.tensors().items() if network.config.tied or name != EMBEDDING})
+    tensors = network.tensors()
+    return round(
+        sum(
+            math.prod(tensor.shape) * _part_read(network, name, tensor)
+            for name, tensor in tensors.items()
+            if network.config.tied or name != EMBEDDING
+        )
+    )
+
+
+def _part_read(network: Network, name: str, tensor: Tensor) -> float:
+    """Return what part of a parameter a pass over one token reads: of experts' weights those of the chosen ones."""
+    if tensor.experts is None:
+        return 1.0
+    feed = network.config.layers[int(name.partition(".layers.")[2].partition(".")[0])].feed
+    assert isinstance(feed, Experts)
+    return feed.router.chosen / tensor.experts
 
 
 def _cache_bytes(network: Network) -> int:
@@ -117,18 +135,25 @@ def _cache_bytes(network: Network) -> int:
     return size(2) - size(1)
 
 
-def _twin(network: Network, format: str, platform: str) -> dict[str, Any]:
-    """Return the bytes of a twin's own weights as they are stored, and of what its pass reads as a part of the model's."""
+def _twin(network: Network, format: str, platform: str) -> dict[str, Any] | None:
+    """Return the bytes of a twin's own weights as they are stored, and of what its pass reads as a part of the model's.
+
+    Some sizes cannot be cast to some formats; of them it is None.
+    """
     tensors = with_head(network.tensors())
-    formats = formats_of(tensors, format, default_policy(format, network.config.tied, platform))
+    try:
+        formats = formats_of(tensors, format, default_policy(format, network.config.tied, platform))
+    except InputError:
+        return None
     own = {name: format_of(to).nbytes(*tensors[name].shape) for name, to in formats.items() if to is not None}
-    shared = parameters(
-        {name: tensor for name, tensor in tensors.items() if name not in own and (name != EMBEDDING or HEAD not in own)}
+    part = {name: _part_read(network, name, tensor) for name, tensor in tensors.items()}
+    shared = sum(
+        BFLOAT16 * math.prod(tensor.shape) * part[name]
+        for name, tensor in tensors.items()
+        if name not in own and (name != EMBEDDING or HEAD not in own)
     )
-    return {
-        "bytes": sum(own.values()),
-        "part_of_pass": (sum(own.values()) + BFLOAT16 * shared) / (BFLOAT16 * _read_by_a_pass(network)),
-    }
+    read = shared + sum(size * part[name] for name, size in own.items())
+    return {"bytes": sum(own.values()), "part_of_pass": read / (BFLOAT16 * _read_by_a_pass(network))}
 
 
 def _shown(value: Any) -> str:

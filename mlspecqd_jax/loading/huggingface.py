@@ -6,9 +6,11 @@ from the mapped file to their place, so that the process never holds a second mo
 """
 
 import contextlib
+import functools
 import pathlib
 import warnings
 from collections.abc import Sequence
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -20,10 +22,12 @@ from tqdm.auto import tqdm
 
 from mlspecqd_jax.errors import InputError
 from mlspecqd_jax.json_files import reason
-from mlspecqd_jax.loading import weight_files
+from mlspecqd_jax.loading import native_mxfp4, weight_files
 from mlspecqd_jax.network.network import Network
 from mlspecqd_jax.weights import tensors
 from mlspecqd_jax.weights.placement import place, weight_sharding
+from mlspecqd_jax.weights.quantization import place_quantized
+from mlspecqd_jax.weights.quantized_array import Leaf
 from mlspecqd_jax.weights.tensors import EMBEDDING, HEAD, Tensor
 
 HUB_FILES = (
@@ -77,8 +81,8 @@ def downloaded(repo_id: str) -> pathlib.Path | None:
         return None
 
 
-def read_params(folder: pathlib.Path, model: Network, dtype: jnp.dtype, mesh: Mesh | None) -> dict[str, jax.Array]:
-    """Stream every tensor of a checkpoint to its place, in `dtype`.
+def read_params(folder: pathlib.Path, model: Network, dtype: jnp.dtype, mesh: Mesh | None) -> dict[str, Leaf]:
+    """Stream every tensor of a checkpoint to its place, in `dtype`, or packed (`native_mxfp4`).
 
     A config that ties head and embedding is taken at its word as far as the files agree, as by transformers: either of them stands
     for both, equal ones are kept once, and different ones are both used.
@@ -97,10 +101,14 @@ def read_params(folder: pathlib.Path, model: Network, dtype: jnp.dtype, mesh: Me
     """
     tied, expected = model.config.tied, model.untied.tensors()
     either = tuple(expected[name].sources[0].names[0] for name in (HEAD, EMBEDDING)) if tied else ()
-    located = weight_files.locate(folder, tensors.stored_shapes(expected), tied=either)
+    packed = native_mxfp4.in_parts(folder, expected)
+    parts = {name: tuple(packed[name].values()) if name in packed else (tensor,) for name, tensor in expected.items()}
+    bytewise = tensors.stored_shapes({f"{name}.{role}": part for name in packed for role, part in packed[name].items()})
+    floats = tensors.stored_shapes({name: tensor for name, tensor in expected.items() if name not in packed})
+    located = weight_files.locate(folder, floats, tied=either, bytewise=bytewise)
     together = {}  # parameters by the files that hold them, so that each file is opened once
-    for name, tensor in expected.items():
-        names = [stored for source in tensor.sources for stored in source.names]
+    for name in expected:
+        names = [stored for tensor in parts[name] for source in tensor.sources for stored in source.names]
         if all(stored in located for stored in names):
             together.setdefault(tuple(dict.fromkeys(located[stored].file for stored in names)), []).append(name)
     params = {}
@@ -108,22 +116,27 @@ def read_params(folder: pathlib.Path, model: Network, dtype: jnp.dtype, mesh: Me
         for files, names in together.items():
             with contextlib.ExitStack() as stack:
                 opened = {file: stack.enter_context(_opened(file)) for file in files}
+                get = functools.partial(_get, opened, located)
                 for name in names:
-                    array = tensors.read(expected[name], lambda stored, opened=opened: _get(opened, located[stored]))
-                    params[name] = place_finite(name, array, dtype, mesh, expected[name], files[0])
+                    if name in packed:
+                        leaf = native_mxfp4.read(files[0], name, packed[name], get)
+                        params[name] = jax.block_until_ready(place_quantized(expected[name], leaf, mesh, dtype))
+                    else:
+                        array = tensors.read(expected[name], get)
+                        params[name] = place_finite(name, array, dtype, mesh, expected[name], files[0])
                     bar.update()
     params = _tie(folder, params) if tied else params
     return {name: params[name] for name in expected if name in params}
 
 
-def _tie(folder: pathlib.Path, params: dict[str, jax.Array]) -> dict[str, jax.Array]:
+def _tie(folder: pathlib.Path, params: dict[str, Leaf]) -> dict[str, Leaf]:
     """Return the parameters of a model whose config ties head and embedding."""
     if HEAD not in params:
         return params
     rest = {name: leaf for name, leaf in params.items() if name != HEAD}
     if EMBEDDING not in params:
         return rest | {EMBEDDING: params[HEAD]}
-    if jnp.array_equal(params[HEAD], params[EMBEDDING]):
+    if jnp.array_equal(cast(jax.Array, params[HEAD]), cast(jax.Array, params[EMBEDDING])):
         return rest
     warnings.warn(
         f"{folder}: config.json ties {HEAD} to the embedding, but the file holds another one, which is used; "
@@ -139,7 +152,8 @@ def _opened(file: pathlib.Path):
         yield tensors
 
 
-def _get(opened: dict, place: weight_files.Place) -> np.ndarray:
+def _get(opened: dict, located: dict[str, weight_files.Place], name: str) -> np.ndarray:
+    place = located[name]
     with _damage_named(place.file):
         return opened[place.file].get_tensor(place.name)
 
@@ -161,11 +175,12 @@ def _all_finite(x):
 def place_finite(
     name: str, array: np.ndarray, dtype: jnp.dtype, mesh: Mesh | None, tensor: Tensor, file: pathlib.Path
 ) -> jax.Array:
-    """Put a parameter of a file where its axes say, in `dtype`.
+    """Put a parameter of a file where its axes say, in `dtype`, or in the one that it has in any model.
 
     Raises:
       InputError: it is not finite there.
     """
+    dtype = jnp.dtype(tensor.dtype or dtype)
     with np.errstate(over="ignore"):  # an overflow to infinity is reported below, by name
         array = np.asarray(array, dtype)
     sharding = None if mesh is None else weight_sharding(tensor.axes, array.shape, mesh)

@@ -16,7 +16,7 @@ from mlspecqd_jax.network.network import Network
 from mlspecqd_jax.text.card import Card
 from mlspecqd_jax.weights.cast import check_scale_rule
 from mlspecqd_jax.weights.quantization import Policy, Recipe, bits_of, default_policy, formats_of, quantize_params, recipe_of_bits
-from mlspecqd_jax.weights.quantized_array import Leaf
+from mlspecqd_jax.weights.quantized_array import Leaf, QuantizedArray
 from mlspecqd_jax.weights.tensors import EMBEDDING, HEAD
 
 
@@ -53,6 +53,11 @@ class Model:
         """What a pass over one row reads of the weights: all but an embedding that is not the head."""
         gathered = EMBEDDING if HEAD in self.params else None
         return sum(leaf.nbytes for name, leaf in self.params.items() if name != gathered)
+
+    @property
+    def holds_packed_weights(self) -> bool:
+        """Whether some weights are quantized by the model's maker (`native_mxfp4`), or by its recipe."""
+        return any(isinstance(leaf, QuantizedArray) for leaf in self.params.values())
 
     @property
     def runs_on(self) -> str:
@@ -124,6 +129,7 @@ class Model:
         tensors, (format, policy, scale_rule) = self.network.tensors(), (recipe.format, dict(recipe.policy), recipe.scale_rule)
         rounded = {}
         if recipe.calibrated:
+            self._need_plain_weights("calibrated")
             check_scale_rule(scale_rule, format)
             wanted = formats_of(tensors, format, policy)
             rounded = calibrated_weights(self.network, arrays, self._first, wanted, scale_rule)
@@ -137,7 +143,12 @@ class Model:
         """
         if self.recipe is not None:
             raise InputError(f"{self.card.name} is quantized already; ask the original model")
+        self._need_plain_weights("measured")
         return precision_search.sensitivity(self.network, cast(dict[str, jax.Array], self.params), self._first)
+
+    def _need_plain_weights(self, done: str) -> None:
+        if self.holds_packed_weights:
+            raise InputError(f"{self.card.name} holds weights in MXFP4 already, by which none is {done}; give a format alone")
 
     @property
     def _first(self) -> int:
@@ -158,6 +169,7 @@ class Model:
         stored = [recipe for recipe in self.drafts if (recipe.bits, recipe.calibrated) == (bits, calibrate)]
         if stored:
             return stored[0]
+        self._need_plain_weights("measured")
         params = cast(dict[str, jax.Array], self.params)
         return recipe_of_bits(precision_search.policy_for(self.network, params, self._first, bits), bits, calibrate)
 

@@ -161,6 +161,8 @@ def convert(
     folder = pathlib.Path(folder)
     checkpoint.check_new(folder)
     loaded = load(model, dtype=dtype)
+    if loaded.holds_packed_weights:
+        raise InputError(f"{model} holds weights in MXFP4 already, which cannot be converted; load it as it is")
     twins = {} if draft is None else dict([stored_twin(loaded, draft, calibrate)])
     checkpoint.save(folder, loaded.folder, loaded.params, twins)
     return folder

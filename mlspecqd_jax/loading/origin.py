@@ -18,6 +18,7 @@ from mlspecqd_jax.loading.quantized.params import Leaves, decoded, leaves_of
 from mlspecqd_jax.network.config import Config
 from mlspecqd_jax.network.network import Network
 from mlspecqd_jax.text import tokenizer_files
+from mlspecqd_jax.weights.quantized_array import Leaf
 
 
 class Origin(NamedTuple):
@@ -33,7 +34,7 @@ class Origin(NamedTuple):
     quantization: Quantization | None  # of weights that are quantized already
     leaves: Callable[[Network], Leaves] | None  # those weights as they are stored
     tokenizer: Callable[[Any], Any]  # or None where there is none; the given one where it is known to have the same tokens
-    params: Callable[[Network, jnp.dtype, Mesh | None], dict[str, jax.Array]]  # decoded where they are quantized
+    params: Callable[[Network, jnp.dtype, Mesh | None], Mapping[str, Leaf]]  # decoded where somebody quantized them
 
 
 def origin(place: pathlib.Path) -> Origin:
@@ -47,13 +48,14 @@ def origin(place: pathlib.Path) -> Origin:
 
 def _of_folder(folder: pathlib.Path) -> Origin:
     config, quantization, converted = config_file.read_config(folder), find_quantization(folder), checkpoint.is_converted(folder)
-    leaves, params = None, functools.partial(checkpoint.restore if converted else huggingface.read_params, folder)
+    raw, leaves = read_json(folder / "config.json"), None
+    params = functools.partial(checkpoint.restore if converted else huggingface.read_params, folder)
     if quantization is not None:
         leaves = functools.partial(leaves_of, folder, quantization)
         params = functools.partial(_decoded, folder, quantization)
     return Origin(
         kind=f"{'converted' if converted else 'Hugging Face'} checkpoint in {folder}",
-        family=read_json(folder / "config.json")["model_type"],
+        family=raw["model_type"],
         config=config,
         eos_token_ids=config_file.eos_token_ids(folder, config.vocab_size),
         recorded=read_json_if_there(folder / "generation_config.json"),

@@ -9,8 +9,9 @@ beyond the model, or lack of it, is refused.
 import os
 import pathlib
 import re
+import types
 import warnings
-from collections.abc import Container
+from collections.abc import Container, Mapping
 from typing import NamedTuple
 
 from safetensors import SafetensorError, safe_open
@@ -20,7 +21,7 @@ from mlspecqd_jax.errors import InputError
 from mlspecqd_jax.json_files import printable, read_json, reason
 
 FILE, INDEX, SUFFIX = "model.safetensors", "model.safetensors.index.json", ".safetensors"
-FLOATS = ("F64", "F32", "F16", "BF16")
+FLOATS, BYTES = ("F64", "F32", "F16", "BF16"), ("U8",)
 # What a multimodal model's files put before the names of its language model, and what it is without.
 PREFIXES = (
     (r"(model\.language_model|language_model\.model|model\.text_model)\.", "model."),
@@ -40,6 +41,8 @@ BALLAST = (
     r".*\.(attn|attention)\.(bias|masked_bias)",
 )
 
+AHEAD = "eh_proj.weight"
+
 
 class Header(NamedTuple):
     """What a file says of a tensor."""
@@ -55,31 +58,41 @@ class Place(NamedTuple):
     name: str  # in the file
 
 
-def locate(folder: pathlib.Path, expected: dict[str, tuple[int, ...]], *, tied: tuple[str, ...] = ()) -> dict[str, Place]:
+def locate(
+    folder: pathlib.Path,
+    expected: dict[str, tuple[int, ...]],
+    *,
+    tied: tuple[str, ...] = (),
+    bytewise: Mapping[str, tuple[int, ...]] = types.MappingProxyType({}),
+) -> dict[str, Place]:
     """Check every header of a folder against the expected names and shapes, and return where each tensor lies.
 
     Args:
       folder: of the checkpoint.
       expected: the shape of every tensor by name, the head included (`tensors.stored_shapes`).
+      bytewise: the same of those that hold bytes.
       tied: head and embedding by the file's names, if they may be one; then either may be absent, and what is there is returned.
 
     Raises:
       InputError: files or tensors missing, unknown, of another shape or kind, truncated, or a name that stands for two tensors.
     """
     found, index = headers(folder)
+    expected = expected | dict(bytewise)
     located, ignored, problems = {}, [], []
+    # Layers behind the last that predict further tokens (GLM-4.5), which have a projection that no other layer has.
+    ahead = tuple(place.name.removesuffix(AHEAD) for place in found if place.name.endswith(f".{AHEAD}"))
     for source, header in found.items():
         name = own_name(source.name, expected)
         if index is not None and index.get(source.name) != source.file:
             ignored.append(source.name)  # the index decides: another file's tensor is meant, or none
         elif name not in expected:
-            known = any(re.fullmatch(pattern, source.name) for pattern in BALLAST)
+            known = source.name.startswith(ahead) or any(re.fullmatch(pattern, source.name) for pattern in BALLAST)
             (ignored if known else problems).append(source.name if known else f"unknown tensor {source.name}")
         elif name in located:
             problems.append(f"both {located[name].name} and {source.name} are there")
         else:
             located[name] = source
-            problems += _misfit(source.name, header, expected[name])
+            problems += _misfit(source.name, header, expected[name], BYTES if name in bytewise else FLOATS)
     optional = set(tied) if located.keys() & set(tied) else set(tied[:1])
     places = {own_name(place.name, expected): place for place in found}
     problems += [_missing(name, places.get(name), index) for name in expected if name not in located.keys() | optional]
@@ -100,11 +113,11 @@ def own_name(name: str, expected: Container[str]) -> str:
     return next((prefix + name for prefix in MISSING if prefix + name in expected), f"model.{name}")
 
 
-def _misfit(name: str, header: Header, shape: tuple[int, ...]) -> list[str]:
+def _misfit(name: str, header: Header, shape: tuple[int, ...], dtypes: tuple[str, ...]) -> list[str]:
     if header.shape != shape:
         return [f"tensor {name} has shape {list(header.shape)}, but config.json asks for {list(shape)}"]
-    if header.dtype not in FLOATS:
-        return [f"tensor {name} is stored as {header.dtype}, but must be one of {', '.join(FLOATS)}"]
+    if header.dtype not in dtypes:
+        return [f"tensor {name} is stored as {header.dtype}, but must be one of {', '.join(dtypes)}"]
     return []
 
 

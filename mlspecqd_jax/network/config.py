@@ -31,10 +31,11 @@ class Rope:
 
 @dataclasses.dataclass(frozen=True)
 class Growth:
-    """What queries at position p are multiplied by: factors[p // period], behind the end the last."""
+    """What queries at position p are multiplied by: factors[(p + ahead) // period], behind the end the last."""
 
     period: int
     factors: tuple[float, ...]
+    ahead: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,11 +49,12 @@ class Attention:
     scale: float
     rope: Rope | None
     window: int | None = None  # how many positions a query sees, its own among them; None is all up to it
+    chunk: int | None = None  # size of a text's equal parts; a query sees nothing of those before its own
     qk_norm: Norm | None = None  # of queries and keys, before the rotation
     qk_norm_of: Literal["head", "each", "all"] = "head"  # one for every head, one for each, or one of all heads' elements together
     qk_norm_last: bool = False  # after the rotation
     growth: Growth | None = None
-    clip: float | None = None  # bound of the magnitude of queries, keys and values
+    clip: float | None = None  # bound of the magnitude of queries, keys and values, behind a norm of all heads' elements
     cap: float | None = None
     sinks: bool = False  # a learned logit for each head, whose probability goes to no value
     bias: bool = False  # of queries, keys and values
@@ -69,6 +71,14 @@ class GatedMLP:
 
 
 @dataclasses.dataclass(frozen=True)
+class ClampedSwish:
+    """g * sigmoid(alpha * g) * (u + 1) of a gate and what it gates, g at most `limit` and u of at most that magnitude."""
+
+    alpha: float
+    limit: float
+
+
+@dataclasses.dataclass(frozen=True)
 class MLP:
     """down(act(up(x))); act may be xielu, which has parameters."""
 
@@ -78,11 +88,43 @@ class MLP:
 
 
 @dataclasses.dataclass(frozen=True)
+class Router:
+    """Which experts a position is given to, and what their results are multiplied by (`routing.route`)."""
+
+    experts: int
+    chosen: int  # of them for each position
+    scores: Literal["softmax", "sigmoid", "softmax of chosen", "sigmoid of chosen"]  # of logits, which the last two choose by
+    bias: bool = False  # of logits
+    choice_bias: bool = False  # of scores, for the choice alone
+    groups: int = 1  # equal parts of the experts
+    groups_chosen: int = 1  # by the sum of their two best scores; the others' experts are not chosen
+    normed: bool = False  # factors are divided by their sum
+    least_sum: float = 0.0  # by which they are at least divided
+    factor: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Experts:
+    """The sum over the experts that a position is given to of factor * down(act(gate(x)) * up(x)), each with its own weights.
+
+    With `weighs_input` it is x that is multiplied by the factor.
+    """
+
+    router: Router
+    size: int
+    act: str | ClampedSwish = "silu"
+    bias: bool = False
+    weighs_input: bool = False
+    shared: GatedMLP | None = None  # whose result for every position is added
+    shared_gate: bool = False  # times the sigmoid of another product with x
+
+
+@dataclasses.dataclass(frozen=True)
 class Layer:
     """h = n0(x); x = x + n1(mixer(h)); x = x + n3(feed(n2(x))), each norm by its name in the file, None being the identity."""
 
     mixer: Attention
-    feed: GatedMLP | MLP
+    feed: GatedMLP | MLP | Experts
     norms: tuple[str | None, str | None, str | None, str | None]
     parallel: bool = False  # x = x + n1(mixer(h)) + n3(feed(n2(x))), or feed(h) without n2
     scale: float = 1.0  # of what n1 and n3 return
@@ -103,7 +145,7 @@ class Config:
     head_bias: bool = False
     logit_scale: float = 1.0
     logit_cap: float | None = None  # logits are cap * tanh(logits / cap)
-    # Where a file holds a module's tensors, if not under the module's own name; `*` stands for the number of a layer.
+    # Where a file holds a module's tensors, or one parameter, if not under its own name; `*` stands for the number of a layer.
     sources: tuple[tuple[str, Source], ...] = ()
 
     def __hash__(self):

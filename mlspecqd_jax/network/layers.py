@@ -1,4 +1,4 @@
-"""The layers of a decoder-only transformer, in flax nnx, as `config` describes them.
+"""The parts of a decoder's layers, in flax nnx, as `config` describes them.
 
 Attributes are named as in Hugging Face's tensor names (`self_attn.q_proj.weight`). How a weight is stored is the leaf's business:
 the same module applied to other leaves is another model. A parameter says of itself whether it may be quantized (`linear`) and over
@@ -12,6 +12,7 @@ read and need no trimming.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -20,7 +21,7 @@ from flax import nnx
 
 from mlspecqd_jax.network import config
 from mlspecqd_jax.network.attention import KVCache, finite
-from mlspecqd_jax.network.ops import attend, layer_norm, linear, product, rms_norm, rotary, rotate, rows, scaled, write
+from mlspecqd_jax.network.ops import attend, layer_norm, linear, product, rms_norm, rotate, rows, scaled, write
 from mlspecqd_jax.weights.tensors import AXIS
 
 ACTIVATIONS = {
@@ -32,6 +33,19 @@ ACTIVATIONS = {
     "gelu_new": functools.partial(jax.nn.gelu, approximate=True),
     "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True),
 }
+
+
+def gated(act: str | config.ClampedSwish) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """Return the function of a gate and of what it gates: act(gate) * up, or `config.ClampedSwish`."""
+    if isinstance(act, config.ClampedSwish):
+        return functools.partial(_clamped_swish, act)
+    activation = ACTIVATIONS[act]
+    return lambda gate, up: activation(gate) * up
+
+
+def _clamped_swish(act, gate, up):
+    gate, up = jnp.minimum(gate, act.limit), jnp.clip(up, -act.limit, act.limit)
+    return gate * jax.nn.sigmoid(act.alpha * gate) * (up + 1)
 
 
 class XIELU(nnx.Module):
@@ -85,14 +99,15 @@ class Embedding(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """`ops.rms_norm` with its weight [K]."""
+    """`ops.rms_norm` with its weight [K], where it has one."""
 
     def __init__(self, k: int, norm: config.Norm):
-        self.weight = nnx.Param(jnp.full((k,), 1 - norm.offset))
+        self.weight = nnx.Param(jnp.full((k,), 1 - norm.offset)) if norm.weight else None
         self.norm = norm
 
     def __call__(self, x: jax.Array, used: jax.Array | None = None) -> jax.Array:
-        return rms_norm(x, self.weight.get_value(), self.norm, used)
+        weight = jnp.ones(x.shape[-1:], x.dtype) if self.weight is None else self.weight.get_value()
+        return rms_norm(x, weight, self.norm, used)
 
 
 class LayerNorm(nnx.Module):
@@ -142,10 +157,10 @@ class Attention(nnx.Module):
         """Return (output [B, W, K], updated cache) of x [B, W, K]; without a cache the window attends to itself alone."""
         (batch, width, _), used = x.shape, window.used
         q, k, v = self.q_proj(x, used), self.k_proj(x, used), self.v_proj(x, used)
-        if self.a.clip is not None:
-            q, k, v = (jnp.clip(part, -self.a.clip, self.a.clip) for part in (q, k, v))
         if self.a.qk_norm_of == "all":
             q, k = self._normed(q, k, used)
+        if self.a.clip is not None:
+            q, k, v = (jnp.clip(part, -self.a.clip, self.a.clip) for part in (q, k, v))
         q = q.reshape(batch, width, self.a.heads, self.a.head_dim)
         k = k.reshape(batch, width, self.a.kv_heads, self.a.head_dim)
         v = v.reshape(batch, width, self.a.kv_heads, self.a.value_dim)
@@ -164,6 +179,7 @@ class Attention(nnx.Module):
             cache = write(cache, k, v, last[:, 0], used)
             k, v = cache
         first = jnp.zeros_like(last) if self.a.window is None else last - self.a.window + 1
+        first = first if self.a.chunk is None else jnp.maximum(first, last - window.positions % self.a.chunk)
         sinks = None if self.sinks is None else self.sinks.get_value()
         out = attend(q, k, v, first, last, sinks, scale=self.a.scale, cap=self.a.cap, used=used)  # [B, W, H * Dv]
         return self.o_proj(out, used), cache
@@ -183,7 +199,9 @@ class Attention(nnx.Module):
 
 
 def _grown(q, positions, growth: config.Growth):
-    factors = jnp.asarray(growth.factors, jnp.float32)[jnp.minimum(positions // growth.period, len(growth.factors) - 1)]
+    factors = jnp.asarray(growth.factors, jnp.float32)[
+        jnp.minimum((positions + growth.ahead) // growth.period, len(growth.factors) - 1)
+    ]
     return q * factors[:, None, :, None].astype(q.dtype)
 
 
@@ -203,10 +221,10 @@ class GatedMLP(nnx.Module):
         self.gate_proj = make(mlp.size, k, axes=ALONG_N)
         self.up_proj = make(mlp.size, k, axes=ALONG_N)
         self.down_proj = make(k, mlp.size, axes=ALONG_K)
-        self.activation = ACTIVATIONS[mlp.act]
+        self.gated = gated(mlp.act)
 
     def __call__(self, x: jax.Array, used: jax.Array | None = None) -> jax.Array:
-        return self.down_proj(self.activation(self.gate_proj(x, used)) * self.up_proj(x, used), used)
+        return self.down_proj(self.gated(self.gate_proj(x, used), self.up_proj(x, used)), used)
 
 
 class MLP(nnx.Module):
@@ -220,65 +238,3 @@ class MLP(nnx.Module):
 
     def __call__(self, x: jax.Array, used: jax.Array | None = None) -> jax.Array:
         return self.down_proj(self.act_fn(self.up_proj(x, used)), used)
-
-
-class Block(nnx.Module):
-    """A decoder layer: attention and MLP between norms, which are named as in the file (`config.Layer`)."""
-
-    def __init__(self, layer: config.Layer, norm: config.Norm, k: int, *, init, rngs: nnx.Rngs):
-        self.layer = layer
-        for name in filter(None, layer.norms):
-            setattr(self, name, norm_of(k, norm))
-        self.self_attn = Attention(layer.mixer, k, init=init, rngs=rngs)
-        if isinstance(layer.feed, config.GatedMLP):
-            self.mlp = GatedMLP(layer.feed, k, init=init, rngs=rngs)
-        else:
-            self.mlp = MLP(layer.feed, k, init=init, rngs=rngs)
-
-    def __call__(self, x, window: Window, cache):
-        """Return (x [B, W, K], updated cache), as `Attention` takes its arguments."""
-        before, after, before_feed, after_feed = (getattr(self, name) if name else _identity for name in self.layer.norms)
-        used, scale = window.used, self.layer.scale
-        h = before(x, used)
-        mixed, cache = self.self_attn(h, window, cache)
-        y = x + scaled(after(mixed, used), scale)
-        if not self.layer.parallel:
-            return y + scaled(after_feed(self.mlp(before_feed(y, used), used), used), scale), cache
-        fed = self.mlp(h if self.layer.norms[2] is None else before_feed(x, used), used)
-        return y + scaled(after_feed(fed, used), scale), cache
-
-
-def _identity(x, used):
-    return x
-
-
-class Trunk(nnx.Module):
-    """Embedding, layers and final norm: tokens [B, W], of which `used` are such (see `ops`), to hidden states [B, W, K]."""
-
-    def __init__(self, c: config.Config, *, init, rngs: nnx.Rngs):
-        self.ropes = tuple(layer.mixer.rope for layer in c.layers)
-        self.embed_tokens = Embedding(c.vocab_size, c.hidden_size, c.embed_scale, init=init, rngs=rngs)
-        positions = c.max_positions if c.learned_positions else 0
-        self.embed_positions = Embedding(positions, c.hidden_size, 1.0, init=init, rngs=rngs) if positions else None
-        self.layers = nnx.List([Block(layer, c.norm, c.hidden_size, init=init, rngs=rngs) for layer in c.layers])
-        self.norm = norm_of(c.hidden_size, c.norm)
-
-    def embed(self, tokens, positions):
-        """Return what the first layer reads of tokens at positions, both [B, W]."""
-        x = self.embed_tokens(tokens)
-        if self.embed_positions is None:
-            return x
-        last = self.embed_positions.weight.get_value().shape[0] - 1  # beyond which there is only padding
-        return x + self.embed_positions(jnp.minimum(positions, last))
-
-    def __call__(self, tokens, start, caches, used=None):
-        positions = start[:, None] + jnp.arange(tokens.shape[1])[None, :]  # [B, W]
-        ropes = dict.fromkeys(self.ropes)
-        windows = {rope: Window(positions, None if rope is None else rotary(positions, rope), used) for rope in ropes}
-        x = self.embed(tokens, positions)
-        updated = []
-        for i, (layer, rope) in enumerate(zip(self.layers, self.ropes, strict=True)):
-            with jax.named_scope(f"layer_{i}"):
-                x, cache = layer(x, windows[rope], None if caches is None else caches[i])
-            updated.append(cache)
-        return self.norm(x, used), None if caches is None else updated

@@ -23,7 +23,8 @@ from mlspecqd_jax.errors import InputError
 from mlspecqd_jax.network import ops
 from mlspecqd_jax.network.attention import KVCache
 from mlspecqd_jax.network.config import Config
-from mlspecqd_jax.network.layers import ALONG_N, Linear, Trunk
+from mlspecqd_jax.network.layers import ALONG_N, Linear
+from mlspecqd_jax.network.trunk import Trunk
 from mlspecqd_jax.weights.placement import cache_sharding
 from mlspecqd_jax.weights.quantized_array import Leaf
 from mlspecqd_jax.weights.tensors import EMBEDDING, HEAD, Source, Tensor
@@ -96,8 +97,8 @@ class Network:
     def init(self, seed: int, dtype: jnp.dtype = jnp.float32, stddev: float = 0.02) -> dict[str, jax.Array]:
         """Return random parameters: weights normal(0, stddev), norms one, biases zero."""
         state = nnx.state(Transformer(self.config, nnx.Rngs(seed), stddev))
-        flat = {_name(path): leaf.get_value().astype(dtype) for path, leaf in nnx.to_flat_state(state)}
-        return {name: flat[name] for name in self.tensors()}
+        flat = {_name(path): leaf.get_value() for path, leaf in nnx.to_flat_state(state)}
+        return {name: flat[name].astype(tensor.dtype or dtype) for name, tensor in self.tensors().items()}
 
     def row_multiple(self, params: dict[str, Leaf]) -> int:
         """Return to how many rows windows are padded so that a row is computed alike in all of them (see `speculation.protocols`).
@@ -179,15 +180,14 @@ def _skeleton(config: Config):
 
 def _tensor(name: str, leaf: nnx.Param, sources: dict[str, Source]) -> Tensor:
     facts = leaf.get_metadata()
-    module, _, kind = name.rpartition(".")
     here = re.search(r"\.layers\.(\d+)\.", name)
-    source = sources.get(module if here is None else module.replace(here[0], ".layers.*."))
-    if source is None:
-        source = Source((name,))
-    else:
-        names = (f"{other}.{kind}" if here is None else f"{other}.{kind}".replace("*", here[1]) for other in source.names)
-        source = source._replace(names=tuple(names))
-    return Tensor(leaf.get_value().shape, facts.get("axes", ()), facts.get("linear", False), (source,))
+    anywhere = name if here is None else name.replace(here[0], ".layers.*.")
+    module, _, kind = anywhere.rpartition(".")
+    of_module = sources.get(module, Source((module,)))
+    source = sources.get(anywhere, of_module._replace(names=tuple(f"{other}.{kind}" for other in of_module.names)))
+    names = source.names if here is None else tuple(other.replace("*", here[1]) for other in source.names)
+    known = facts.get("axes", ()), facts.get("linear", False), (source._replace(names=names),)
+    return Tensor(leaf.get_value().shape, *known, facts.get("dtype"), facts.get("experts"))
 
 
 def _name(path) -> str:

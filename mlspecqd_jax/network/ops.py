@@ -23,13 +23,14 @@ import cpu_kernels
 from mlspecqd_jax.network import attention, norms, rope
 from mlspecqd_jax.network.attention import KVCache
 from mlspecqd_jax.network.config import Norm, Rope
-from mlspecqd_jax.weights.products import multiply, product_of
+from mlspecqd_jax.weights.products import multiply, multiply_experts, product_of
 from mlspecqd_jax.weights.quantized_array import Leaf
 from pallas_kernels import BLOCK, best_product, xla
 from pallas_kernels.xla import rows
 
 __all__ = [
     "attend",
+    "expert_linear",
     "implementation",
     "layer_norm",
     "linear",
@@ -60,6 +61,11 @@ def linear(x: jax.Array, w: Leaf, *, used: jax.Array | None = None, out_dtype: j
     """
     y = multiply(x.reshape(-1, x.shape[-1]), w, used=_used_rows(used, x))
     return y.reshape(*x.shape[:-1], w.shape[0]).astype(out_dtype or x.dtype)
+
+
+def expert_linear(x: jax.Array, w: Leaf, experts: jax.Array, number: int) -> jax.Array:
+    """`weights.products.multiply_experts`, [T, C, N] in x's dtype, of x [T, C, K] or [T, 1, K] and experts int32 [T, C]."""
+    return multiply_experts(x, w, experts, number).astype(x.dtype)
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, norm: Norm, used: jax.Array | None = None) -> jax.Array:

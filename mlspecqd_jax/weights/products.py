@@ -1,8 +1,11 @@
 """`multiply`: activations times the transpose of a leaf, by the product that the leaf is arranged for or the best that reads it.
 
+`multiply_experts` is the same of a leaf that holds the weights of several experts, one after another.
+
 Notation: M rows of activations, N outputs, K contracted.
 """
 
+import dataclasses
 import functools
 from collections.abc import Iterable, Mapping
 
@@ -13,8 +16,8 @@ from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from mlspecqd_jax.weights.cpu_products import CPU_PRODUCTS
 from mlspecqd_jax.weights.formats import format_of
 from mlspecqd_jax.weights.quantized_array import QuantizedArray
-from pallas_kernels import PLAIN, Product, best_product, named, why_not
-from pallas_kernels.xla import DECODED, DOT
+from pallas_kernels import PLAIN, Product, best_product, each_by_each, hit_by_hit, named, why_not
+from pallas_kernels.xla import DECODED, DOT, rows
 
 # Of a leaf that is not arranged for one product: the best that can be had where the program is traced.
 OF_STORED = (*CPU_PRODUCTS, DECODED, DOT)
@@ -63,6 +66,60 @@ def multiply(x: jax.Array, w: jax.Array | QuantizedArray, interpret: bool = Fals
     return y
 
 
+def multiply_experts(x: jax.Array, w: jax.Array | QuantizedArray, experts: jax.Array, number: int) -> jax.Array:
+    """Multiply rows by the transposes of the weights of their experts, of which those alone are read that some row chose.
+
+    Args:
+      x: [T, C, K], what each row gives to each of the C experts that it chose, or [T, 1, K] where that is the same.
+      w: a leaf [E * N, K], which is a plain weight or as it is stored.
+      experts: int32 [T, C], all of a row's different; -1 is none, whose result is not defined, and in C++ costs nothing.
+      number: E.
+
+    Returns:
+      f32 [T, C, N].
+    """
+    leaf = _leaf(w)
+    n = leaf.shape[0] // number
+    if "moments" in leaf.arrays:
+        counted = jnp.repeat(leaf.arrays["counted"], x.shape[1])
+        x = _watched(x.reshape(-1, x.shape[-1]), leaf.arrays["moments"], counted).reshape(x.shape)
+    y = _multiply_chosen(x, leaf.core, experts, dataclasses.replace(leaf, arrays={}), n, number)
+    if "tensor_scale" in leaf.arrays:
+        y = y * leaf.arrays["tensor_scale"][None, None]
+    if "row_scale" in leaf.arrays:
+        y = y * rows(leaf.arrays["row_scale"].reshape(number, n), jnp.maximum(experts, 0))
+    if "change" in leaf.arrays:
+        y = y + leaf.arrays["amount"][:, None, None] * multiply_experts(x, leaf.arrays["change"], experts, number)
+    return y
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(3, 4, 5))
+def _multiply_chosen(x, arrays, experts, leaf, n, number):
+    on_cpu, elsewhere = _product_of_stored(leaf, arrays, x, "cpu"), _product_of_stored(leaf, arrays, x, "")
+
+    def run(product, x, arrays, experts):
+        if not product.by_experts:
+            return hit_by_hit(x, experts, arrays, functools.partial(_run, product, leaf, n=n), number, n)
+        x = jnp.broadcast_to(x, (*experts.shape, x.shape[-1])).reshape(-1, x.shape[-1])
+        return _run(product, leaf, x, arrays, n=n, experts=experts.reshape(-1)).reshape(*experts.shape, n)
+
+    otherwise = functools.partial(run, elsewhere)
+    if on_cpu is elsewhere:
+        return otherwise(x, arrays, experts)
+    return jax.lax.platform_dependent(x, arrays, experts, cpu=functools.partial(run, on_cpu), default=otherwise)
+
+
+@_multiply_chosen.defjvp
+def _(leaf, n, number, primals, tangents):
+    x, arrays, experts = primals
+    product = _product_of_stored(leaf, arrays, x, "")
+
+    def form(x, arrays):
+        return each_by_each(x, experts, arrays, functools.partial(_run, product, leaf, n=n), number, n)
+
+    return _multiply_chosen(*primals, leaf, n, number), jax.jvp(form, (x, arrays), tangents[:2])[1]
+
+
 @jax.custom_vjp
 def _watched(x, moments, counted):
     return x
@@ -78,8 +135,7 @@ _watched.defvjp(lambda x, moments, counted: (x, (x, counted)), _add_up)
 
 
 def _multiply_stored(x, leaf, used):
-    w = leaf.arrays["weight"] if leaf.format == PLAIN else leaf
-    on_cpu, elsewhere = product_of(w, x.dtype.name, "cpu"), product_of(w, x.dtype.name, "")
+    on_cpu, elsewhere = _product_of_stored(leaf, leaf.core, x, "cpu"), _product_of_stored(leaf, leaf.core, x, "")
     otherwise = functools.partial(_run, elsewhere, leaf)
     if on_cpu is elsewhere:
         return otherwise(x, leaf.core, used)
@@ -126,6 +182,11 @@ def _leaf(w):
     return w if isinstance(w, QuantizedArray) else QuantizedArray({"weight": w}, w.shape, PLAIN)
 
 
-def _run(product, leaf, x, arrays, used=None, *, n=None, interpret=False):
+def _product_of_stored(leaf, arrays, x, chip):
+    return product_of(arrays["weight"] if leaf.format == PLAIN else leaf, x.dtype.name, chip)
+
+
+def _run(product, leaf, x, arrays, used=None, *, n=None, interpret=False, experts=None):
     format = None if leaf.format == PLAIN else format_of(leaf.format)
-    return product.run(x, arrays, n=n or leaf.shape[0], chip=leaf.chip, format=format, interpret=interpret, used=used)
+    more = {} if experts is None else {"experts": experts}
+    return product.run(x, arrays, n=n or leaf.shape[0], chip=leaf.chip, format=format, interpret=interpret, used=used, **more)

@@ -104,7 +104,7 @@ def quantize_params(
             raise InputError(f"{name} is in {w.format} already and cannot become {to}; quantize the original model instead")
         # Waiting for each keeps the temporaries of one weight alive, not of all.
         leaf = rounded[name] if rounded and name in rounded else quantize(w, to, rule_of(to, scale_rule))
-        leaf = place_quantized(tensors[name].axes, leaf, mesh, dtype)
+        leaf = place_quantized(tensors[name], leaf, mesh, dtype)
         quantized[name] = jax.block_until_ready(leaf)
     return quantized
 
@@ -120,15 +120,16 @@ def with_head(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def place_quantized(
-    axes: tuple[str | None, ...], leaf: QuantizedArray, mesh: Mesh | None, dtype: jax.typing.DTypeLike | None = None
+    tensor: Tensor, leaf: QuantizedArray, mesh: Mesh | None, dtype: jax.typing.DTypeLike | None = None
 ) -> QuantizedArray:
     """Put a stored weight where its axes say, and arrange it for what is there.
 
     Without a mesh it comes to the default device, or stays where it is. It is split only where every shard holds whole groups, that
-    is, where the mesh divides the scales and no group is partial.
+    is, where the mesh divides the scales and no group is partial. Experts' weights stay as they are stored: no chip's product takes
+    one of them out of what it is arranged for.
 
     Args:
-      axes: over which the weight may be split (`tensors.Tensor`).
+      tensor: the parameter, whose axes say over which the weight may be split.
       leaf: as `quantize` made it.
       mesh: over which it is split, or None.
       dtype: of the activations; None leaves it as it is stored.
@@ -140,20 +141,21 @@ def place_quantized(
         k = leaf.arrays["codes"].shape[1] * 8 // f.bits
         n = 1 if leaf.shape[0] % f.rows else n
         groups = 1 if "order" in leaf.arrays or k % (f.group or k) else groups
-        spec = weight_sharding(axes, (n, groups), mesh).spec
+        spec = weight_sharding(tensor.axes, (n, groups), mesh).spec
         specs = array_specs(STORED_AXES, spec, leaf.core) | {role: PartitionSpec(None) for role in leaf.around}
         arrays = jax.device_put(leaf.arrays, {role: NamedSharding(mesh, at) for role, at in specs.items()})
         leaf = dataclasses.replace(leaf, arrays=arrays, spec=spec)
-    return leaf if dtype is None else for_device(leaf, dtype=dtype, mesh=mesh)
+    return leaf if dtype is None or tensor.experts else for_device(leaf, dtype=dtype, mesh=mesh)
 
 
 def formats_of(tensors: Mapping[str, Tensor], format: str, policy: Policy) -> dict[str, str | None]:
     """Return the format of every weight that can be quantized, by name, None for one that is kept (see `quantize_params`).
 
     Raises:
-      InputError: an unknown format, or a glob that matches no such weight.
+      InputError: an unknown format, a glob that matches no such weight, or a format whose scales several experts would share.
     """
-    names = [name for name, tensor in with_head(tensors).items() if tensor.linear]
+    linear = {name: tensor for name, tensor in with_head(tensors).items() if tensor.linear}
+    names = list(linear)
     check_format(format)
     for glob, to in policy.items():
         if to is not None:
@@ -161,4 +163,11 @@ def formats_of(tensors: Mapping[str, Tensor], format: str, policy: Policy) -> di
         if not any(fnmatch.fnmatchcase(name, glob) for name in names):
             kinds = sorted({f"*_{name.rpartition('_')[2]}" if ".layers." in name else name for name in names})
             raise InputError(f"the policy's '{glob}' matches no weight that can be quantized; these can: {', '.join(kinds)}")
-    return {name: next((to for glob, to in policy.items() if fnmatch.fnmatchcase(name, glob)), format) for name in names}
+    wanted = {name: next((to for glob, to in policy.items() if fnmatch.fnmatchcase(name, glob)), format) for name in names}
+    for name, to in wanted.items():
+        rows = linear[name].shape[0] // (linear[name].experts or 1)
+        if to is not None and linear[name].experts and rows % format_of(to).rows:
+            raise InputError(
+                f"{name} has {rows} rows for each expert, but {format_of(to).rows} share a scale in {to}; choose another format"
+            )
+    return wanted

@@ -1,7 +1,8 @@
 """`Tensor`: what is known of a parameter before it is there: its shape, how it may be split and cast, and where a file holds it.
 
 Checkpoints fuse, transpose and interleave what a network keeps apart. One formula undoes all of it: rows of the file's tensors one
-after another, in equal groups, a slice of each group (`Source`).
+after another, in equal groups, a slice of each group (`Source`). The weights of several experts are one tensor here, in a file one
+each, or one of three dimensions.
 
 Notation: N outputs, K contracted, the last axis of a weight [N, K]; a bias is [N].
 """
@@ -24,6 +25,7 @@ class Source(NamedTuple):
     start: int = 0
     stop: int | None = None  # None is the end
     transpose: bool = False  # whether the file holds [K, N]
+    stack: int | None = None  # how many of them each of `names` holds, [stack, N, K]; None is one, [N, K]
 
 
 class Tensor(NamedTuple):
@@ -33,6 +35,8 @@ class Tensor(NamedTuple):
     axes: tuple[str | None, ...]  # the mesh axis over which each dimension may be split, or None; () splits nothing
     linear: bool  # whether it is the weight of a linear layer, which may be quantized
     sources: tuple[Source, ...]  # its rows are theirs, one source's after another's
+    dtype: str | None = None  # that it has whatever the model's
+    experts: int | None = None  # of how many experts it holds the rows, one's after another's; None is no expert's
 
 
 def read(tensor: Tensor, get: Callable[[str], np.ndarray]) -> np.ndarray:
@@ -51,9 +55,9 @@ def stored_shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
                 continue
             stop = source.start + tensor.shape[0] // source.groups if source.stop is None else source.stop
             for name in source.names:
-                known = shapes.get(name, (0,))[-1 if source.transpose else 0]
-                shape = (max(known, source.groups * stop // len(source.names)), *tensor.shape[1:])
-                shapes[name] = shape[::-1] if source.transpose else shape
+                rows = source.groups * stop // (len(source.names) * (source.stack or 1))
+                shape = _stored_shape(source, rows, tensor.shape[1:])
+                shapes[name] = tuple(map(max, shapes.get(name, shape), shape))  # of some parameters' rows, the furthest
     return shapes
 
 
@@ -62,9 +66,14 @@ def parameters(tensors: Mapping[str, Tensor]) -> int:
     return sum(math.prod(tensor.shape) for tensor in tensors.values())
 
 
+def _stored_shape(source: Source, rows: int, rest: tuple[int, ...]) -> tuple[int, ...]:
+    shape = (*rest, rows) if source.transpose else (rows, *rest)
+    return shape if source.stack is None else (source.stack, *shape)
+
+
 def _rows(source: Source, rest: tuple[int, ...], get: Callable[[str], np.ndarray]) -> np.ndarray:
-    parts = [part.T if source.transpose else part for part in map(get, source.names)]
-    if len(parts) == 1 and source[1:4] == (1, 0, None):
+    parts = [part.swapaxes(-1, -2) if source.transpose and rest else part for part in map(get, source.names)]
+    if len(parts) == 1 and source[1:4] == (1, 0, None) and source.stack is None:
         return parts[0]  # as it was mapped
-    rows = np.concatenate(parts) if len(parts) > 1 else parts[0]
+    rows = np.concatenate([part.reshape(-1, *rest) for part in parts]) if len(parts) > 1 else parts[0]
     return rows.reshape(source.groups, -1, *rest)[:, source.start : source.stop].reshape(-1, *rest)

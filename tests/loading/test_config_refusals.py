@@ -13,12 +13,21 @@ from mlspecqd_jax.loading import config_file
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        ({"model_type": "mixtral", "num_local_experts": 8} | MINIMAL, ("mixtral", "a mixture of experts")),
-        ({"model_type": "qwen3_moe", "num_experts": 128, "moe_intermediate_size": 768} | MINIMAL, ("a mixture of experts",)),
+        ({"model_type": "dots1", "n_routed_experts": 8} | MINIMAL, ("dots1", "a mixture of experts")),
+        ({"model_type": "mixtral", "num_local_experts": 2, "num_experts_per_tok": 3} | MINIMAL, ("3 of 2 experts", "these keys")),
+        ({"model_type": "mixtral", "num_local_experts": 0} | MINIMAL, ("num_local_experts is 0", "a whole number from 1")),
+        (
+            {"model_type": "glm4_moe", "head_dim": 16, "n_routed_experts": 8, "n_group": 3} | MINIMAL,
+            ("8 experts in n_group 3", "these keys"),
+        ),
+        (
+            {"model_type": "glm4_moe", "head_dim": 16, "n_routed_experts": 8, "n_group": 4, "num_experts_per_tok": 3} | MINIMAL,
+            ("n_group 4 groups of which topk_group 1", "do not give 3"),
+        ),
         ({"model_type": "deepseek_v3", "kv_lora_rank": 512, "n_routed_experts": 256} | MINIMAL, ("multi-head latent attention",)),
         (
             {"model_type": "gpt_oss", "num_local_experts": 32, "rope_scaling": {"rope_type": "yarn"}} | MINIMAL,
-            ("gpt_oss", "experts"),
+            ("rope_parameters", "yarn", "'factor'"),
         ),
         ({"model_type": "gemma4", "text_config": {"vocab_size": 9}, "vision_config": {}}, ("gemma4", "share keys and values")),
         ({"model_type": "qwen3_5", "text_config": {}, "vision_config": {}}, ("qwen3_5", "recurrent layers (gated delta nets)")),

@@ -189,3 +189,17 @@ def test_of_a_hub_id_config_json_alone_is_asked_for(tmp_path, monkeypatch):
     monkeypatch.undo()
     with refused("owner/nowhere/x.gguf has not been downloaded"):
         describe("owner/nowhere/x.gguf")
+
+
+def test_of_experts_those_count_that_a_token_is_given_to(tmp_path):
+    """Qwen3-30B-A3B, of 128 of whose experts 8 are chosen: its published sizes, and what a token reads by hand."""
+    sizes = {"hidden_size": 2048, "num_hidden_layers": 48, "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128}
+    experts = {"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768, "norm_topk_prob": True}
+    rest = {"intermediate_size": 6144, "vocab_size": 151936, "rms_norm_eps": 1e-6, "max_position_embeddings": 40960}
+    found = describe(config_json(tmp_path, {"model_type": "qwen3_moe"} | sizes | experts | rest))
+    assert found["parameters"] == 30_532_122_624
+    attention = 2048 * 128 * (2 * 32 + 2 * 4) + 2 * 128
+    each = attention + 2 * 2048 + 128 * 2048 + 8 * 3 * 768 * 2048
+    assert found["parameters_per_token"] == 48 * each + 2048 + 151936 * 2048
+    assert found["pass_bytes"] == 2 * found["parameters_per_token"]
+    assert 0.25 < found["twins"]["mxfp4"]["part_of_pass"] < 0.28

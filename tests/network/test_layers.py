@@ -12,9 +12,10 @@ from flax import nnx
 from recorded import TOLERANCE, error, families, reference
 
 from mlspecqd_jax.network.config import Layer, Norm, Rope
-from mlspecqd_jax.network.layers import ACTIVATIONS, Block, RMSNorm, Window
+from mlspecqd_jax.network.layers import ACTIVATIONS, RMSNorm, Window
 from mlspecqd_jax.network.ops import rotary
 from mlspecqd_jax.network.rope import rope_of
+from mlspecqd_jax.network.trunk import Block
 from mlspecqd_jax.weights.tensors import EMBEDDING
 
 

@@ -245,9 +245,14 @@ SHAPES = {
     "granite_swa": config_of("granite_swa", **WIDE, sliding_window=12, residual_multiplier=0.22, layer_rope_theta=[0, 1e4]),
     "apertus": config_of("apertus", **WIDE),
     "ministral3": config_of("ministral3", **WIDE, head_dim=64, rope_parameters=YARN | {"llama_4_scaling_beta": 0.1}),
+    # Experts, and those with biases, a bounded activation and a shared expert.
+    "qwen3_moe": config_of("qwen3_moe", **WIDE, head_dim=64, num_experts=16, num_experts_per_tok=4, moe_intermediate_size=384),
+    "gpt_oss": config_of("gpt_oss", **WIDE, head_dim=64, num_local_experts=8, num_experts_per_tok=3, rope_parameters=YARN),
+    "glm4_moe": config_of("glm4_moe", **WIDE, head_dim=64, n_routed_experts=8, num_experts_per_tok=3, moe_intermediate_size=384),
 }
 QUICK = {("576", "bfloat16")}
 LONG = {("576", "float32"), ("gemma2", "bfloat16"), ("cohere2", "bfloat16"), ("granite", "bfloat16"), ("apertus", "bfloat16")}
+LONG |= {("qwen3_moe", "bfloat16"), ("gpt_oss", "bfloat16"), ("glm4_moe", "bfloat16")}
 # Batch and window, and the buckets of their buffers.
 PROGRAMS = ((1, 1, 256), (1, 6, 256), (2, 1, 512), (4, 16, 256), (8, 8, 256))
 

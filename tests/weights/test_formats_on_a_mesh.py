@@ -15,8 +15,9 @@ import jax, jax.numpy as jnp, numpy as np
 from mlspecqd_jax.weights.cast import dequantize, quantize
 from mlspecqd_jax.weights.formats import FORMATS, format_of
 from mlspecqd_jax.weights.placement import usable_mesh
-from mlspecqd_jax.weights.products import multiply
+from mlspecqd_jax.weights.products import multiply, multiply_experts
 from mlspecqd_jax.weights.quantization import place_quantized
+from mlspecqd_jax.weights.tensors import Tensor
 
 mesh = usable_mesh(jax.make_mesh((2,), ("model",)))
 assert mesh.size == 2
@@ -27,10 +28,15 @@ for n, k in ((256, 512), (200, 576)):
         leaf, f = quantize(w, name), format_of(name)
         exact = np.asarray(x, np.float64) @ np.asarray(dequantize(leaf, jnp.float32), np.float64).T
         for axes in (("model", None), (None, "model")):
-            placed = place_quantized(axes, leaf, mesh, jnp.bfloat16)
+            placed = place_quantized(Tensor((n, k), axes, True, ()), leaf, mesh, jnp.bfloat16)
             with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
                 found = np.asarray(jax.jit(multiply)(x, placed))
             assert np.abs(found - exact).max() < 5e-3 * np.abs(exact).max(), (name, axes)
+            if axes[1] and n == 256:  # the halves of the rows as two experts' weights
+                with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+                    chosen = jax.jit(multiply_experts, static_argnums=3)(x[:, None], placed, jnp.array([[1], [0], [1]]), 2)
+                expected = exact.reshape(3, 2, -1)[(0, 1, 2), (1, 0, 1)]
+                assert np.abs(np.asarray(chosen)[:, 0] - expected).max() < 5e-3 * np.abs(exact).max(), name
             whole = k % (2 * (f.group or 2 * k)) if axes[1] else n % (2 * f.rows)
             assert (tuple(placed.spec) == axes) == (not whole), (name, axes, placed.spec)
 print("right")

@@ -93,10 +93,11 @@ def test_an_arranged_leaf_takes_the_place_of_the_stored_one(monkeypatch):
 def test_a_leaf_carries_how_it_is_split():
     mesh = jax.make_mesh((1,), ("model",))
     for axes in (("model", None), (None, "model")):
-        leaf = place_quantized(axes, quantize(jnp.ones((8, 64))), mesh)
+        leaf = place_quantized(Tensor((8, 64), axes, True, ()), quantize(jnp.ones((8, 64))), mesh)
         assert tuple(leaf.spec) == axes
         assert all(array.sharding.spec == leaf.spec for array in leaf.arrays.values())
-    assert tuple(place_quantized((None, "model"), quantize(jnp.ones((8, 64))), None).spec) == (None, None)
+    whole = Tensor((8, 64), (None, "model"), True, ())
+    assert tuple(place_quantized(whole, quantize(jnp.ones((8, 64))), None).spec) == (None, None)
 
 
 # Prints, for each product and each way to split a weight, where its arrays lie; the results are checked on the way.

@@ -6,6 +6,7 @@ import pathlib
 import subprocess
 import sys
 
+import family_files
 import jax
 import numpy as np
 import pytest
@@ -99,6 +100,7 @@ def found(tmp_path_factory):
     folders = CONFIGS | {"twin": TWIN}
     for name, config in folders.items():
         tiny.write_checkpoint(folder / name, config, tiny.weights(config, name))
+    folders = {"experts": family_files.write(folder / "experts", "qwen2_moe")} | folders
     environment = os.environ | quick_flags("--xla_force_host_platform_device_count=4")
     environment |= {
         "JAX_PLATFORMS": "cpu",
@@ -111,7 +113,7 @@ def found(tmp_path_factory):
     return json.loads(process.stdout)
 
 
-@pytest.mark.parametrize("name", list(CONFIGS))
+@pytest.mark.parametrize("name", [*CONFIGS, "experts"])
 def test_greedy_tokens_are_those_of_one_device(found, name):
     assert found["devices"] == 4
     one = found[name]["one"]
@@ -120,7 +122,7 @@ def test_greedy_tokens_are_those_of_one_device(found, name):
     assert found[name]["four"] == one
 
 
-@pytest.mark.parametrize("name", list(CONFIGS))
+@pytest.mark.parametrize("name", [*CONFIGS, "experts"])
 def test_weights_are_whole_together(found, name):
     assert found[name]["equal"]
     assert found[name]["converted"]
@@ -140,6 +142,14 @@ def test_split_weights(found):
             expected = [n, *k]
         assert pieces == [expected], name
     assert weights["model.layers.0.self_attn.q_proj.weight"] == [[48, 40], [[12, 40]]]
+
+
+def test_experts_weights_are_split_along_what_is_contracted(found):
+    """So that a device has a part of any expert's."""
+    weights = found["experts"]["weights"]
+    assert weights["model.layers.1.mlp.experts.up_proj.weight"] == [[5 * 36, 48], [[5 * 36, 12]]]
+    assert weights["model.layers.1.mlp.experts.down_proj.weight"] == [[5 * 48, 36], [[5 * 48, 9]]]
+    assert weights["model.layers.1.mlp.gate.weight"] == [[5, 48], [[5, 48]]]
 
 
 def test_what_four_does_not_divide_stays_whole(found):

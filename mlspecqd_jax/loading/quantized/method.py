@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from mlspecqd_jax.arguments import brief
 from mlspecqd_jax.errors import InputError
 from mlspecqd_jax.json_files import read_json_if_there
+from mlspecqd_jax.loading.native_mxfp4 import is_native
 from mlspecqd_jax.loading.quantized.auto_round import auto_round
 from mlspecqd_jax.loading.quantized.awq import awq
 from mlspecqd_jax.loading.quantized.compressed_tensors import compressed_tensors
@@ -38,7 +39,7 @@ class Quantization(NamedTuple):
 
 
 def find_quantization(folder: pathlib.Path) -> Quantization | None:
-    """Return what a folder says of its weights' quantization, or None where it says nothing.
+    """Return what a folder says of its weights' quantization, or None where it says nothing, or what `native_mxfp4` reads.
 
     Raises:
       InputError: a file is damaged, or names no method.
@@ -61,6 +62,8 @@ def quantization_of(path: pathlib.Path, raw: dict) -> Quantization | None:
     Raises:
       InputError: as `find_quantization`.
     """
+    if is_native(raw):
+        return None
     text = raw.get("text_config")  # of a multimodal model
     places = (raw, text) if isinstance(text, dict) else (raw,)
     found = next((at[key] for at in places for key in ("quantization_config", "compression_config") if at.get(key)), None)

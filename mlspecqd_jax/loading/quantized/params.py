@@ -98,7 +98,7 @@ def packed(path: pathlib.Path, leaves: Leaves, network: Network, target: Network
         if name in shared:
             found[name] = shared[name]
         elif isinstance(leaf, QuantizedArray):
-            found[name] = jax.block_until_ready(place_quantized(tensors[name].axes, leaf, network.mesh, dtype))
+            found[name] = jax.block_until_ready(place_quantized(tensors[name], leaf, network.mesh, dtype))
         else:
             found[name] = place_finite(name, leaf, dtype, network.mesh, tensors[name], path)
     formats = tuple(dict.fromkeys(leaf.format for leaf in found.values() if isinstance(leaf, QuantizedArray)))

@@ -14,6 +14,7 @@ Sources = tuple[tuple[str, Source], ...]
 PRE = ("input_layernorm", None, "post_attention_layernorm", None)
 SANDWICH = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
 POST = (None, "post_attention_layernorm", None, "post_feedforward_layernorm")
+EXPERT = ("gate_proj", "up_proj", "down_proj")
 
 
 def head_dim(c) -> int:
@@ -76,6 +77,18 @@ def fused_gate(feed: GatedMLP) -> Sources:
     """Say that `gate_up_proj` holds the rows of the gate, and then those of what it gates."""
     names = (f"model.layers.*.mlp.{x}_proj" for x in ("gate", "up"))
     return split("model.layers.*.mlp.gate_up_proj", dict.fromkeys(names, feed.size))
+
+
+def by_expert(number: int, at: str = "model.layers.*.mlp.experts", names: tuple[str, str, str] = EXPERT) -> Sources:
+    """Say that gate, up and down of each of so many experts are modules of the file with these names, in `at`.0, `at`.1, ..."""
+    own = (f"model.layers.*.mlp.experts.{name}" for name in EXPERT)
+    files = (tuple(f"{at}.{i}.{name}" for i in range(number)) for name in names)
+    return tuple((name, Source(stored)) for name, stored in zip(own, files, strict=True))
+
+
+def shared_expert(at: str) -> Sources:
+    """Say in which module of the file the shared expert's are."""
+    return renamed({f"model.layers.*.mlp.shared_expert.{name}": f"model.layers.*.mlp.{at}.{name}" for name in EXPERT})
 
 
 def renamed(names: Mapping[str, str]) -> Sources:
