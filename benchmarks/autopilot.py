@@ -105,7 +105,7 @@ def main() -> None:
         found = compared(stacks_of(model), prompts, o.new, o.trials, o.batch)
     files = "" if o.prompts is None else " --prompts " + " ".join(path.name for path in o.prompts)
     settings = {
-        "command": f"python benchmarks/autopilot.py {Path(o.model).name}{files} --batch {o.batch}",
+        "command": f"python benchmarks/autopilot.py {Path(o.model).name}{files} --trials {o.trials} --batch {o.batch}",
         "device": jax.devices()[0].device_kind,
         "prompts": len(prompts),
         "new": o.new,

@@ -151,7 +151,6 @@ TABLES = {
     "decode-SmolLM2-135M-cpu": with_source(cpu_tables.trained),
     "autopilot-demo": with_source(autopilot_tables.speeds),
     "autopilot-SmolLM2-135M": with_source(autopilot_tables.speeds),
-    "autopilot-SmolLM2-135M-batch": with_source(autopilot_tables.speeds),
     "peers-cpu": with_source(cpu_tables.peers),
     "aot": with_source(aot_tables.programs),
     "accelerator-h200": with_source(accelerator_tables.measured),
