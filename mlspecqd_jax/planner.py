@@ -33,8 +33,8 @@ TABLE = (
         "cpu",
         0,
         LOOKUP,
-        "look-up makes 1.87 x plain decoding of the demo's greedy text and 1.36 x of SmolLM2-135M's; the twin, 1.45 x of the latter, "
-        "needs weights and a start of its own; a plan tells which it is",
+        "greedy, look-up makes 1.87 x plain decoding of the demo and 1.36 x of SmolLM2-135M; the twin, 1.45 x of the latter, needs "
+        "weights and a start of its own; a plan tells which it is",
     ),
     Row("cpu-xla", 0, LOOKUP, "XLA decodes the twin's weights in every pass, which takes longer than the target's own product"),
     Row(
