@@ -20,10 +20,12 @@ import prompts as prompt_files
 from machine import describe, publish
 
 import mlspecqd_jax as mlsd
+from mlspecqd_jax.loading import precision_search
 from mlspecqd_jax.weights.formats import FORMATS
 
 CHOICES = {"greedy": {}, "coupled": {"temperature": 0.8}, "rejection": {"temperature": 0.8, "rule": "rejection"}}
 CALIBRATED = ("mxfp4", "nvfp4", "int4")
+BITS = (4.5, 5.5)  # a weight, on average, of formats that are found
 HEAD_KEPT = {"lm_head.weight": None}
 
 
@@ -33,6 +35,8 @@ def variants(model, only: list[str] | None) -> dict[str, tuple[list, dict]]:
     found = {f"{name}:6": lambda name=name: [(twin(name), 6)] for name in FORMATS}
     found |= {f"{name}:6, mse": lambda name=name: [(twin(name, scale_rule="mse"), 6)] for name, f in FORMATS.items() if f.bits == 4}
     found |= {f"{name}:6, calibrated": lambda name=name: [(twin(name, calibrate=True), 6)] for name in CALIBRATED}
+    found |= {f"auto{bits}:6": lambda bits=bits: [(model.quantized(bits=bits), 6)] for bits in BITS}
+    found |= {f"auto{bits}:6, calibrated": lambda bits=bits: [(model.quantized(bits=bits, calibrate=True), 6)] for bits in BITS}
     found |= {f"mxfp4:6, {rule}": lambda rule=rule: [(model.quantized(scale_rule=rule), 6)] for rule in ("ceil", "rceil", "even")}
     found |= {
         "mxfp4:6, lm_head kept": lambda: [(model.quantized(policy=HEAD_KEPT), 6)],
@@ -101,9 +105,11 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16"])
     parser.add_argument("--choices", nargs="+", default=list(CHOICES), choices=CHOICES)
+    parser.add_argument("--without", nargs="+", default=[], help="formats that are not to be found, such as the one of the weights")
     parser.add_argument("--only", nargs="+", help="names of variants")
     parser.add_argument("--out", type=Path, help="write the result as JSON")
     options = parser.parse_args()
+    precision_search.ON_CPU = tuple(name for name in precision_search.ON_CPU if name not in options.without)
     runs = []
     for dtype in options.dtypes:
         model = named(mlsd.load(options.model, dtype=dtype))

@@ -30,8 +30,8 @@ DEMO_PROMPTS = (
     "import json\n\ndef load(path):\n",
     "for i in range(",
 )
-FIXED = (("ngram:4",), ("ngram:8",), ("mxfp4:3",), ("mxfp4:5",), ("mxfp4:8",), ("mxfp4:7", "ngram:3"))
-AUTO = (("ngram",), ("mxfp4",))
+FIXED = (("ngram:4",), ("ngram:8",), ("mxfp4:3",), ("mxfp4:5",), ("int8:5",), ("mxfp4:7", "ngram:3"))
+AUTO = (("ngram",), ("mxfp4",), ("int8",))
 OFF = " with draft_limit=0"
 CHOICES = {"greedy": {}, "T = 0.8": {"temperature": 0.8}}
 
@@ -50,7 +50,7 @@ def planned(model) -> dict[str, dict]:
         measured = measure(stack, model.tokenizer.encode("a")[:1] or [0])
         keep(Plan(key_of(stack.level), tuple(card.name for card in stack.cards), measured.times, measured.plain, {}))
         times = {
-            card.name: [round(float(each[n]), 3) for n in (1, 2, 4, 8, 16)]
+            Path(card.name).name: [round(float(each[n]), 3) for n in (1, 2, 4, 8, 16)]
             for card, each in zip(stack.cards, measured.times, strict=True)
         }
         found[" ".join(drafts)] = {"passes": times, "plain_seconds": measured.plain, "seconds": measured.seconds}
@@ -72,7 +72,7 @@ def compared(stacks, prompts, new: int, trials: int, batch: int) -> dict:
                 seconds[name] = sum(run.report["seconds"] for run in runs)
                 texts[name] = [run.tokens for run in runs]
                 told = [run.report["autopilot"] for run in runs]
-                modelled[name] = None if told[0] is None else sum(t["time"] for t in told)
+                modelled[name] = None if told[0] is None else sum(each["time"] for each in told)
             for name in calls:
                 ratios[name].append(seconds["none"] / seconds[name])
         found[choice] = {
@@ -105,7 +105,7 @@ def main() -> None:
         found = compared(stacks_of(model), prompts, o.new, o.trials, o.batch)
     files = "" if o.prompts is None else " --prompts " + " ".join(path.name for path in o.prompts)
     settings = {
-        "command": f"python benchmarks/autopilot.py {Path(o.model).name}{files} --batch {o.batch}",
+        "command": f"python benchmarks/autopilot.py {Path(o.model).name}{files} --trials {o.trials} --batch {o.batch}",
         "device": jax.devices()[0].device_kind,
         "prompts": len(prompts),
         "new": o.new,

@@ -3,12 +3,13 @@
 from accelerator_tables import fastest_plain, program_runs
 from cpu_tables import over_plain
 
+TWIN = "mxfp4"
 ACCEPTANCE = 0.9  # of the coins, where weights are random and nothing could be accepted
 
 
 def headlines(results: dict[str, dict]) -> str:
     """Return the table of what was measured where, and by which command."""
-    rows = [large(results["decode-cpu"]), small(results["decode-SmolLM2-135M-cpu"])]
+    rows = [large(results["decode-cpu"]), small(results["autopilot-SmolLM2-135M"])]
     rows += [gpu(results["accelerator-h200"]), accepted(results["acceptance-SmolLM2-135M"])]
     lines = ["| model, on | stack | measured | by |", "|---" * 4 + "|"]
     return "\n".join(lines + [f"| {' | '.join(row)} |" for row in rows])
@@ -26,13 +27,13 @@ def large(result: dict) -> tuple[str, ...]:
 
 
 def small(result: dict) -> tuple[str, ...]:
-    """Return the row of a real small model: the fastest drafts without a model, and the fastest twin."""
-    rates = {name: rate["median"] for name, rate in result["stacks"]["tokens_per_second"].items()}
-    plain = rates["plain"]
-    free = max((name for name in rates if name.startswith("ngram")), key=rates.get)
-    twin = max((name for name in rates if name.startswith("mx")), key=rates.get)
-    what = f"{rates[free] / plain:.2f} x and {rates[twin] / plain:.2f} x plain decoding's {plain:.0f} tokens/s"
-    return f"{result['model']}; {cores(result)}", f"look-up (`{free}`); the twin (`{twin}`)", what, command(result)
+    """Return the row of a real small model: its twin, with look-up beside it, drafting as many tokens as pay."""
+    speeds = {choice: found[TWIN]["speed"]["median"] for choice, found in result["speeds"].items()}
+    equal = all(found[TWIN]["equal"] for found in result["speeds"].values())
+    told = ", ".join(f"{speed:.2f} x {'at ' * (choice != 'greedy')}{choice}" for choice, speed in speeds.items())
+    plain = 1 / result["costs"][TWIN]["plain_seconds"]
+    what = f"{told}, over plain decoding's {plain:.0f} tokens/s{'; the same tokens' * equal}"
+    return f"SmolLM2-135M; {cores(result)}", "its MXFP4 twin and look-up, lengths as they pay (`mxfp4`)", what, command(result)
 
 
 def gpu(result: dict) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import accelerator_tables
 import aot_tables
+import autopilot_tables
 import cpu_tables
 import headlines
 import predictions
@@ -148,6 +149,8 @@ TABLES = {
     "matmul-cpu": with_source(cpu_tables.products),
     "decode-cpu": with_source(cpu_tables.decoding),
     "decode-SmolLM2-135M-cpu": with_source(cpu_tables.trained),
+    "autopilot-demo": with_source(autopilot_tables.speeds),
+    "autopilot-SmolLM2-135M": with_source(autopilot_tables.speeds),
     "peers-cpu": with_source(cpu_tables.peers),
     "aot": with_source(aot_tables.programs),
     "accelerator-h200": with_source(accelerator_tables.measured),

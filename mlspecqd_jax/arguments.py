@@ -50,6 +50,7 @@ Wholes: TypeAlias = int | Sequence[int]
 
 NEW_TOKENS = Argument("new tokens, at most; default 128, or what the positions leave", _whole("a positive whole number", 1), "N")
 CHAT = Argument("wrap each prompt, as a user's message, by the model's chat template")
+CHAT_KWARGS = Argument('what its chat template is given beside the messages, such as {"enable_thinking": false}')
 TEMPERATURE = Argument("default 0", Number("0 (greedy) or more", lambda x: 0 <= x <= LARGEST), "T")
 TOP_K = Argument("keep the likeliest so many; default 0", _whole("0 (off) or a positive whole number", 0), "K")
 TOP_P = Argument("keep the likeliest of this mass; default 1", Number("more than 0 and at most 1 (off)", lambda x: 0 < x <= 1), "P")
@@ -81,6 +82,7 @@ class Arguments(TypedDict, total=False):
 
     max_new_tokens: Annotated[Wholes | None, NEW_TOKENS]
     chat: Annotated[bool, CHAT]
+    chat_template_kwargs: Annotated[Mapping[str, Any] | None, CHAT_KWARGS]
     temperature: Annotated[Numbers, TEMPERATURE]
     top_k: Annotated[Wholes, TOP_K]
     top_p: Annotated[Numbers, TOP_P]

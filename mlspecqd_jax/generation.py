@@ -9,20 +9,23 @@ from typing import Any, Unpack
 import jax
 import numpy as np
 
-from mlspecqd_jax import jax_settings, report
+from mlspecqd_jax import jax_settings, plans, report
 from mlspecqd_jax.arguments import LARGEST_INT, Arguments, is_array
 from mlspecqd_jax.errors import InputError
 from mlspecqd_jax.programs import programs
 from mlspecqd_jax.requests import Batch, Request, request
+from mlspecqd_jax.speculation.autopilot import Autopilot
 from mlspecqd_jax.speculation.level import Level
 from mlspecqd_jax.speculation.loop import piece_width
 from mlspecqd_jax.speculation.settings import Sampling
 from mlspecqd_jax.speculation.stack import Stack
-from mlspecqd_jax.speculation.state import State
+from mlspecqd_jax.speculation.state import State, counts_of
+from mlspecqd_jax.text.conversations import is_conversation
 from mlspecqd_jax.text.detokenizer import Detokenizer
 
 ROUNDS_TO_STOP_STRINGS = 16  # rounds between looks at the text when stop strings are given
 SLICE_SECONDS = 0.2  # of work in one call, after which an interrupt is heeded
+GROWTH = 4  # of a call's work from one to the next: the first say little of what later ones take, and each takes time of its own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +88,8 @@ def stream(stack: Stack, prompt, **arguments: Unpack[Arguments]) -> Stream:
     Raises:
       InputError: as `generate`, or more than one prompt is given.
     """
-    if (isinstance(prompt, (list, tuple)) or (is_array(prompt) and prompt.ndim)) and len(prompt) != 1:
+    several = (isinstance(prompt, (list, tuple)) and not is_conversation(prompt)) or (is_array(prompt) and prompt.ndim)
+    if several and len(prompt) != 1:
         raise InputError(f"stream continues one prompt, but {len(prompt)} were given; call generate for several")
     run = _run(stack, prompt, 1, arguments)
     next(run)  # check the arguments and compile now rather than at the first piece
@@ -116,6 +120,7 @@ def _run(stack: Stack, prompts, most_rounds: int, arguments: Mapping[str, Any]):
 
     began = time.perf_counter()
     state = prefilled(stack, state, batch)
+    prefill_seconds = time.perf_counter() - began
     decoders = [Detokenizer(stack.card.tokenizer, prompt, stops) if stack.card.tokenizer else None for prompt in prompt_tokens]
     length, rounds = begin, 1
     while True:
@@ -131,13 +136,15 @@ def _run(stack: Stack, prompts, most_rounds: int, arguments: Mapping[str, Any]):
             raise InputError(_broken_sentence(stack, int(np.argmax(broken & ~stopped)), length - begin))
         if done.all():
             break
-    timing = report.Timing(time.perf_counter() - began, compile_seconds)
+    timing = report.Timing(time.perf_counter() - began, prefill_seconds, compile_seconds)
     stopped = [d is not None and d.stopped for d in decoders]  # what `finish` gave may have completed a stop string
     new = [tokens[r, begin[r] : length[r]].tolist() for r in rows]
     new = [ids[: d.tokens] if d and over else ids for ids, d, over in zip(new, decoders, stopped, strict=True)]
     logprobs = None
     if state.logprobs is not None:
         logprobs = [np.asarray(state.logprobs)[r, begin[r] : begin[r] + len(new[r])].tolist() for r in rows]
+    if isinstance(state.control, Autopilot):
+        plans.learn(stack.level, counts_of(state), timing.seconds - timing.prefill_seconds)
     summary = report.build(stack, state, sampling, [len(ids) for ids in new], timing)
     for sentence in report.warnings_of(summary):
         warnings.warn(sentence, stacklevel=3)
@@ -184,8 +191,8 @@ def _slice(stack: Stack, state: State, limit: np.ndarray, sampling: Sampling, ro
 
 
 def _next(n: int, seconds: float, most: int) -> int:
-    """Return how many rounds or pieces take about SLICE_SECONDS if n took so long, but at most twice as many as those."""
-    return max(1, min(int(n * SLICE_SECONDS / max(seconds, 1e-9)), 2 * n, most))
+    """Return how many rounds or pieces take about SLICE_SECONDS if n took so long, but at most GROWTH times as many as those."""
+    return max(1, min(int(n * SLICE_SECONDS / max(seconds, 1e-9)), GROWTH * n, most))
 
 
 def _broken_sentence(stack: Stack, row: int, new_tokens: np.ndarray) -> str:

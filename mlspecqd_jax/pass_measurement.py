@@ -1,8 +1,10 @@
 """What passes take on this machine: measured by the very program that generates, with drafts of forced lengths.
 
 A round's seconds are those of its passes, so that rounds of several lengths give the time of a pass of each level by rows in use,
-by least squares: piecewise linear in the rows, and never less for more of them. Of several tries the shortest counts: whatever
-else the machine does only adds to it.
+by least squares: piecewise linear in the rows, and never less for more of them. Drafts of look-up tell a verifier's passes from
+those of a model that drafts for it. Of several tries the shortest counts: whatever else the machine does only adds to it; and a
+call of one plain round is taken off, since calls take time of their own. Tokens are sampled, which takes its time in each row, so
+that greedy runs are a little faster than by the table.
 
 Notation: L levels, D levels that draft.
 """
@@ -22,15 +24,16 @@ from mlspecqd_jax.programs import programs
 from mlspecqd_jax.requests import Request, request
 from mlspecqd_jax.speculation.autopilot import Autopilot
 from mlspecqd_jax.speculation.buffers import SLACK
-from mlspecqd_jax.speculation.guide import CLASSES, LOOKUP
+from mlspecqd_jax.speculation.guide import CLASSES, LOOKUP, MODEL
 from mlspecqd_jax.speculation.stack import Stack
 from mlspecqd_jax.speculation.state import State, counts_of
 
 KNOTS = (1, 2, 4, 8, 16)  # rows
-OUTER, INNER = (0, 1, 3, 7, 15), (0, 3, 7)  # forced lengths; inner ones under the longest
-ROUNDS = 2  # of each length at once
+OUTER, INNER = (1, 3, 7, 15), (3, 7)  # forced lengths; inner ones under the longest
+ROUNDS, PLAIN_ROUNDS = 2, 16  # of a length at once, and of none
+PERIOD = 16  # tokens that repeat, so that look-up finds as many
 LEAST, MOST = 3, 9  # times that each is tried
-CERTAIN = 0.999
+CERTAIN = 0.999 * 1e6, 1e6  # accepted and judged: so many that what rounds add says nothing
 
 
 class Measured(NamedTuple):
@@ -51,61 +54,71 @@ def measure(stack: Stack, prompt: list[int], *, budget: float = 2.0, **arguments
       budget: seconds after which no more is tried than the least.
       **arguments: of `generate`, such as the temperature: what changes the program or its work.
     """
-    asked = request(
-        stack, [_repeating(prompt)], {"max_new_tokens": ROUNDS * (max(OUTER) + 1) + 1, "stop_token_ids": (), **arguments}
-    )
+    settings = {"max_new_tokens": ROUNDS * (max(OUTER) + 1) + 1, "stop_token_ids": (), "temperature": 1.0, **arguments}
+    asked = request(stack, [_repeating(prompt, stack.level.model.vocab_size)], settings)
     state, _ = compiled(stack, asked)
     state = jax.block_until_ready(prefilled(stack, state, asked.batch))
     began = time.perf_counter()
-    lengths = [caps for caps in _forced(stack) if caps[0] <= min(7, stack.level.draft_len) or _is_quick(stack, asked, state)]
-    rows, seconds = [], []
-    found: dict[tuple[int, ...], list[float]] = {caps: [] for caps in lengths}
-    counts = {}
+    forced = [each for each in _forced(stack) if each.caps[0] <= min(7, stack.level.draft_len) or _is_quick(stack, asked, state)]
+    passes: dict[_Forced, np.ndarray] = {}
+    seconds: dict[_Forced, float] = {}
     for i in range(MOST):
         if i >= LEAST and time.perf_counter() - began > budget:
             break
-        for caps in lengths:  # in turn, so that what else the machine does falls on all of them
-            counts[caps], spent = _rounds(stack, asked, state, caps)
-            found[caps].append(spent)
-    for caps in lengths:
-        rows.append(counts[caps])
-        seconds.append(min(found[caps]))
-    times = _solved(np.array(rows), np.array(seconds))
+        for each in forced:  # in turn, so that what else the machine does falls on all of them
+            passes[each], spent = _rounds(stack, asked, state, each)
+            seconds[each] = min(spent, seconds.get(each, np.inf))
+    first, *others = forced
+    times = _solved(
+        np.array([passes[each] - passes[first] for each in others]),
+        np.maximum([seconds[each] - seconds[first] for each in others], 1e-9),
+    )
     return Measured(times / times[0, 1], float(times[0, 1]), time.perf_counter() - began)
 
 
-def _forced(stack: Stack) -> list[tuple[int, ...]]:
-    """Return caps of every level that drafts, outermost first: of the target alone, then of what drafts for its draft."""
-    drafters = len(stack.level.draft_lens)
-    outer = [n for n in OUTER if n <= stack.level.draft_len]
-    caps = [(n, *(0,) * (drafters - 1)) for n in outer]
-    return caps + [(outer[-1], n, *(0,) * (drafters - 2)) for n in INNER[1:] if drafters > 1]
+class _Forced(NamedTuple):
+    """What rounds have to draft: by which source for the target, at most how many tokens each level, and how many rounds."""
+
+    source: int
+    caps: tuple[int, ...]  # outermost first
+    rounds: int
 
 
-def _forced_control(stack: Stack, caps: tuple[int, ...], batch: int) -> Autopilot:
+def _forced(stack: Stack) -> list[_Forced]:
+    """Return one round of the target alone, several, rounds of look-up, of a model alone, and of one with what drafts for it."""
+    inner = len(stack.level.draft_lens) - 1
+    outer = [n for n in OUTER if 0 < n <= stack.level.draft_len]
+    found = [_Forced(LOOKUP, (0,) * (1 + inner), rounds) for rounds in (1, PLAIN_ROUNDS)]
+    found += [_Forced(LOOKUP, (n, *(0,) * inner), ROUNDS) for n in outer]
+    if len(stack.levels) > 1:
+        found += [_Forced(MODEL, (n, *(0,) * inner), ROUNDS) for n in outer]
+        found += [_Forced(MODEL, (outer[-1], n, *(0,) * (inner - 1)), ROUNDS) for n in INNER if inner]
+    return found
+
+
+def _forced_control(stack: Stack, forced: _Forced, batch: int) -> Autopilot:
     """Return an autopilot to which drafts are free, so that it drafts all that the caps allow."""
     levels = len(stack.levels)
     times = np.zeros((levels, SLACK + 1))
     times[:, 1:] = 1e-3 ** np.arange(levels)[:, None]  # whatever its length, a draft takes next to nothing of its verifier's pass
-    prior = np.full((levels, 2, CLASSES, 2), (CERTAIN, 1.0))
-    if levels > 1:
-        prior[0, LOOKUP, :, 0] = 1 - CERTAIN  # so that it is the model that drafts
-    control = Autopilot.create(times, prior, len(caps), rate=1.0, allowance=np.inf)
+    prior = np.full((levels, 2, CLASSES, 2), CERTAIN)
+    prior[0, MODEL if forced.source == LOOKUP else LOOKUP, :, 0] = 0
+    control = Autopilot.create(times, prior, len(forced.caps), rate=1.0, allowance=np.inf)
     control = control.capped(jnp.full((batch,), SLACK, jnp.int32))
-    most = jnp.broadcast_to(jnp.asarray(caps, jnp.int32)[:, None], control.most.shape)
+    most = jnp.broadcast_to(jnp.asarray(forced.caps, jnp.int32)[:, None], control.most.shape)
     return dataclasses.replace(control, most=most)
 
 
-def _rounds(stack: Stack, asked: Request, state: State, caps: tuple[int, ...]) -> tuple[np.ndarray, float]:
-    """Run some rounds on a copy of the state; return passes by level and rows [L, SLACK + 1], and their seconds."""
-    control = _forced_control(stack, caps, len(asked.batch.length))
+def _rounds(stack: Stack, asked: Request, state: State, forced: _Forced) -> tuple[np.ndarray, float]:
+    """Run rounds on a copy of the state; return passes by level and rows [L, SLACK + 1], and their seconds."""
+    control = _forced_control(stack, forced, len(asked.batch.length))
     begun = jax.tree.map(jnp.copy, state)._replace(
         control=control, plan=control.init(stack.level.draft_lens, len(asked.batch.length))
     )
     jax.block_until_ready(begun)
     began = time.perf_counter()
     end = jax.block_until_ready(
-        programs(stack).advance(stack, begun, np.array(asked.batch.limit), asked.sampling, np.int32(ROUNDS))
+        programs(stack).advance(stack, begun, np.array(asked.batch.limit), asked.sampling, np.int32(forced.rounds))
     )
     seconds = time.perf_counter() - began
     return np.stack([np.asarray(each.by_rows) for each in counts_of(end)]), seconds
@@ -113,12 +126,13 @@ def _rounds(stack: Stack, asked: Request, state: State, caps: tuple[int, ...]) -
 
 def _is_quick(stack: Stack, asked: Request, state: State) -> bool:
     """Return whether long drafts can be tried within a budget of seconds."""
-    return _rounds(stack, asked, state, (0,) * len(stack.level.draft_lens))[1] < 0.02 * ROUNDS
+    return _rounds(stack, asked, state, _forced(stack)[0])[1] < 0.02
 
 
-def _repeating(prompt: list[int]) -> list[int]:
-    """Return a prompt at whose end look-up finds something."""
-    return [*prompt[:16], *prompt[:16]]
+def _repeating(prompt: list[int], vocab_size: int) -> list[int]:
+    """Return a prompt at whose end look-up finds as much as is ever drafted: the prompt, or its first tokens and others, twice."""
+    others = [token for token in range(vocab_size) if token not in prompt][: PERIOD - min(len(prompt), PERIOD)]
+    return [*prompt[:PERIOD], *others] * 2
 
 
 def _solved(passes: np.ndarray, seconds: np.ndarray) -> np.ndarray:

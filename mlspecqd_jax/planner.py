@@ -1,4 +1,4 @@
-"""Which drafts the command line takes when it is given none: those that were found to pay for models of a size on a kind of device.
+"""Which drafts a model gets that is given none: those that a plan chose, or were found to pay for its size on a kind of device.
 
 A draft pays where a pass over it costs less than the passes over the target that it saves. Look-up costs next to nothing, but the
 windows that judge it cost what they cost; a twin reads a third of the target's bytes, which is a gain only where reading them is
@@ -9,6 +9,8 @@ what takes the time. `python benchmarks/decode.py` and `benchmarks/accelerator.p
 from typing import NamedTuple
 
 from mlspecqd_jax.loading.model import Model
+from mlspecqd_jax.plans import kept, key_of
+from mlspecqd_jax.speculation.level import Level
 
 
 class Row(NamedTuple):
@@ -21,11 +23,19 @@ class Row(NamedTuple):
 
 
 LOOKUP = ("ngram",)
+# Twins that a plan tries: with products that read no more than the stored bytes, from few bits to many.
+TWINS = {"cpu": ("mxfp4", "auto4.5", "mxfp6_e2m3", "int8"), "gpu": ("mxfp4",), "tpu": ("mxfp4",)}
 
 # The first row that fits decides.
 TABLE = (
     Row("cpu", 10**9, ("mxfp4",), "1.1B parameters: a pass of the twin takes 0.34 of the target's, 1.55 x plain decoding at 0.9"),
-    Row("cpu", 0, LOOKUP, "look-up 1.10 x plain decoding on the demo, 1.07 x on SmolLM2-135M; the twin 0.86 x and 1.00 x"),
+    Row(
+        "cpu",
+        0,
+        LOOKUP,
+        "greedy, look-up makes 1.87 x plain decoding of the demo and 1.36 x of SmolLM2-135M; the twin, 1.45 x of the latter, needs "
+        "weights and a start of its own; a plan tells which it is",
+    ),
     Row("cpu-xla", 0, LOOKUP, "XLA decodes the twin's weights in every pass, which takes longer than the target's own product"),
     Row(
         "gpu",
@@ -40,8 +50,19 @@ TABLE = (
 
 
 def default_drafts(target: Model) -> tuple[str, ...]:
-    """Return what drafts for a model unless something is asked for, as `--draft` takes it: as many tokens as pay."""
-    return drafts_for(target.runs_on, target.nbytes)
+    """Return what drafts for a model unless something is asked for, as `--draft` takes it: as many tokens as pay; () is nothing."""
+    plan = kept(choice_key(target))
+    return drafts_for(target.runs_on, target.nbytes) if plan is None else plan.drafts
+
+
+def choice_key(target: Model) -> str:
+    """Return the name under which the plan that chose a model's drafts is kept."""
+    return key_of(Level(target.network, target.params))
+
+
+def twins_for(device: str) -> tuple[str, ...]:
+    """Return the twins that a plan tries on a kind of device."""
+    return TWINS.get(device, ())
 
 
 def drafts_for(device: str, nbytes: int) -> tuple[str, ...]:

@@ -1,21 +1,38 @@
-"""`plan`: measure what passes take here and how fast drafts are on the target's own text, and keep it for the next start."""
+"""`plan`: measure what passes take here and how fast drafts are on the target's own text, and keep it for the next start.
 
-import dataclasses
+Without drafters it also chooses what drafts. Look-up is always tried. Twins in several formats are played on text that the target
+wrote (`replay`), with times guessed from bytes; those that promise most are built and measured. If nothing is faster than plain
+decoding, plain decoding it is.
+"""
+
+import math
 import statistics
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
-from mlspecqd_jax import stacks
+from tqdm.auto import tqdm
+
+from mlspecqd_jax import pass_measurement, plans, replay, stacks
 from mlspecqd_jax.arguments import texts
 from mlspecqd_jax.errors import InputError
 from mlspecqd_jax.generation import generate
 from mlspecqd_jax.loading.model import Model
-from mlspecqd_jax.pass_measurement import measure
-from mlspecqd_jax.plans import Plan, keep, key_of
+from mlspecqd_jax.pass_times import guessed
+from mlspecqd_jax.planner import LOOKUP, choice_key, twins_for
+from mlspecqd_jax.plans import Plan, Tried
 from mlspecqd_jax.speculation.stack import Stack
 
 PAIRS = 3  # of runs that are compared
 NEW_TOKENS = 64  # of each
+CHOICES = {"greedy": 0.0, "T = 0.8": 0.8}  # temperatures
+MEASURED = 2  # twins that are built, of those that promise to pay
+PROMISING = 1.03  # times plain decoding
+
+
+class _Asked(NamedTuple):
+    target: Model
+    prompts: list[list[int]]
+    options: dict[str, Any]  # of `stack`
 
 
 def plan(target: Model, *drafters: Any, prompts: str | Sequence[str] | None = None, **options: Any) -> tuple[Stack, Plan]:
@@ -26,33 +43,99 @@ def plan(target: Model, *drafters: Any, prompts: str | Sequence[str] | None = No
 
     Args:
       target: the model.
-      *drafters: as for `stack`; without any, what pays for models of its size.
+      *drafters: as for `stack`; without any, what drafts is chosen too, and `stack(target, "auto")` takes it from then on.
       prompts: to generate from; None is the target's first token, which says less about what users ask.
       **options: of `stack`.
     """
     given = texts("prompts", prompts)
     if given and target.tokenizer is None:
         raise InputError(f"{target.card.name} has no tokenizer, which prompts need; leave them out")
-    stack = stacks.stack(target, *(drafters or ("auto",)), lengths="auto", **options)
-    asked = [target.tokenizer.encode(text) for text in given] if given else [_first(target)]
-    measured = measure(stack, asked[0])
-    stack = dataclasses.replace(stack, control=dataclasses.replace(stack.control, times=measured.times.astype("float32")))
-    plain = stacks.stack(target, exact=stack.exact)
-    speedups = {}
-    for name, temperature in (("greedy", 0.0), ("T = 0.8", 0.8)):
+    asked = _Asked(target, [target.tokenizer.encode(text) for text in given] if given else [_first(target)], options)
+    return _chosen(asked) if drafters in ((), ("auto",)) else _measured(asked, drafters)
+
+
+class _Found(NamedTuple):
+    stack: Stack
+    plan: Plan
+
+
+def _measured(asked: _Asked, drafters: tuple[Any, ...]) -> _Found:
+    """Measure passes and speeds of a stack, and keep that."""
+    stack = stacks.stack(asked.target, *drafters, **asked.options, lengths="auto")
+    measured = pass_measurement.measure(stack, asked.prompts[0])
+    plan = Plan(plans.key_of(stack.level), tuple(card.name for card in stack.cards), measured.times, measured.plain, {})
+    stack = stacks.stack(asked.target, *drafters, **asked.options, lengths=plan)
+    plan = plan._replace(speedups=_speedups(asked, stack))
+    plans.keep(plan)
+    return _Found(stack, plan)
+
+
+def _speedups(asked: _Asked, stack: Stack) -> dict[str, float]:
+    """Return how much faster a stack is than plain decoding, by how tokens are chosen: the median of pairs of runs, in turn."""
+    plain = stacks.stack(asked.target, exact=stack.exact)
+    found = {}
+    for name, temperature in CHOICES.items():
 
         def seconds(stack, seed, temperature=temperature):
             runs = (
                 generate(stack, [prompt], max_new_tokens=NEW_TOKENS, temperature=temperature, seed=seed, stop_token_ids=())
-                for prompt in asked
+                for prompt in asked.prompts
             )
             return sum(run.report["seconds"] for run in runs)
 
         ratios = [seconds(plain, pair) / seconds(stack, pair) for pair in range(PAIRS + 1)]  # the first compiles
-        speedups[name] = statistics.median(ratios[1:])
-    found = Plan(key_of(stack.level), tuple(card.name for card in stack.cards), measured.times, measured.plain, speedups)
-    keep(found)
-    return stack, found
+        found[name] = statistics.median(ratios[1:])
+    return found
+
+
+def _chosen(asked: _Asked) -> _Found:
+    """Measure look-up and the twins that promise most, and keep which of them, or plain decoding, is the fastest."""
+    target = asked.target
+    lookup = _measured(asked, (stacks.prompt_lookup(),))
+    best, tried = lookup, [Tried((), {}, dict.fromkeys(CHOICES, 1.0)), Tried(LOOKUP, {}, lookup.plan.speedups)]
+    best = best._replace(plan=best.plan._replace(drafts=LOOKUP))
+    predicted = _predicted(asked, lookup.plan)
+    ranked = sorted(predicted, key=lambda name: -_mean(predicted[name]))
+    for rank, name in enumerate(ranked):
+        speedups = {}
+        if rank < MEASURED and _mean(predicted[name]) >= PROMISING:
+            found = _measured(asked, (stacks.twin(target, name),))
+            speedups = found.plan.speedups
+            if _mean(speedups) > _mean(best.plan.speedups):
+                best = found._replace(plan=found.plan._replace(drafts=(name,)))
+        tried.append(Tried((name,), predicted[name], speedups))
+    if _mean(best.plan.speedups) < 1:
+        best = best._replace(
+            stack=stacks.stack(target, **asked.options), plan=best.plan._replace(drafts=(), speedups=tried[0].measured)
+        )
+    choice = best.plan._replace(key=choice_key(target), tried=tuple(tried))
+    plans.keep(choice)
+    return best._replace(plan=choice)
+
+
+def _predicted(asked: _Asked, lookup: Plan) -> dict[str, dict[str, float]]:
+    """Return the speed that each twin promises over plain decoding, by how tokens are chosen."""
+    target, found = asked.target, {}
+    names = twins_for(target.runs_on)
+    if not names:
+        return found
+    plain = stacks.stack(target, exact=asked.options.get("exact", True))
+    written = {
+        name: [replay.write(plain, prompt, NEW_TOKENS, temperature=temperature) for prompt in asked.prompts]
+        for name, temperature in CHOICES.items()
+    }
+    for name in tqdm(names, desc="Trying drafts", unit="draft", disable=None, leave=False):
+        twin = stacks.twin(target, name)
+        draft = guessed([target.pass_bytes, twin.pass_bytes], target.runs_on)[1, 1]
+        found[name] = {
+            choice: replay.best_fixed([replay.agreement(twin, text) for text in texts], lookup.times[0], draft)
+            for choice, texts in written.items()
+        }
+    return found
+
+
+def _mean(speeds: dict[str, float]) -> float:
+    return math.exp(statistics.fmean(map(math.log, speeds.values())))
 
 
 def _first(target: Model) -> list[int]:
@@ -61,11 +144,20 @@ def _first(target: Model) -> list[int]:
 
 
 def table(plan: Plan) -> str:
-    """Return a plan as a table: passes of each level by rows, and what the stack gained."""
+    """Return a plan as a table: what was tried, passes of each level by rows, and what the stack gained."""
+    lines = []
+    if plan.tried:
+        lines += [f"{'drafts':24}" + "".join(f"{name + ', ' + word:>20}" for name in CHOICES for word in ("predicted", "measured"))]
+        for drafts, predicted, measured in plan.tried:
+            cells = (speeds.get(name) for name in CHOICES for speeds in (predicted, measured))
+            line = f"{' '.join(drafts) or 'none':24}" + "".join(f"{'-' if x is None else f'{x:.2f}':>20}" for x in cells)
+            lines.append(line + "  <- chosen" * (drafts == plan.drafts))
+        lines += ["speeds are times plain decoding's; predicted: of the best fixed length, played on the target's own text", ""]
     rows = (1, 2, 4, 8, 16)
-    lines = [f"{'passes':24}" + "".join(f"{f'{n} rows' if n > 1 else '1 row':>10}" for n in rows)]
+    lines.append(f"{'passes':24}" + "".join(f"{f'{n} rows' if n > 1 else '1 row':>10}" for n in rows))
     for name, times in zip(plan.names, plan.times, strict=True):
         lines.append(f"{name:24}" + "".join(f"{times[n]:10.2f}" for n in rows))
     lines.append(f"in those of the target over one row, which takes {1000 * plan.plain:.2f} ms")
-    lines += [f"{name}: {speed:.2f} x plain decoding" for name, speed in plan.speedups.items()]
+    if not plan.tried:
+        lines += [f"{name}: {speed:.2f} x plain decoding" for name, speed in plan.speedups.items()]
     return "\n".join(lines)

@@ -1,9 +1,12 @@
 """`Plan`: what was measured of a stack, kept in the user's cache under the name of all that it depends on.
 
-Versions, device, processor, and every level's shape and formats; the values of weights change no time. A plan never changes a
-greedy or coupled text.
+Versions, device, processor, and every level's shape and formats; the values of weights change no time. The plan that chose what
+drafts for a model is kept under the name of the model alone too. A plan never changes a greedy or coupled text.
+
+Notation: L levels.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -20,20 +23,46 @@ from mlspecqd_jax import console
 from mlspecqd_jax.errors import InputError
 from mlspecqd_jax.json_files import read_json
 from mlspecqd_jax.speculation.buffers import SLACK
+from mlspecqd_jax.speculation.counts import Counts
 from mlspecqd_jax.speculation.level import Level
 from mlspecqd_jax.user_cache import cache_folder
 
-SCHEMA = 1
+SCHEMA = 2
+REFINING, MOST_REFINED = 0.1, 0.25  # what a run's error changes of times, and the most it may
+ENOUGH, SETTLED = 64, 0.1  # passes of the target from which a run says something, and an error below which it says nothing new
+
+
+class Tried(NamedTuple):
+    """What drafts might be worth: speeds over plain decoding, by how tokens are chosen."""
+
+    drafts: tuple[str, ...]  # as `--draft` takes them; () is plain decoding
+    predicted: dict[str, float]  # of the best fixed length, by `replay`; {} of drafts that are not replayed
+    measured: dict[str, float]  # median of pairs; {} of drafts that promised less than others
 
 
 class Plan(NamedTuple):
-    """What was measured of a stack."""
+    """What was measured of a stack, and of others that it was chosen from."""
 
     key: str  # of `key_of`
     names: tuple[str, ...]  # of the levels
     times: np.ndarray  # f64 [L, SLACK + 1], of passes by level and rows in use, in those of the target over one row
     plain: float  # seconds of such a pass
-    speedups: dict[str, float]  # over plain decoding, by what drafts, median of pairs
+    speedups: dict[str, float]  # over plain decoding, by how tokens are chosen, median of pairs
+    drafts: tuple[str, ...] = ()  # as `--draft` takes them, where it chose
+    tried: tuple[Tried, ...] = ()  # what it chose from
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write it to a file of one's own, such as to pin what a seed means under the rejection rule."""
+        keep(self, pathlib.Path(path))
+
+    @staticmethod
+    def load(path: str | os.PathLike) -> "Plan":
+        """Read what `save` wrote, for `stack(..., lengths=plan)`.
+
+        Raises:
+          InputError: the file is no plan.
+        """
+        return loaded(pathlib.Path(path))
 
 
 def key_of(level: Level) -> str:
@@ -77,13 +106,22 @@ def loaded(path: pathlib.Path, key: str | None = None) -> Plan:
       InputError: the file is no plan, or one of another stack, machine or version than `key` names.
     """
     value = read_json(path)
-    times = value.get("times")
-    lawful = isinstance(times, list) and all(isinstance(row, list) and len(row) == SLACK + 1 for row in times) and times
-    if not lawful or value.get("schema") != SCHEMA or not all(np.isfinite(x) and x >= 0 for row in times for x in row):
-        raise InputError(f"{path} is no plan that this version can read")
-    if key is not None and value.get("key") != key:
+    try:
+        plan = _read(value)
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path} is no plan that this version can read") from error
+    if key is not None and plan.key != key:
         raise InputError(f"{path} is the plan of another model, machine or version")
-    return Plan(value["key"], tuple(value["names"]), np.array(times), float(value["plain"]), dict(value["speedups"]))
+    return plan
+
+
+def _read(value: dict[str, Any]) -> Plan:
+    """Return a plan from what is kept of it, or raise one of the errors that reading something else gives."""
+    times = np.array(value["times"], np.float64)
+    names, tried = tuple(value["names"]), tuple(Tried(tuple(drafts), *speeds) for drafts, *speeds in value["tried"])
+    if value["schema"] != SCHEMA or times.shape != (len(names), SLACK + 1) or not np.all(np.isfinite(times) & (times >= 0)):
+        raise ValueError
+    return Plan(value["key"], names, times, float(value["plain"]), dict(value["speedups"]), tuple(value["drafts"]), tried)
 
 
 def keep(plan: Plan, path: pathlib.Path | None = None) -> pathlib.Path:
@@ -95,6 +133,37 @@ def keep(plan: Plan, path: pathlib.Path | None = None) -> pathlib.Path:
         json.dump(value, file)
     os.replace(file.name, path)
     return path
+
+
+def seconds_of(plan: Plan, passes: np.ndarray) -> np.ndarray:
+    """Return the seconds [L] of passes [L, SLACK + 1] of each level by rows."""
+    return plan.plain * np.sum(passes * plan.times, axis=1)
+
+
+def refined(plan: Plan, passes: np.ndarray, seconds: float) -> Plan:
+    """Return a plan whose times are a little nearer to what a run took: its error is shared out as its levels took part in it.
+
+    Args:
+      plan: of a stack.
+      passes: [L, SLACK + 1], those of the run, by level and rows.
+      seconds: that they took.
+    """
+    shares = seconds_of(plan, passes)
+    change = (seconds - shares.sum()) * shares / max(np.sum(shares**2), 1e-30)
+    times = plan.times * (1 + np.clip(REFINING * change, -MOST_REFINED, MOST_REFINED))[:, None]
+    return plan._replace(times=times / times[0, 1], plain=float(plan.plain * times[0, 1]))
+
+
+def learn(level: Level, counts: tuple[Counts, ...], seconds: float) -> None:
+    """Refine the plan that is kept of a stack, given its outermost level, by the passes of one row's run and their seconds."""
+    passes = np.stack([np.asarray(each.by_rows) for each in counts])
+    if len(counts[0].rounds) > 1 or passes[0].sum() < ENOUGH:
+        return
+    path = path_of(key_of(level))
+    with contextlib.suppress(InputError, OSError):  # what cannot be used is said where it is to be used
+        plan = loaded(path, path.stem)
+        if abs(seconds / seconds_of(plan, passes).sum() - 1) > SETTLED:  # else the plan stays, and texts under rejection with it
+            keep(refined(plan, passes, seconds))
 
 
 def as_json(plan: Plan) -> dict[str, Any]:

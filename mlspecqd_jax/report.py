@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 from typing import Any
 
 import jax
@@ -16,13 +17,18 @@ from mlspecqd_jax.speculation.state import State, counts_of
 from mlspecqd_jax.speculation.theory import tokens_per_round
 
 JUDGED, COLLAPSED = 64, 0.2  # a token acceptance below this, among at least so many judged, is warned of
+DRIFTED = 0.25  # and rounds, of as many, that take so much more or less than by the plan
 
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """Seconds of one generation: `seconds` from the first prompt token fed to the last token on the host, compilation apart."""
+    """Seconds of one generation: `seconds` from the first prompt token fed to the last token on the host, compilation apart.
+
+    `prefill_seconds`: the part of them in which prompts were fed.
+    """
 
     seconds: float
+    prefill_seconds: float
     compile_seconds: float
 
 
@@ -60,16 +66,22 @@ def passes_of(counts: Counts) -> dict[str, Any]:
     }
 
 
-def autopilot_of(state: State) -> dict[str, float | None] | None:
+def autopilot_of(state: State, seconds: float) -> dict[str, float | None] | None:
     """Return what the autopilot counted, in passes of plain decoding, or None where there was none.
 
     `time` of all rounds by its table; `speedup` over plain decoding by that table; `least_ahead`: how far rounds were ahead of
-    plain decoding when they were the least so, below 0 where the allowance was drawn on.
+    plain decoding when they were the least so, below 0 where the allowance was drawn on; `drift`: by what part the `seconds` of
+    the rounds exceed those by the table, None where that was not measured.
     """
     if not isinstance(state.control, Autopilot):
         return None
-    time, most = float(state.plan.time), int(state.plan.done.max())
-    return {"time": time, "speedup": most / time if time else None, "least_ahead": float(state.plan.least) if time else None}
+    time, most, plain = float(state.plan.time), int(state.plan.done.max()), float(state.control.plain)
+    return {
+        "time": time,
+        "speedup": most / time if time else None,
+        "least_ahead": float(state.plan.least) if time else None,
+        "drift": seconds / (time * plain) - 1 if time and math.isfinite(plain) else None,
+    }
 
 
 def build(stack: Stack, state: State, sampling: Sampling, new_tokens: list[int], timing: Timing) -> dict[str, Any]:
@@ -93,7 +105,7 @@ def build(stack: Stack, state: State, sampling: Sampling, new_tokens: list[int],
         ],
         "rule": sampling.rule,
         "exact": stack.exact,
-        "autopilot": autopilot_of(state),
+        "autopilot": autopilot_of(state, timing.seconds - timing.prefill_seconds),
         "synthetic_acceptance": None
         if rates is None
         else [round(rate, 6) for rate in rates.tolist()],  # then the text is meaningless
@@ -101,6 +113,7 @@ def build(stack: Stack, state: State, sampling: Sampling, new_tokens: list[int],
         "device": next(iter(_leaf(stack).devices())).device_kind,
         "new_tokens": total,
         "seconds": timing.seconds,
+        "prefill_seconds": timing.prefill_seconds,
         "compile_seconds": timing.compile_seconds,
         "tokens_per_second": total / timing.seconds if timing.seconds > 0 else None,
         "speedup": None,
@@ -108,8 +121,8 @@ def build(stack: Stack, state: State, sampling: Sampling, new_tokens: list[int],
 
 
 def warnings_of(report: dict[str, Any]) -> list[str]:
-    """Return a sentence for each level whose drafts are hardly ever accepted."""
-    return [
+    """Return a sentence for each level whose drafts are hardly ever accepted, and one for times that are no longer true."""
+    sentences = [
         f"{level['name']} accepts {level['token_acceptance']:.0%} of the tokens that {below['name']} drafts ({level['judged']} "
         "judged), which is hardly worth it; draft with another model, or draft fewer tokens"
         for level, below in itertools.pairwise(report["levels"])
@@ -118,6 +131,13 @@ def warnings_of(report: dict[str, Any]) -> list[str]:
         and level["judged"] >= JUDGED
         and level["token_acceptance"] < COLLAPSED
     ]
+    drift = (report["autopilot"] or {}).get("drift")
+    if drift is not None and abs(drift) > DRIFTED and report["levels"][0]["rounds"] >= JUDGED:
+        than = f"more than {1 + DRIFTED:g}" if drift > 0 else f"less than {1 - DRIFTED:g}"
+        sentences.append(  # no figure that changes, so that it is said once
+            f"rounds took {than} times what the plan's times say; if no other work ran here, 'mlspecqd plan' measures anew"
+        )
+    return sentences
 
 
 def dtype_of(stack: Stack) -> str:

@@ -3,7 +3,7 @@
 Notation: B batch, S buffer length.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +19,7 @@ from mlspecqd_jax.speculation.protocols import Control
 from mlspecqd_jax.speculation.settings import Sampling
 from mlspecqd_jax.speculation.stack import Stack, outermost
 from mlspecqd_jax.text.card import Card
+from mlspecqd_jax.text.conversations import holds_conversations
 from mlspecqd_jax.text.detokenizer import encode
 
 DEFAULT_NEW_TOKENS = 128
@@ -35,21 +36,30 @@ class Batch(NamedTuple):
 
 
 @jax_settings.held
-def prepare(stack: Stack, prompts, *, max_new_tokens: int | Sequence[int] | None = None, chat: bool = False) -> Batch:
+def prepare(
+    stack: Stack,
+    prompts,
+    *,
+    max_new_tokens: int | Sequence[int] | None = None,
+    chat: bool = False,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> Batch:
     """Encode prompts and lay them out in a buffer whose size is a bucket, so that another prompt is rarely another trace.
 
     Args:
       stack: from `stack`.
-      prompts: a text, or a list or tuple of texts and of token ids (lists, tuples or integer arrays), or an integer array of a row
-        a prompt. Nothing else is iterated: make a list of what a generator yields.
+      prompts: a text; a conversation, a list of messages such as {"role": "user", "content": "Hi"}; a list or tuple of texts, of
+        conversations and of token ids (lists, tuples or integer arrays); or an integer array of a row a prompt. Nothing else is
+        iterated: make a list of what a generator yields.
       max_new_tokens: at most this many new tokens, one number or one a row; None is 128, or what the positions leave.
-      chat: wrap each text as a user's message by the tokenizer's chat template.
+      chat: wrap each text as a user's message by the tokenizer's chat template; a conversation among the prompts implies it.
+      chat_template_kwargs: what the template is given beside the messages, such as {"enable_thinking": False} or tools.
 
     Raises:
       InputError: a prompt is empty, or prompt and new tokens exceed the positions of the target or of a draft.
     """
     card = card_of(stack)
-    rows = encode(card, prompts, chat=flag("chat", chat))
+    rows = encode(card, prompts, chat=flag("chat", chat), chat_template_kwargs=chat_template_kwargs)
     explicit = max_new_tokens is not None
     wanted = each_row("max_new_tokens", max_new_tokens if explicit else DEFAULT_NEW_TOKENS, len(rows))
     wanted = np.array([min(n, LARGEST_INT) for n in wanted], np.int64)
@@ -104,10 +114,12 @@ def request(stack: Stack, prompts, arguments: dict[str, Any]) -> Request:
     card, stops = card_of(stack), texts("stop", arguments.pop("stop", None))
     if stops and card.tokenizer is None:
         raise InputError(f"{card.name} has no tokenizer, which stop strings need; use stop_token_ids")
-    batch_arguments = {name: arguments.pop(name) for name in ("max_new_tokens", "chat") if name in arguments}
+    batch_arguments = {
+        name: arguments.pop(name) for name in ("max_new_tokens", "chat", "chat_template_kwargs") if name in arguments
+    }
     batch = prepare(stack, prompts, **batch_arguments)
     if arguments.get("stop_token_ids") is None:
-        ends = card.chat_end_token_ids if batch_arguments.get("chat") else ()
+        ends = card.chat_end_token_ids if batch_arguments.get("chat") or holds_conversations(prompts) else ()
         arguments["stop_token_ids"] = tuple(dict.fromkeys((*card.eos_token_ids, *ends)))
     rows, limit = len(batch.length), {name: arguments.pop(name) for name in ("draft_limit",) if name in arguments}
     sampling = Sampling.create(rows, stack.level.model.vocab_size, **arguments)

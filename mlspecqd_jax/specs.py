@@ -18,7 +18,7 @@ from mlspecqd_jax.loading.model import Model
 from mlspecqd_jax.loading.models import is_quantized
 from mlspecqd_jax.speculation.drafters.prompt_lookup import PromptLookup
 from mlspecqd_jax.speculation.stack import Stack
-from mlspecqd_jax.stacks import check_draft_len, default_draft_len, stack
+from mlspecqd_jax.stacks import check_draft_len, default_draft_len, stack, twin
 from mlspecqd_jax.weights.formats import FORMATS
 from mlspecqd_jax.weights.quantization import bits_of
 
@@ -86,11 +86,6 @@ def _is_format(name: str) -> bool:
     return name in FORMATS or bits_of(name) is not None
 
 
-def _twin(model: Model, format: str, calibrate: bool) -> Model:
-    bits = bits_of(format)
-    return model.quantized(format, calibrate=calibrate) if bits is None else model.quantized(bits=bits, calibrate=calibrate)
-
-
 def drafters(specs: Sequence[Spec], target: Model, load: Callable[..., Model], calibrate: bool = False) -> list[tuple[Any, int]]:
     """Turn specs into the (drafter, draft_len) pairs that `stack` takes; `load` is asked for the models that they name.
 
@@ -104,7 +99,7 @@ def drafters(specs: Sequence[Spec], target: Model, load: Callable[..., Model], c
       InputError: what `load` raises, or a format for a model that is quantized already.
     """
     pairs, above = [], target  # the model of the level above, not quantized
-    twins = functools.cache(_twin)  # so that two levels in one format share their weights
+    twins = functools.cache(twin)  # so that two levels in one format share their weights
     for i, spec in enumerate(specs):
         if spec == LOOKUP._replace(draft_len=spec.draft_len):
             drafter = PromptLookup()

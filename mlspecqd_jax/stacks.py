@@ -13,7 +13,7 @@ from mlspecqd_jax.loading.model import Model
 from mlspecqd_jax.network.network import Network
 from mlspecqd_jax.pass_times import guessed
 from mlspecqd_jax.planner import default_drafts
-from mlspecqd_jax.plans import kept, key_of
+from mlspecqd_jax.plans import Plan, kept, key_of
 from mlspecqd_jax.speculation.autopilot import Autopilot
 from mlspecqd_jax.speculation.drafters.either import Either
 from mlspecqd_jax.speculation.drafters.prompt_lookup import PromptLookup
@@ -25,13 +25,14 @@ from mlspecqd_jax.speculation.translated import Dictionary, Translated, Translat
 from mlspecqd_jax.text.card import first_difference
 from mlspecqd_jax.text.token_map import TokenMap, token_map
 from mlspecqd_jax.weights.placement import place
+from mlspecqd_jax.weights.quantization import bits_of
 from pallas_kernels.product import ONE_WIDTH
 
 LENGTHS = ("fixed", "auto")
 
 
 @jax_settings.held
-def stack(target: Model, *drafters: Any, exact: bool = True, share_cache: bool = True, lengths: str = "fixed") -> Stack:
+def stack(target: Model, *drafters: Any, exact: bool = True, share_cache: bool = True, lengths: str | Plan = "fixed") -> Stack:
     """Build what generates: a target, what drafts for it, what drafts for that, and so on; the target alone decodes plainly.
 
     Args:
@@ -39,14 +40,15 @@ def stack(target: Model, *drafters: Any, exact: bool = True, share_cache: bool =
       *drafters: outermost first, each (drafter, draft_len) or a drafter alone (5 tokens, 3 if it drafts for a draft, 4 for prompt
         look-up). A drafter is a `Model`, such as the level's own twin `target.quantized()`, or `prompt_lookup()`, which must be
         the last; a model of another tokenizer drafts what its tokens and the target's have in common, and stderr says how much.
-        "auto" alone is what was found to pay for models of the target's size on its device, with lengths="auto".
+        "auto" alone is what `plan` chose for the target on this machine, or else what was found to pay for models of its size on
+        its device, with lengths="auto".
       exact: pad every window of the target to a multiple of rows at which a row's result does not depend on the window, so that
         all stacks give the same tokens in the weights' dtype (CPU: 2 rows, or none where the C++ products run; GPU and TPU: 16,
         hence draft_len <= 15). False drops the padding: fastest, and equal up to rounding.
       share_cache: let twins read and write their verifier's cache; False gives each a cache of its own.
       lengths: "fixed" drafts so many tokens in each round; "auto" as many as pay, from none up to the draft_len (15 where none is
         given, 7 if it drafts for a draft), by a model or by look-up, which such a stack has anyway, and takes no more than about
-        two per cent longer than plain decoding whatever is accepted.
+        two per cent longer than plain decoding whatever is accepted. A `Plan` is "auto" by that plan's times, whatever is kept.
 
     Raises:
       InputError: a drafter does not fit the level above it; one sentence on how.
@@ -54,8 +56,10 @@ def stack(target: Model, *drafters: Any, exact: bool = True, share_cache: bool =
     instance("target", target, Model, "a Model, as mlsd.load returns it")
     exact, share_cache = flag("exact", exact), flag("share_cache", share_cache)
     if drafters == ("auto",):
-        drafters, lengths = tuple(_drafter(name, target) for name in default_drafts(target)), "auto"
-    auto = choice("lengths", lengths, LENGTHS) == "auto"
+        drafters = tuple(PromptLookup() if name == "ngram" else twin(target, name) for name in default_drafts(target))
+        lengths = "auto" if drafters else "fixed"
+    plan = lengths if isinstance(lengths, Plan) else None
+    auto = plan is not None or choice("lengths", lengths, LENGTHS) == "auto"
     pairs = [_pair(drafter, nested=i > 0, auto=auto) for i, drafter in enumerate(drafters)]
     if auto:
         pairs = _with_lookup(pairs)
@@ -92,13 +96,19 @@ def stack(target: Model, *drafters: Any, exact: bool = True, share_cache: bool =
         )
 
     outermost = level(0)
-    control = _autopilot(models, outermost) if auto else None
+    control = _autopilot(models, outermost, plan) if auto else None
     return Stack(outermost, tuple(model.card for model in models), exact, control)
 
 
 def prompt_lookup(max_ngram: int = 3, min_ngram: int = 1) -> PromptLookup:
     """Return the drafter that proposes what followed the last tokens where they occurred before (n-grams of prompt and output)."""
     return PromptLookup(max_ngram, min_ngram)
+
+
+def twin(model: Model, name: str, calibrate: bool = False) -> Model:
+    """Return a model's twin in a format, or in one for each weight (auto4.5)."""
+    bits = bits_of(name)
+    return model.quantized(name, calibrate=calibrate) if bits is None else model.quantized(bits=bits, calibrate=calibrate)
 
 
 def exact_rows(target: Model, draft_len: int) -> int:
@@ -154,10 +164,6 @@ def _pair(given: Any, nested: bool, auto: bool) -> tuple[Any, int]:
     return drafter, check_draft_len(rest[0]) if rest else default_draft_len(drafter, nested, auto)
 
 
-def _drafter(name: str, target: Model) -> Model | PromptLookup:
-    return PromptLookup() if name == "ngram" else target.quantized(name)
-
-
 def _with_lookup(pairs: list[tuple[Any, int]]) -> list[tuple[Any, int]]:
     """Return the same with look-up at the end, where there is none; no other drafter without a model can be guided."""
     other = next((drafter for drafter, _ in pairs if not isinstance(drafter, (Model, PromptLookup))), None)
@@ -169,12 +175,17 @@ def _with_lookup(pairs: list[tuple[Any, int]]) -> list[tuple[Any, int]]:
     return [*pairs, (lookup, default_draft_len(lookup, nested=bool(pairs), auto=True))]
 
 
-def _autopilot(models: list[Model], level: Level) -> Autopilot:
+def _autopilot(models: list[Model], level: Level, plan: Plan | None) -> Autopilot:
     """Return what controls the lengths: by times that were measured and kept (`plans`), or that bytes let guess."""
     twins = [is_twin(draft, verifier) for verifier, draft in itertools.pairwise(models)]
-    plan = kept(key_of(level))
-    times = guessed([model.pass_bytes for model in models], models[0].runs_on) if plan is None else plan.times
-    return Autopilot.create(times, prior([*twins, False]), len(level.draft_lens))
+    plan = kept(key_of(level)) if plan is None else plan
+    if plan is None:
+        times, plain = guessed([model.pass_bytes for model in models], models[0].runs_on), math.nan
+    elif len(plan.times) != len(models):
+        raise InputError(f"the plan is of {len(plan.times)} levels, {', '.join(plan.names)}, but the stack has {len(models)}")
+    else:
+        times, plain = plan.times, plan.plain
+    return Autopilot.create(times, prior([*twins, False]), len(level.draft_lens), plain=plain)
 
 
 def _check_fits(draft: Model, target: Model) -> None:

@@ -8,9 +8,13 @@ import functools
 import json
 import pathlib
 import zlib
+from collections.abc import Callable
 
 import numpy as np
 import tiny
+
+import mlspecqd_jax as mlsd
+from mlspecqd_jax.loading import config_file
 
 REFERENCE = pathlib.Path(__file__).parent / "reference" / "families"
 VOCAB, TOKENS = 61, 17
@@ -221,6 +225,27 @@ CONFIGS: dict[str, dict] = {
 }
 
 
+def text_type(config: dict) -> str:
+    """Return the model type of a checkpoint's language model."""
+    kind = config["model_type"]
+    return config.get("text_config", {}).get("model_type", config_file.WRAPPERS.get(kind, (kind,))[0])
+
+
+COMPARED = tiny.FAMILIES | CONFIGS  # config.json by name of every checkpoint whose logits are compared with transformers'
+
+
+def _one_each(with_images: bool) -> dict[str, str]:
+    """Return the first checkpoint of each model type, with what sees images or without."""
+    return {text_type(config): name for name, config in reversed(COMPARED.items()) if ("vision_config" in config) == with_images}
+
+
+GENERATED = _one_each(True) | _one_each(False)  # what is generated from too, plainly and with each of STACKS
+STACKS: dict[str, Callable[[mlsd.Model], tuple[mlsd.Model, int]]] = {
+    "its twin": lambda model: (model.quantized(), 3),  # whose products are rounded
+    "itself": lambda model: (model, 3),  # all of whose drafts are accepted
+}
+
+
 def tokens() -> np.ndarray:
     """Return the ids of the recorded pass, int32 [1, T]."""
     return np.random.RandomState(7).randint(3, VOCAB, (1, TOKENS)).astype(np.int32)
@@ -249,5 +274,7 @@ def recorded(name: str) -> tuple[dict[str, tuple[int, ...]], np.ndarray]:
 
 def write(folder: pathlib.Path, name: str, shapes: dict[str, tuple[int, ...]] | None = None) -> pathlib.Path:
     """Write the checkpoint of a family, with the tensors that were recorded unless others are given."""
+    if name in tiny.FAMILIES:
+        return tiny.write_family(folder, name)
     shapes = recorded(name)[0] if shapes is None else shapes
     return tiny.write_checkpoint(folder, CONFIGS[name], {key: drawn(key, shape) for key, shape in shapes.items()})

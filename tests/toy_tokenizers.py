@@ -1,7 +1,7 @@
-"""Tokenizers of bytes and of spaced words, the ids of their bytes, and text streamed through a detokenizer."""
+"""Tokenizers of bytes and of spaced words, and in the way of known models; ids of bytes; text streamed through a detokenizer."""
 
 import tokenizers
-from tokenizers import decoders, models
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 EOS = "<eos>"
@@ -22,6 +22,41 @@ DECODERS = {
     ),
     "metaspace": lambda: decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()]),
 }
+
+
+def word_pieces(prefix: str):
+    """A tokenizer in the way of Llama 2: spaces as ▁, one put before a text, bytes for what is unknown, and a BOS."""
+    vocab = ["<unk>", "<s>", "</s>", "<|user|>", "<|end|>", *(f"<0x{i:02X}>" for i in range(256)), "▁", *"abcdefghi", "▁a", "▁ab"]
+    inner = tokenizers.Tokenizer(
+        models.BPE({token: i for i, token in enumerate(vocab)}, [("▁", "a"), ("▁a", "b")], unk_token="<unk>", byte_fallback=True)
+    )
+    if prefix == "normalizer":
+        inner.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    else:
+        inner.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+        steps = [decoders.ByteFallback(), decoders.Metaspace(prepend_scheme="first")]
+    inner.decoder = decoders.Sequence(steps)
+    return _with_bos(inner)
+
+
+def byte_level():
+    """A tokenizer in the way of Llama 3: bytes, and a BOS."""
+    vocab = ["<s>", "</s>", "<|user|>", "<|end|>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "he", "Ġhe"]
+    inner = tokenizers.Tokenizer(models.BPE({token: i for i, token in enumerate(vocab)}, [("h", "e"), ("Ġ", "he")]))
+    inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    return _with_bos(inner)
+
+
+def _with_bos(inner):
+    names = ("<s>", "</s>", "<|user|>", "<|end|>")
+    inner.add_special_tokens([tokenizers.AddedToken(name, special=True, normalized=False) for name in names])
+    inner.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", inner.token_to_id("<s>"))])
+    return PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>")
+
+
+USUAL = {"metaspace": lambda: word_pieces("metaspace"), "llama 2": lambda: word_pieces("normalizer"), "llama 3": byte_level}
+TEXTS = ["he said", " a  b\n", "naïve 😀 世界 a", "ab abc\tab ", "", "#!", "he's ... no ."]
 
 
 def ids_of(tokenizer, *tokens):

@@ -9,6 +9,7 @@ from mlspecqd_jax.errors import InputError
 from mlspecqd_jax.loading import huggingface
 from mlspecqd_jax.loading.gguf.reader import is_gguf, parts_of
 
+CONFIG = "config.json"
 DEMOS = ("demo", "demo-small")
 WANTED = (
     "an existing folder, an owner/name id of the Hugging Face hub, a .gguf file (FILE.gguf, or owner/name/FILE.gguf of the hub), "
@@ -38,6 +39,22 @@ def find(model: str | os.PathLike) -> pathlib.Path:
     raise InputError(f"{arguments.brief(str(model), 300)} is not a model: give {WANTED}")
 
 
+def find_config(model: str | os.PathLike) -> pathlib.Path:
+    """Return the local folder, GGUF file or config.json that tells what a model is; no weights are downloaded.
+
+    Args:
+      model: as for `find`, or the path of a config.json. Of a hub id config.json is downloaded; a GGUF file of the hub must have
+        been, since what it is stands in the file.
+    """
+    if is_path(model) and _is_config(model):
+        return pathlib.Path(model)
+    if is_path(model) and not _is_folder(model) and _is_hub_file(model):
+        return _hub_file(str(model), fetch=False)
+    if is_path(model) and not _is_folder(model) and _is_hub_id(model):
+        return huggingface.download(str(model), [CONFIG]) / CONFIG
+    return find(model)
+
+
 def is_known(model: str | os.PathLike) -> bool:
     """Return whether `find` would look for a model of this name, without looking on the hub."""
     return _is_demo(model) or _is_folder(model) or _is_file(model) or _is_hub_file(model) or _is_hub_id(model)
@@ -60,6 +77,10 @@ def _is_file(model) -> bool:
     return str(model).splitlines() == [str(model)] and is_gguf(model) and os.path.isfile(model)
 
 
+def _is_config(model) -> bool:
+    return str(model).splitlines() == [str(model)] and str(model).endswith(".json") and os.path.isfile(model)
+
+
 def _is_hub_id(model) -> bool:
     named = re.fullmatch(r"[\w\-.]+/[\w\-.]+", str(model)) is not None
     return named and not str(model).startswith(".") and not is_gguf(model)
@@ -71,11 +92,19 @@ def _is_hub_file(model) -> bool:
     return named and is_gguf(model)
 
 
-def _hub_file(model: str) -> pathlib.Path:
-    """Download one GGUF file of a repository, with the other parts of a split one."""
+def _hub_file(model: str, fetch: bool = True) -> pathlib.Path:
+    """Download one GGUF file of a repository, with the other parts of a split one, or find what was downloaded before."""
     owner, name, *folders, file = model.split("/")
-    folder = huggingface.download(f"{owner}/{name}", ["/".join([*folders, part]) for part in parts_of(file)])
-    path = folder.joinpath(*folders, file)
+    if fetch:
+        folder = huggingface.download(f"{owner}/{name}", ["/".join([*folders, part]) for part in parts_of(file)])
+    else:
+        folder = huggingface.downloaded(f"{owner}/{name}")
+    path = pathlib.Path() if folder is None else folder.joinpath(*folders, file)
+    if not fetch and not os.path.isfile(path):
+        raise InputError(
+            f"{model} has not been downloaded, and what it is stands in the file itself; download it (mlspecqd generate does, or "
+            f"hf download {owner}/{name} {'/'.join([*folders, file])})"
+        )
     if not os.path.isfile(path):
         raise InputError(
             f"'{owner}/{name}' on the hub has no file {arguments.brief('/'.join([*folders, file]))}; check the spelling"

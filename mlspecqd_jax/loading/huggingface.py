@@ -71,6 +71,16 @@ def download(repo_id: str, files: Sequence[str] = HUB_FILES) -> pathlib.Path:
         raise InputError(f"'{repo_id}' could not be downloaded ({why}); check the connection, or give a local folder") from error
 
 
+def downloaded(repo_id: str) -> pathlib.Path | None:
+    """Return the local folder of what was downloaded of a hub repository before, or None."""
+    import huggingface_hub
+
+    try:
+        return pathlib.Path(huggingface_hub.snapshot_download(repo_id, local_files_only=True))
+    except Exception:  # as in `download`; all of them mean that there is none
+        return None
+
+
 def read_params(folder: pathlib.Path, model: Network, dtype: jnp.dtype, mesh: Mesh | None) -> dict[str, Leaf]:
     """Stream every tensor of a checkpoint to its place, in `dtype`, or packed (`native_mxfp4`).
 

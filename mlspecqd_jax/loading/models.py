@@ -1,7 +1,6 @@
 """`load`: a demo, a folder (a converted one too), a GGUF file or a hub id to a `Model`; `convert`: a model to what loads faster."""
 
 import dataclasses
-import json
 import os
 import pathlib
 from typing import Any, cast
@@ -27,10 +26,9 @@ from mlspecqd_jax.weights.formats import FORMATS, check_format
 from mlspecqd_jax.weights.placement import usable_mesh
 from mlspecqd_jax.weights.quantization import Recipe, bits_of
 from mlspecqd_jax.weights.quantized_array import Leaf
-from mlspecqd_jax.weights.tensors import HEAD, parameters
+from mlspecqd_jax.weights.tensors import HEAD
 
 DTYPES = ("bfloat16", "float32", "float16")
-SAMPLING_KEYS = ("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
 @jax_settings.held
@@ -128,31 +126,6 @@ def _check_use(folder: pathlib.Path, quantization: Quantization | None, wanted: 
             "BF16, FP16 or FP32 checkpoint, for which these can draft (twin_of=target, --draft FOLDER), or decode them "
             "(dequantize=True, --dequantize)"
         )
-
-
-def describe(model: str | os.PathLike) -> dict[str, Any]:
-    """Return what a model is, from its small files or a GGUF file's header: family, size, positions, tokenizer, sampling defaults.
-
-    The sampling defaults of generation_config.json are shown, not applied: `generate` does what its arguments say.
-    """
-    found = origin(find(model))
-    config = found.config
-    size, attention = parameters(Network(config).tensors()), config.layers[0].mixer
-    defaults = {key: found.recorded[key] for key in SAMPLING_KEYS if key in found.recorded}
-    return {
-        "model": f"{model} ({found.kind})",
-        "family": found.family,
-        "parameters": f"{size:,}",
-        **found.facts,
-        "bytes in bfloat16": f"{2 * size:,}",
-        "positions": config.max_positions,
-        "vocabulary": config.vocab_size,
-        "layers": f"{len(config.layers)} x hidden {config.hidden_size}, {attention.heads} heads, "
-        f"{attention.kv_heads} key/value heads",
-        "tokenizer": found.tokenizer_kind,
-        "end of text ids": ", ".join(map(str, found.eos_token_ids)) or "none",
-        "recorded sampling": f"{json.dumps(defaults)} (not applied)" if defaults else "none",
-    }
 
 
 @jax_settings.held

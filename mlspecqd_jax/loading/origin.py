@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from mlspecqd_jax.json_files import read_json, read_json_if_there
-from mlspecqd_jax.loading import checkpoint, config_file, huggingface, native_mxfp4
+from mlspecqd_jax.loading import checkpoint, config_file, huggingface
 from mlspecqd_jax.loading.gguf import architectures, reader, small_files, tokenizer, weights
 from mlspecqd_jax.loading.quantized.method import Quantization, find_quantization
 from mlspecqd_jax.loading.quantized.params import Leaves, decoded, leaves_of
@@ -60,18 +60,12 @@ def _of_folder(folder: pathlib.Path) -> Origin:
         eos_token_ids=config_file.eos_token_ids(folder, config.vocab_size),
         recorded=read_json_if_there(folder / "generation_config.json"),
         tokenizer_kind=tokenizer_files.describe(folder),
-        facts={"weights": _kind_of_weights(raw, quantization)},
+        facts={},
         quantization=quantization,
         leaves=leaves,
         tokenizer=lambda known: tokenizer_files.read_tokenizer(folder),
         params=params,
     )
-
-
-def _kind_of_weights(raw: Mapping[str, Any], quantization: Quantization | None) -> str:
-    if quantization is not None:
-        return f"quantized by {quantization.method}"
-    return "plain, those of experts in MXFP4" if native_mxfp4.is_native(raw) else "plain"
 
 
 def _of_file(file: reader.GGUF) -> Origin:

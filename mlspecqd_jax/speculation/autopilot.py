@@ -51,13 +51,23 @@ class Autopilot:
     rate: jax.Array  # f32 [], tokens in the time of a plain pass, to begin with
     most: jax.Array  # int32 [D, B or 1], how many tokens each level may draft a round, outermost first
     allowance: jax.Array  # f32 [], times what is usual; infinity lifts the account
+    plain: jax.Array  # f32 [], seconds of a pass of plain decoding, of which nothing but reports knows; NaN where times are guessed
 
     @staticmethod
-    def create(times, prior, drafters: int, *, rate: float = 1.3, most: int = SLACK, allowance: float = 1.0) -> "Autopilot":
+    def create(
+        times,
+        prior,
+        drafters: int,
+        *,
+        rate: float = 1.3,
+        most: int = SLACK,
+        allowance: float = 1.0,
+        plain: float = float("nan"),
+    ) -> "Autopilot":
         """Put together a control of a stack with so many `drafters`; see the fields."""
         f32 = jnp.float32
         caps = jnp.full((drafters, 1), most, jnp.int32)
-        return Autopilot(jnp.asarray(times, f32), jnp.asarray(prior, f32), f32(rate), caps, f32(allowance))
+        return Autopilot(jnp.asarray(times, f32), jnp.asarray(prior, f32), f32(rate), caps, f32(allowance), f32(plain))
 
     def capped(self, draft_limit: jax.Array) -> "Autopilot":
         """Return the same for a batch, with at most so many tokens [B] a round for the target.
@@ -65,9 +75,11 @@ class Autopilot:
         The rows of a batch are in one pass together: times are those of so many windows, in passes of as many rows.
         """
         batch = len(draft_limit)
-        times = self.times[:, jnp.minimum(batch * jnp.arange(SLACK + 1), SLACK)] / self.times[0, min(batch, SLACK)]
+        plain = self.times[0, min(batch, SLACK)]
+        times = self.times[:, jnp.minimum(batch * jnp.arange(SLACK + 1), SLACK)] / plain
         most = jnp.broadcast_to(self.most, (len(self.most), batch))
-        return dataclasses.replace(self, times=times, most=most.at[:1].set(jnp.minimum(most[:1], draft_limit[None])))
+        most = most.at[:1].set(jnp.minimum(most[:1], draft_limit[None]))
+        return dataclasses.replace(self, times=times, plain=self.plain * plain, most=most)
 
     def init(self, draft_lens, batch):
         """Return what is known before the first round (see `Control`)."""

@@ -99,7 +99,7 @@ def draw(logits: jax.Array, keys: jax.Array, sampling: Sampling) -> jax.Array:
     Returns:
       int32 [B, W], an exact draw from softmax(filtered logits) of each row.
     """
-    return jnp.argmax(compared(logits, keys, sampling), axis=-1).astype(jnp.int32)
+    return largest(compared(logits, keys, sampling))
 
 
 def compared(logits: jax.Array, keys: jax.Array, sampling: Sampling) -> jax.Array:
@@ -112,16 +112,27 @@ def compared(logits: jax.Array, keys: jax.Array, sampling: Sampling) -> jax.Arra
     return jax.lax.cond(jnp.any(sampling.temperature > 0), drawn, lambda x: x, logits)
 
 
+def largest(x: jax.Array) -> jax.Array:
+    """argmax(x [..., V]), int32 [...]: the first of the largest, and NaN before any number.
+
+    As a maximum and where it stands first: XLA:CPU takes two to five times as long for an argmax, which it does one by one.
+    """
+    found = (x == jnp.max(x, axis=-1, keepdims=True)) | jnp.isnan(x)
+    place = jax.lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1)
+    return jnp.min(jnp.where(found, place, x.shape[-1] - 1), axis=-1)
+
+
 def lead(x: jax.Array) -> jax.Array:
     """Return by how much the largest of x [..., V] exceeds the next, f32 [...]; infinity where nothing else is left."""
-    best = jnp.argmax(x, axis=-1, keepdims=True)
-    others = jnp.where(jnp.arange(x.shape[-1]).reshape((1,) * (x.ndim - 1) + (-1,)) == best, -jnp.inf, x)
-    return jnp.max(x, axis=-1) - jnp.max(others, axis=-1)
+    best = jnp.max(x, axis=-1, keepdims=True)
+    alone = jnp.sum((x == best).astype(jnp.int32), axis=-1) == 1
+    next_ = jnp.max(jnp.where(x == best, -jnp.inf, x), axis=-1)
+    return jnp.where(alone, best[..., 0] - next_, 0.0)
 
 
 def probabilities(logits: jax.Array, sampling: Sampling) -> jax.Array:
     """softmax(filtered logits), or one-hot at the first argmax where a row's temperature is 0; f32 [B, W, V]."""
-    one_hot = jax.nn.one_hot(jnp.argmax(logits, axis=-1), logits.shape[-1], dtype=jnp.float32)
+    one_hot = jax.nn.one_hot(largest(logits), logits.shape[-1], dtype=jnp.float32)
 
     def soft(x):
         greedy = (sampling.temperature == 0)[:, None, None]

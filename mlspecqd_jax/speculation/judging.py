@@ -42,6 +42,7 @@ def judge(
     *,
     logprobs: bool,
     leads: bool,
+    one_by_one: bool = False,
 ):
     """Verify a draft by the logits of a window.
 
@@ -54,6 +55,7 @@ def judge(
       depth: of the level that judges; a draft's logits are made lawful.
       logprobs: whether to hand up the log-probabilities of the verdict's tokens.
       leads: whether to hand up by how much each of them was ahead.
+      one_by_one: of `verify`.
 
     Returns:
       Judged.
@@ -63,7 +65,7 @@ def judge(
     adjusted = adjust(logits, tokens, position[:, None] + jnp.arange(rows)[None, :], sampling)
     probs = None if draft.probs is None else draft.probs[:, : rows - 1]
     seen = draft._replace(tokens=draft.tokens[:, : rows - 1], probs=probs)
-    verdict = verify(_lawful(adjusted) if depth else adjusted, seen, position, sampling, depth, leads)
+    verdict = verify(_lawful(adjusted) if depth else adjusted, seen, position, sampling, depth, leads, one_by_one)
     lawful = jnp.full_like(position, rows) if depth else _lawful_rows(adjusted, verdict, sampling)
     return Judged(
         jax.tree.map(lambda part: filled(part, whole) if part.ndim > 1 else part, verdict),

@@ -73,6 +73,7 @@ def run_round(
     known = length + draft.length if depth else jnp.where(unfinished, length + draft.length, start)
     rows = jnp.max(known - start)
 
+    widths = level.all_widths(refeed)  # several where rows take time
     told = {"logprobs": progress.logprobs is not None, "leads": progress.classes is not None}
 
     def score(width, cache):
@@ -83,11 +84,11 @@ def run_round(
         def of_round(x):  # [B, W, ...] -> [B, n, ...]
             return read_at(x, length - 1 - start, n) if refeed else x[:, :n]
 
-        judged = judge(of_round(logits), tokens, length, draft, sampling, depth, **told)
+        judged = judge(of_round(logits), tokens, length, draft, sampling, depth, one_by_one=len(widths) > 1, **told)
         return cache, (judged, None if progress.features is None else filled(of_round(features), level.draft_len + 1))
 
     nothing = Judged.nothing(draft, **told), progress.features
-    cache, (judged, features) = run_narrowest(level.all_widths(refeed), rows, score, cache, nothing)
+    cache, (judged, features) = run_narrowest(widths, rows, score, cache, nothing)
     verdict = judged.verdict
     appended, ended = kept(judged, length, limit, unfinished, sampling.stop_token_ids)
     broken = progress.broken

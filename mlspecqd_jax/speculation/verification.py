@@ -31,7 +31,13 @@ class Verdict(NamedTuple):
 
 
 def verify(
-    logits: jax.Array, draft: Draft, position: jax.Array, sampling: Sampling, depth: int = 0, leads: bool = False
+    logits: jax.Array,
+    draft: Draft,
+    position: jax.Array,
+    sampling: Sampling,
+    depth: int = 0,
+    leads: bool = False,
+    one_by_one: bool = False,
 ) -> Verdict:
     """Accept the longest lawful prefix of a draft and choose the token after it.
 
@@ -42,23 +48,47 @@ def verify(
       sampling: the rows' settings; `sampling.rule` selects the rule.
       depth: how many levels are above the verifier, which keeps the rejection rule's noise apart between levels.
       leads: whether to hand up by how much each choice was ahead of the next.
+      one_by_one: whether coupled choices are made row by row until one rejects: where rows take time, as on CPU.
     """
     t = position[:, None] + jnp.arange(logits.shape[1])[None, :]  # [B, G + 1]
     rule = _coupled if sampling.rule == "coupled" else _rejection
-    verdict = rule(logits, draft, t, sampling, depth, leads)
+    verdict = rule(logits, draft, t, sampling, depth, leads, one_by_one)
     if sampling.synthetic_acceptance is None or draft.tokens.shape[1] == 0:
         return verdict
     return _synthetic(verdict, draft, t, sampling, depth)
 
 
-def _coupled(logits, draft, t, sampling, depth, leads):
-    compared = choosing.compared(logits, choosing.noise(sampling.seed, t, 0, choosing.DRAW), sampling)
-    own = jnp.argmax(compared, axis=-1).astype(jnp.int32)
+def _coupled(logits, draft, t, sampling, depth, leads, one_by_one):
+    def choose(logits, t):
+        compared = choosing.compared(logits, choosing.noise(sampling.seed, t, 0, choosing.DRAW), sampling)
+        return choosing.largest(compared), choosing.lead(compared) if leads else None
+
+    one_by_one = one_by_one and t.shape[1] > 1 and sampling.synthetic_acceptance is None
+    own, ahead = _until_rejected(choose, logits, draft, t) if one_by_one else choose(logits, t)
     accepted = _prefix(draft.tokens == own[:, :-1], draft.length)
-    return Verdict(own, accepted, None, choosing.lead(compared) if leads else None)
+    return Verdict(own, accepted, None, ahead)
 
 
-def _rejection(logits, draft, t, sampling, depth, leads):
+def _until_rejected(choose, logits, draft, t):
+    """Return what `choose` gives of a window, row by row until no draft is accepted any further; behind that 0."""
+    drafted = jnp.pad(draft.tokens, ((0, 0), (0, 1)))
+
+    def of_row(x, w):
+        return jax.lax.dynamic_slice_in_dim(x, w, 1, axis=1)
+
+    def body(carry):
+        w, found, alive = carry
+        chosen = choose(of_row(logits, w), of_row(t, w))
+        found = jax.tree.map(lambda all, one: jax.lax.dynamic_update_slice_in_dim(all, one, w, axis=1), found, chosen)
+        return w + 1, found, alive & (w < draft.length) & (of_row(drafted, w) == chosen[0])[:, 0]
+
+    nothing = jax.tree.map(lambda x: jnp.zeros(t.shape, x.dtype), jax.eval_shape(choose, of_row(logits, 0), of_row(t, 0)))
+    begin = jnp.int32(0), nothing, jnp.ones(len(t), bool)
+    _, found, _ = jax.lax.while_loop(lambda carry: (carry[0] < t.shape[1]) & jnp.any(carry[2]), body, begin)
+    return found
+
+
+def _rejection(logits, draft, t, sampling, depth, leads, one_by_one):
     p = choosing.probabilities(logits, sampling)
     q = jnp.pad(draft.probs, ((0, 0), (0, 1), (0, 0)))
     g = jnp.arange(logits.shape[1])[None, :]
@@ -79,11 +109,11 @@ def _rejection(logits, draft, t, sampling, depth, leads):
     keys = choosing.noise(sampling.seed, jnp.take_along_axis(t, accepted[:, None], axis=1), depth, choosing.RESIDUAL)
     drawn = jax.lax.cond(
         jnp.any(sampling.temperature > 0),
-        lambda r: jnp.argmax(jnp.log(r) + choosing.gumbel(keys, r.shape[-1]), axis=-1),
-        lambda r: jnp.argmax(r, axis=-1),
+        lambda r: choosing.largest(jnp.log(r) + choosing.gumbel(keys, r.shape[-1])),
+        choosing.largest,
         residual,
     )
-    tokens = jnp.where(g < accepted[:, None], jnp.pad(draft.tokens, ((0, 0), (0, 1))), drawn.astype(jnp.int32))
+    tokens = jnp.where(g < accepted[:, None], jnp.pad(draft.tokens, ((0, 0), (0, 1))), drawn)
     return Verdict(tokens, accepted, p, choosing.lead(jnp.log(p)) if leads else None)
 
 

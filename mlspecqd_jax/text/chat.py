@@ -1,4 +1,4 @@
-"""Texts to token ids: plain, or each as a user's message in a model's chat template; and which tokens end a chat's turn.
+"""Texts and conversations, by a model's chat template, to token ids; and which tokens end a chat's turn.
 
 A template is rendered by another process (`render_templates`), which cannot outlast `SECONDS` nor fill the memory.
 """
@@ -8,11 +8,14 @@ import os
 import pathlib
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
 
 from mlspecqd_jax.arguments import brief
 from mlspecqd_jax.errors import InputError
 from mlspecqd_jax.json_files import printable
+from mlspecqd_jax.text.conversations import Message
 
 SECONDS = 20  # of waiting; the process limits its own processor time to less
 LARGEST_TEMPLATE = 2**20  # characters
@@ -21,35 +24,66 @@ PROCESS = pathlib.Path(__file__).with_name("render_templates.py")
 ANSWER = "mlspecqd-7f3a"  # what no template writes itself
 
 
-def encode_texts(card, texts: Sequence[str], *, chat: bool) -> list[list[int]]:
+def encode_texts(card, texts: Sequence[str], *, special: bool = True) -> list[list[int]]:
     """Return the token ids of each text.
 
     Args:
       card: the target's name and tokenizer.
       texts: what to encode.
-      chat: wrap each text as a user's message by the tokenizer's chat template, ready for the assistant's answer.
+      special: put before each text what the tokenizer puts before one, such as a BOS.
 
     Raises:
-      InputError: there is no tokenizer, no chat template, or one that cannot be rendered, or a text is not Unicode.
+      InputError: there is no tokenizer, or a text is not Unicode.
     """
     if not texts:
         return []
-    if card.tokenizer is None:
-        raise InputError(f"{card.name} has no tokenizer; put its tokenizer.json beside config.json, or give token ids")
+    _check_tokenizer(card)
     for text in texts:
         try:
             text.encode()
         except UnicodeEncodeError:
             raise InputError(f"the prompt {text[:40]!r} is not valid Unicode; give UTF-8 text") from None
-    if chat:
-        if not card.tokenizer.chat_template:
-            raise InputError(f"{card.name} has no chat template; leave out --chat, or use an instruction-tuned model")
-        try:
-            texts = render(card.tokenizer, [[{"role": "user", "content": text}] for text in texts], generation_prompt=True)
-        except ValueError as error:
-            raise InputError(f"the chat template of {card.name} {error}; leave out --chat, or correct the template") from error
-    # A long text is judged by `prepare`; a template writes its special tokens itself.
-    return [list(card.tokenizer(text, add_special_tokens=not chat, verbose=False)["input_ids"]) for text in texts]
+    # A long text is judged by `prepare`.
+    return [list(card.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]) for text in texts]
+
+
+def encode_conversations(
+    card, conversations: Mapping[int, list[Message]], variables: Mapping[str, Any], *, of_messages: bool
+) -> list[list[int]]:
+    """Return the token ids of conversations, each ready for the assistant's answer.
+
+    The template writes the special tokens itself, so that none is put before its text.
+
+    Args:
+      card: the target's name and tokenizer.
+      conversations: their messages, by the numbers of the prompts.
+      variables: what the template is given beside them.
+      of_messages: whether some of them were given as messages, not as texts: what a refusal says to change.
+
+    Raises:
+      InputError: there is no tokenizer, no chat template, one that cannot be rendered or that refuses a conversation, or a text is
+        not Unicode.
+    """
+    if not conversations:
+        return []
+    _check_tokenizer(card)
+    instead = "change the messages" if of_messages else "leave out --chat"
+    if not card.tokenizer.chat_template:
+        plain = "give plain texts" if of_messages else instead
+        raise InputError(f"{card.name} has no chat template; {plain}, or use an instruction-tuned model")
+    try:
+        texts = render(card.tokenizer, list(conversations.values()), generation_prompt=True, variables=variables)
+    except Refused as error:
+        said = f"refuses prompt {list(conversations)[error.at]} ({error})"
+        raise InputError(f"the chat template of {card.name} {said}; {instead}") from error
+    except InputError as error:
+        raise InputError(f"the chat template of {card.name} {error}; {instead}, or correct the template") from error
+    return encode_texts(card, texts, special=False)
+
+
+def _check_tokenizer(card):
+    if card.tokenizer is None:
+        raise InputError(f"{card.name} has no tokenizer; put its tokenizer.json beside config.json, or give token ids")
 
 
 def end_token_ids(tokenizer) -> tuple[int, ...]:
@@ -71,20 +105,32 @@ def end_token_ids(tokenizer) -> tuple[int, ...]:
     return tuple(dict.fromkeys(ends + [i for i in following[:1] if i in special]))
 
 
-def render(tokenizer, conversations: list[list[dict[str, str]]], *, generation_prompt: bool) -> list[str]:
+class Refused(InputError):
+    """A template's own refusal of the conversation at a place."""
+
+    def __init__(self, said: str, at: int):
+        super().__init__(said)
+        self.at = at
+
+
+def render(
+    tokenizer, conversations: list[list[Message]], *, generation_prompt: bool, variables: Mapping[str, Any] = MappingProxyType({})
+) -> list[str]:
     """Return the text that a tokenizer's chat template makes of each conversation.
 
     Raises:
+      Refused: the template raises an exception of its own, as for roles that it does not take.
       InputError: what the template does that it may not, without saying whose it is.
     """
     if len(tokenizer.chat_template) > LARGEST_TEMPLATE:
         raise InputError(f"is longer than {LARGEST_TEMPLATE:,} characters")
-    size = max(len(message["content"]) for messages in conversations for message in messages)
+    given = dict(variables)
+    size = max(len(json.dumps(messages)) for messages in conversations) + len(json.dumps(given))
     request = {
         "path": [folder for folder in sys.path if os.path.isabs(folder)],  # "" is wherever the process is, such as in the folder
         "template": tokenizer.chat_template,
         "conversations": conversations,
-        "variables": dict(tokenizer.special_tokens_map) | {"add_generation_prompt": generation_prompt},
+        "variables": dict(tokenizer.special_tokens_map) | given | {"add_generation_prompt": generation_prompt},
         "most": LARGEST_TEXT + TIMES * size,
     }
     try:
@@ -104,6 +150,8 @@ def render(tokenizer, conversations: list[list[dict[str, str]]], *, generation_p
         said = process.stderr.decode(errors="replace").split("\n")
         raise InputError(f"cannot be rendered ({brief(next(filter(None, reversed(said)), 'no reason given'))})")
     answer = json.loads(process.stdout)
+    if "refused" in answer:
+        raise Refused(printable(answer["refused"]) or "no reason given", answer["at"])
     if "error" in answer:
         raise InputError(f"cannot be rendered ({printable(answer['error'])})")
     return answer["texts"]

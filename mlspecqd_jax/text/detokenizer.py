@@ -4,13 +4,14 @@ import codecs
 import operator
 import re
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from mlspecqd_jax.arguments import brief, is_array
 from mlspecqd_jax.errors import InputError
-from mlspecqd_jax.text.chat import encode_texts
+from mlspecqd_jax.text.chat import encode_conversations, encode_texts
+from mlspecqd_jax.text.conversations import conversation, is_conversation, variables
 
 REPLACEMENT = "\ufffd"  # what bytes that are no character decode to
 BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")  # of tokenizers with byte fallback
@@ -174,31 +175,46 @@ def _continues(begun: bytes, byte: bytes) -> bool:
     return begun + byte in (decoder.decode(begun + byte).encode(), decoder.getstate()[0])
 
 
-def encode(card, prompts, *, chat: bool = False) -> list[list[int]]:
+def encode(card, prompts, *, chat: bool = False, chat_template_kwargs: Any = None) -> list[list[int]]:
     """Return the token ids of each prompt.
 
     Args:
       card: the target's name, tokenizer, positions and vocabulary size.
-      prompts: a text; a list or tuple of texts and of token ids (lists, tuples or integer arrays); or an integer array, a
-        prompt a row. Anything else is refused, a generator too, since it need not end.
-      chat: wrap each text as a user's message by the tokenizer's chat template.
+      prompts: a text; a conversation, which is a list or tuple of messages (`conversations`); a list or tuple of texts,
+        conversations and token ids (lists, tuples or integer arrays); or an integer array, a prompt a row. Anything else is
+        refused, a generator too, since it need not end.
+      chat: wrap each text as a user's message by the tokenizer's chat template; a conversation among the prompts implies it.
+      chat_template_kwargs: a mapping of what the chat template is given beside the messages, or None.
 
     Raises:
       InputError: an empty prompt, one of another kind or far longer than the positions, ids outside the vocabulary, a text without
-        a tokenizer, chat without a template.
+        a tokenizer, a chat without a template, or which refuses it.
     """
-    if isinstance(prompts, str):
+    if isinstance(prompts, str) or is_conversation(prompts):
         prompts = [prompts]
     if not isinstance(prompts, (list, tuple)) and not (is_array(prompts) and prompts.ndim == 2):
-        raise InputError(f"prompts is {brief(prompts)}, but must be a text, a list of texts, or a list of lists of token ids")
+        raise InputError(
+            f"prompts is {brief(prompts)}, but must be a text, a list of texts, a list of messages, or a list of lists of token ids"
+        )
     if len(prompts) == 0:
-        raise InputError("no prompt was given; give a text, a list of texts or a list of token id lists")
+        raise InputError("no prompt was given; give a text, a list of texts, messages, or a list of token id lists")
+    talks = {i: conversation(prompt, i) for i, prompt in enumerate(prompts) if is_conversation(prompt)}
+    texts = {i: prompt for i, prompt in enumerate(prompts) if isinstance(prompt, str)}
+    for i, text in texts.items():
+        _check_length(card, text, i)
+    for i, messages in talks.items():
+        _check_length(card, "".join(message.get("content") or "" for message in messages), i)
+    given = {} if chat_template_kwargs is None else variables(chat_template_kwargs)
+    if chat or talks:
+        chats = dict(sorted((talks | {i: [{"role": "user", "content": text}] for i, text in texts.items()}).items()))
+        found = dict(zip(chats, encode_conversations(card, chats, given, of_messages=bool(talks)), strict=True))
+    elif chat_template_kwargs is not None:
+        raise InputError("chat_template_kwargs is for a chat, and none was asked for; give messages, or chat=True (--chat)")
+    else:
+        found = dict(zip(texts, encode_texts(card, list(texts.values())), strict=True))
+    rows = []
     for i, prompt in enumerate(prompts):
-        if isinstance(prompt, str):
-            _check_length(card, prompt, i)
-    rows, encoded = [], iter(encode_texts(card, [prompt for prompt in prompts if isinstance(prompt, str)], chat=chat))
-    for i, prompt in enumerate(prompts):
-        ids = next(encoded) if isinstance(prompt, str) else _integers(prompt, i)
+        ids = found[i] if i in found else _integers(prompt, i)
         if not ids:
             raise InputError(f"prompt {i} is empty (no tokens); give at least one token")
         bad = next((t for t in ids if not 0 <= t < card.vocab_size), None)
@@ -215,7 +231,7 @@ def _check_length(card, text, i):
     size = CHARACTERS_A_TOKEN * card.max_positions
     while size < len(text):
         # What follows can merge with the last few tokens of a beginning alone, so twice the positions are beyond doubt.
-        if len(encode_texts(card, [text[:size]], chat=False)[0]) > 2 * card.max_positions:
+        if len(encode_texts(card, [text[:size]])[0]) > 2 * card.max_positions:
             raise InputError(
                 f"prompt {i} has {len(text)} characters, more than twice the tokens that {card.name} has positions for "
                 f"({card.max_positions}); shorten the prompt"
@@ -224,7 +240,7 @@ def _check_length(card, text, i):
 
 
 def _integers(ids, i):
-    needed = f"prompt {i} is {brief(ids)}, but must be a text or a list of token ids"
+    needed = f"prompt {i} is {brief(ids)}, but must be a text, a list of token ids or a list of messages"
     if not isinstance(ids, (list, tuple)) and not (is_array(ids) and ids.ndim == 1):
         raise InputError(needed)
     if any(isinstance(t, (bool, np.bool_)) for t in ids):

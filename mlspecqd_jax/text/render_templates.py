@@ -17,17 +17,21 @@ CPU_SECONDS, MEMORY = 2, 2**30
 
 
 def main() -> None:
-    """Answer the request on stdin with {"texts": [text]} or {"error": sentence}."""
+    """Answer the request on stdin with {"texts": [text]}, {"error": sentence} or {"refused": the template's own, "at": place}."""
     request = json.load(sys.stdin)
     sys.path[:] = request["path"]
     import jinja2
 
     _limit()
+    texts: list[str] = []
+    answer: dict[str, Any] = {"texts": texts}
     try:
         template = _environment().from_string(request["template"])  # which computes what is constant already
         variables = {"tools": None, "documents": None} | request["variables"]
-        texts = [_rendered(template, request["most"], variables | {"messages": m}) for m in request["conversations"]]
-        answer = {"texts": texts}
+        for messages in request["conversations"]:
+            texts.append(_rendered(template, request["most"], variables | {"messages": messages}))
+    except _Refused as error:
+        answer = {"refused": " ".join(str(error).split())[:200], "at": len(texts)}
     except jinja2.exceptions.SecurityError as error:
         answer = {"error": f"it tried what the sandbox forbids: {_line(error)}"}
     except (MemoryError, RecursionError, OverflowError) as error:
@@ -35,6 +39,10 @@ def main() -> None:
     except Exception as error:  # a template can raise anything
         answer = {"error": _line(error)}
     json.dump(answer, sys.stdout)
+
+
+class _Refused(Exception):
+    """What a template raises by itself."""
 
 
 def _rendered(template, most: int, variables: dict) -> str:
@@ -49,7 +57,7 @@ def _rendered(template, most: int, variables: dict) -> str:
 
 def _environment():
     """Return jinja2's sandbox with the tags, filters and functions that transformers gives to chat templates."""
-    from jinja2 import TemplateError, nodes
+    from jinja2 import nodes
     from jinja2.ext import Extension, loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -63,7 +71,7 @@ def _environment():
             return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
 
     def raise_exception(message):
-        raise TemplateError(message)
+        raise _Refused(message)
 
     def tojson(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
         return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)

@@ -63,8 +63,16 @@ class Format(NamedTuple):
         """Return how many bytes the codes of k elements of a row take, k a multiple of `STEP`."""
         return k * self.bits // 8
 
+    def nbytes(self, n: int, k: int) -> int:
+        """Return how many bytes a weight [n, k] takes as it is stored."""
+        filled = k + -k % STEP
+        groups = -(-n // self.rows) * -(-filled // (self.group or filled))
+        whole = SCALE_BYTES["float32"] if self.scale == "e4m3" else 0  # the number of which such scales are multiples
+        return n * self.code_bytes(filled) + groups * (SCALE_BYTES[self.scale] + 2 * self.minimum) + whole
+
 
 SCALE_DTYPES = {"e8m0": "uint8", "e4m3": "uint8", "float16": "float16", "float32": "float32"}
+SCALE_BYTES = {"e8m0": 1, "e4m3": 1, "float16": 2, "float32": 4}
 STEP = 32  # elements: what K is filled up to a multiple of, with elements that are zero
 E2M1, E4M3 = Element(2, 1, 2, 6.0, "float4_e2m1fn"), Element(4, 3, 8, 448.0, "float8_e4m3fn")
 MX = (

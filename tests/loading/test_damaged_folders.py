@@ -9,6 +9,7 @@ import folders
 import pytest
 
 from mlspecqd_jax.loading import checkpoint, config_file, models
+from mlspecqd_jax.loading.description import describe
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*left out what this model does not use")
 VALUES = [None, True, -1, 0, 1, 1.5, "x", "", [], [None], {}, {"a": 1}, float("nan"), float("inf"), 10**30, 10**400, "1" * 5000]
@@ -59,7 +60,7 @@ def outcome(intact, tmp_path):
         copy = tmp_path / "copy"
         shutil.copytree(folder, copy)
         damage(copy)
-        problems = [problem for call in (models.load, models.describe) for problem in said(call, copy)]
+        problems = [problem for call in (models.load, describe) for problem in said(call, copy)]
         assert not any(problems), f"{what}: {problems}"
         shutil.rmtree(copy)
         return not problems
@@ -131,7 +132,7 @@ def test_a_file_that_may_not_be_read(outcome, monkeypatch):
 
     monkeypatch.setattr("builtins.open", denied)
     with pytest.raises(ValueError, match="cannot be read"):
-        models.describe("demo")
+        describe("demo")
 
 
 @pytest.mark.parametrize("seed", range(2))

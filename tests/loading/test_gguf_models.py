@@ -15,6 +15,7 @@ from refusals import refused
 
 import mlspecqd_jax as mlsd
 from mlspecqd_jax.loading import config_file, models
+from mlspecqd_jax.loading.description import describe
 from mlspecqd_jax.loading.gguf import architectures, reader, weights
 from mlspecqd_jax.network.network import Network
 
@@ -144,7 +145,7 @@ KEYS = [
 @pytest.mark.parametrize(("keys", "words"), KEYS, ids=lambda value: next(iter(value)) if isinstance(value, dict) else "")
 def test_keys_that_are_not_read(tmp_path, keys, words):
     file = gguf_files.model(tmp_path / "x.gguf", LLAMA, keys)
-    for function in (mlsd.load, models.describe):
+    for function in (mlsd.load, describe):
         with refused("x.gguf", *words):
             function(file)
 
@@ -198,7 +199,7 @@ def test_what_was_dequantized_is_told(tmp_path):
         exact = mlsd.load(path, dtype="float32")
     for name, leaf in exact.params.items():
         np.testing.assert_array_equal(model.params[name], np.asarray(leaf).astype(jnp.bfloat16))
-    assert models.describe(path)["tensors"] == "16 Q8_0, 13 F32"
+    assert describe(path)["tensors"] == "16 Q8_0, 13 F32"
 
 
 def test_packed_rows_are_in_hugging_faces_order(tmp_path):

@@ -15,10 +15,11 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 import mlspecqd_jax as mlsd
 from mlspecqd_jax.loading import models as loading
+from mlspecqd_jax.loading.description import describe
 from mlspecqd_jax.loading.gguf import reader
 from mlspecqd_jax.loading.gguf.pre_tokenizers import RULES
 from mlspecqd_jax.loading.gguf.tokenizer import end_token_ids, read_tokenizer
-from mlspecqd_jax.text import chat
+from mlspecqd_jax.text.detokenizer import encode
 
 SPECIAL = ["<|begin|>", "<|end|>", "<|user|>", "<|assistant|>"]
 TEXTS = [
@@ -208,12 +209,12 @@ def test_a_model_with_a_chat_template_and_its_conversion(tmp_path, kind):
     assert converted.tokenizer.special_tokens_map == model.tokenizer.special_tokens_map
     for text in TEXTS:
         assert converted.tokenizer(text)["input_ids"] == model.tokenizer(text)["input_ids"]
-    prompts = [chat.encode_texts(m.card, ["the thing"], chat=True) for m in (model, converted)]
+    prompts = [encode(m.card, ["the thing"], chat=True) for m in (model, converted)]
     assert prompts[0] == prompts[1]
-    described = loading.describe(path)
+    described = describe(path)
     assert described["tokenizer"] == ("yes (gpt2, smollm)" if kind == "byte level" else "yes (llama)")
-    assert described["recorded sampling"] == '{"temperature": 0.6, "top_k": 20} (not applied)'
-    assert loading.describe(tmp_path / "out")["recorded sampling"] == described["recorded sampling"]
+    assert described["recorded_sampling"] == {"temperature": 0.6, "top_k": 20}
+    assert describe(tmp_path / "out")["recorded_sampling"] == described["recorded_sampling"]
 
 
 def test_tokens_that_only_fill_the_embedding_up_are_left_out(tmp_path):
@@ -231,7 +232,7 @@ def test_no_tokenizer(tmp_path):
     for kind in ("none", "no_vocab"):
         file = gguf_files.model(tmp_path / "x.gguf", tiny.FAMILIES["llama2"], {"tokenizer.ggml.model": kind})
         assert mlsd.load(file).tokenizer is None
-        assert loading.describe(file)["tokenizer"] == "none"
+        assert describe(file)["tokenizer"] == "none"
     assert end_token_ids(reader.read(gguf_files.model(tmp_path / "x.gguf", tiny.FAMILIES["llama2"], {}))) == []
 
 

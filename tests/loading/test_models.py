@@ -15,6 +15,7 @@ from refusals import refused
 import mlspecqd_jax as mlsd
 from mlspecqd_jax import specs
 from mlspecqd_jax.loading import find, models
+from mlspecqd_jax.loading.description import describe
 from mlspecqd_jax.text import tokenizer_files
 from mlspecqd_jax.text.card import Card
 
@@ -96,7 +97,7 @@ def test_a_folder_whose_name_breaks_the_line_is_none(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["", "a" * 5000, "a/" * 3000, "a\0b", "a\nb", "\ud800", "owner/" + "n" * 500, "x" * 90 + "/y"])
-@pytest.mark.parametrize("call", [models.load, models.describe])
+@pytest.mark.parametrize("call", [models.load, describe])
 def test_names_that_no_disk_could_hold(monkeypatch, call, name):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with refused():
@@ -109,7 +110,7 @@ def test_names_that_no_disk_could_hold(monkeypatch, call, name):
 @pytest.mark.parametrize(
     "model", [None, 3, 1.5, True, b"demo", ["demo"], {"demo": 1}, object(), np.zeros((3, 3)), 10**5000], ids=type
 )
-@pytest.mark.parametrize("call", [models.load, models.describe, lambda model: models.convert(model, "never-written")])
+@pytest.mark.parametrize("call", [models.load, describe, lambda model: models.convert(model, "never-written")])
 def test_a_model_of_another_type_is_named(call, model):
     with refused("model is", "must be an existing folder, an owner/name id"):
         call(model)

@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 
 import mlspecqd_jax as mlsd
 from mlspecqd_jax import cli
-from mlspecqd_jax.loading import models
+from mlspecqd_jax.loading.description import describe
 
 CODE = "import pathlib; pathlib.Path({!r}).touch()\n"
 
@@ -58,7 +58,7 @@ def test_nothing_planted_runs_and_nobody_is_asked(planted, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO("yes\n" * 9))
     model = mlsd.load(folder, dtype="float32")
     assert type(model.tokenizer).__module__.startswith("transformers.")
-    models.describe(folder)
+    describe(folder)
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "path", ["", *sys.path])  # as in an interactive session
     with refused("the chat template of", "sandbox forbids", "'__init__'"):
@@ -133,4 +133,4 @@ def test_another_form_of_tokenizer_is_refused_by_name(tmp_path, name):
     (folder / "tokenizer.json").rename(folder / name)
     with refused(name, "tokenizer.json", "save_pretrained"):
         mlsd.load(folder)
-    assert models.describe(folder)["tokenizer"] == f"{name}, which is not read"
+    assert describe(folder)["tokenizer"] == f"{name}, which is not read"

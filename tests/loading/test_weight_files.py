@@ -14,7 +14,7 @@ from refusals import refused
 from safetensors.numpy import load_file, save_file
 
 import mlspecqd_jax as mlsd
-from mlspecqd_jax.loading import models
+from mlspecqd_jax.loading.description import describe
 from mlspecqd_jax.network.network import Network
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
@@ -263,7 +263,7 @@ def test_reported_folders_give_what_transformers_gives(shared):
         logits, *_ = forward(model.network, model.params, jnp.asarray(tokens), jnp.zeros(1, jnp.int32), None)
         chosen = np.argmax(logits[0], axis=-1)[len(expected["prompt"]) - 1 : -1]
         assert chosen.tolist() == expected["tokens"], folder.name
-        assert models.describe(folder)["vocabulary"] == 96
+        assert describe(folder)["vocabulary"] == 96
 
 
 def test_shapes_of_many_layers_are_told_by_one(tmp_path):

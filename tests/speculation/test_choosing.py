@@ -105,6 +105,29 @@ def test_negative_zero_ties_with_zero_under_jit():
     assert kept.tolist() == [[0, 1, 1, 0, 0, 0, 0]] * 2
 
 
+def test_the_largest_is_argmax_and_its_lead_a_sort():
+    rng = np.random.default_rng(4)
+    x = rng.normal(size=(40, 37)).astype(np.float32)
+    x[1, [3, 30]] = x[1].max() + 1  # a tie
+    x[2, [5, 6]] = [-0.0, 0.0]
+    x[2, 7:], x[2, :5] = -1, -1
+    x[3, [20, 33]] = np.nan
+    x[4] = np.nan
+    x[5, [9, 11]] = np.inf
+    x[6] = -np.inf
+    x[7, 4:] = -np.inf
+    x[8, :] = -np.inf
+    x[8, 36] = 2
+    found = quick_jit(module.largest)(x)
+    assert found.dtype == jnp.int32
+    assert found.tolist() == np.argmax(x, axis=-1).tolist() == jnp.argmax(x, axis=-1).tolist()
+    sound = np.isfinite(x).any(axis=-1) & ~np.isnan(x).any(axis=-1) & (x < np.inf).all(axis=-1)
+    last = np.sort(x[sound], axis=-1)
+    assert np.array_equal(quick_jit(module.lead)(x)[sound], last[:, -1] - last[:, -2])
+    assert module.lead(x)[8] == np.inf
+    assert module.lead(x)[1] == 0
+
+
 def test_greedy_rows_among_sampled_ones_take_the_first_argmax():
     logits = logits_of_kind("ties", 97, BATCH, WINDOW)
     chosen = jit_choose(logits, np.arange(WINDOW), 0, DRAW, Sampling.create(BATCH, 97, temperature=[0, 1] * 7, top_k=3))

@@ -1,5 +1,7 @@
 """`verify` against the distribution it must keep: joint sequences of a toy conditional model, both rules, and broken variants."""
 
+import functools
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -15,6 +17,11 @@ ROWS, G, V = 120_000, 2, 4
 
 
 jit_verify = quick_jit(verify)  # the level is traced, and nearly all tests share one shape: little is compiled
+
+
+@functools.partial(quick_jit, static_argnums=5)
+def jit_verify_apart(logits, draft, position, sampling, depth, one_by_one):
+    return verify(logits, draft, position, sampling, depth, True, one_by_one)
 
 
 @quick_jit
@@ -212,6 +219,23 @@ def test_coupled_tokens_are_plain_choices_whatever_the_draft():
     other = jit_verify(logits, Draft(jnp.asarray((tokens + 1) % V), None, jnp.asarray(length)), position, sampling, 1)
     assert np.array_equal(other.tokens, plain)  # neither another draft nor another level is another choice
     assert not np.array_equal(other.accepted, verdict.accepted)
+
+
+def test_choices_one_by_one_are_those_at_once_up_to_the_first_that_rejects():
+    """Rows of a batch reject at different places, and none keeps another from its own end."""
+    case = [np.asarray(x) for x in mixed_case("coupled", np.resize([0, 0.8], ROWS))[:4]]
+    for batch in (1, 3, 64):
+        for first in range(0, 8 * batch, batch):
+            logits, tokens, length, position = (jnp.asarray(x[first : first + batch]) for x in case)
+            sampling = Sampling.create(batch, V, temperature=np.resize([0, 0.8], batch), seed=3)
+            arguments = logits, Draft(tokens, None, length), position, sampling, 0
+            whole, apart = (jit_verify_apart(*arguments, one_by_one) for one_by_one in (False, True))
+            assert np.array_equal(whole.accepted, apart.accepted)
+            reached = np.arange(G + 1)[None, :] <= np.asarray(whole.accepted).max()
+            known = np.arange(G + 1)[None, :] <= np.asarray(whole.accepted)[:, None]
+            for found, right in ((apart.tokens, whole.tokens), (apart.leads, whole.leads)):
+                assert np.array_equal(np.asarray(found)[known], np.asarray(right)[known])
+                assert not np.asarray(found)[~np.broadcast_to(reached, known.shape)].any()  # nothing was chosen there
 
 
 @pytest.mark.parametrize("certain", [True, False])

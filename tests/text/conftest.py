@@ -1,10 +1,14 @@
 """Tokenizers of every kind."""
 
+import pathlib
+
 import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
-from toy_tokenizers import DECODERS, EOS, sentencepiece
+from toy_tokenizers import DECODERS, EOS, USUAL, sentencepiece
 from transformers import PreTrainedTokenizerFast
+
+from mlspecqd_jax.text import tokenizer_files
 
 
 @pytest.fixture(scope="module")
@@ -30,3 +34,13 @@ def any_tokenizer(request, byte_level):
     tokenizer = byte_level if request.param == "byte level" else sentencepiece(DECODERS[request.param]())
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
     return tokenizer
+
+
+@pytest.fixture(params=[*USUAL, "demo", "tokenizers/gpt2", "models/stories260K", "models/SmolLM2-135M"])
+def usual_tokenizer(request):
+    """Tokenizers in the way of well-known models, and those of models at hand."""
+    if request.param in USUAL:
+        return USUAL[request.param]()
+    if request.param == "demo":
+        return tokenizer_files.read_tokenizer(pathlib.Path(__file__).resolve().parents[2] / "checkpoints" / "demo")
+    return tokenizer_files.read_tokenizer(request.getfixturevalue("shared") / request.param)

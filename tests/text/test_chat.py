@@ -35,7 +35,7 @@ def test_a_chat_has_the_ids_that_transformers_gives_it(tmp_path, template, text)
     ours = card(tmp_path, template)
     message = [{"role": "user", "content": text}]
     theirs = ours.tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=True, return_dict=True)
-    assert chat.encode_texts(ours, [text], chat=True) == [theirs["input_ids"]]
+    assert encode(ours, [text], chat=True) == [theirs["input_ids"]]
 
 
 def test_texts_and_ids_of_a_batch_keep_their_places(tmp_path):

@@ -3,7 +3,7 @@
 import hypothesis
 import pytest
 from hypothesis import strategies as st
-from toy_tokenizers import EOS, byte_ids, ids_of, stream
+from toy_tokenizers import EOS, TEXTS, byte_ids, ids_of, stream
 
 from mlspecqd_jax.text.detokenizer import Detokenizer
 
@@ -144,3 +144,18 @@ def test_whole_tokens_give_the_text_that_the_tokenizer_gives_at_once(any_tokeniz
     prompt, ids = data.draw(tokens), data.draw(tokens)
     shown, whole = (any_tokenizer.decode(row, skip_special_tokens=True) for row in (prompt, prompt + ids))
     assert shown + "".join(stream(Detokenizer(any_tokenizer, prompt), ids)) == whole
+
+
+@pytest.mark.parametrize("text", [*TEXTS, TEXT])
+def test_a_text_streams_as_its_tokenizer_decodes_it(usual_tokenizer, text):
+    """From its own tokens, words and bytes mixed, wherever it is cut between a prompt and what is new."""
+    ids = usual_tokenizer(text)["input_ids"]
+
+    def decoded(ids):
+        return usual_tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    for begun in range(len(ids) + 1):
+        if "\ufffd" not in decoded(ids[:begun]):
+            for every in (1, 3):
+                pieces = stream(Detokenizer(usual_tokenizer, ids[:begun]), ids[begun:], every)
+                assert decoded(ids[:begun]) + "".join(pieces) == decoded(ids)

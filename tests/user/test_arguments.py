@@ -62,6 +62,7 @@ LAWFUL = {
     "prompts": {"text"},
     "max_new_tokens": {"none"},
     "chat": {"true"},
+    "chat_template_kwargs": {"none"},
     "temperature": {"half"},
     "top_k": WHOLE,
     "top_p": {"half"},

@@ -12,6 +12,7 @@ import cpu_kernels
 import mlspecqd_jax as mlsd
 from mlspecqd_jax import generation, report
 from mlspecqd_jax.loading import models
+from mlspecqd_jax.weights.formats import FORMATS
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
@@ -97,7 +98,7 @@ def test_quantized_weights_draft_as_they_are_stored_or_are_decoded(capsys, tmp_p
     code, _, err = run(capsys, "generate", packed, *short)
     assert code == 2
     assert "--dequantize" in err
-    assert "weights:              quantized by gptq\n" in run(capsys, "info", packed)[1]
+    assert "weights:                  quantized by gptq\n" in run(capsys, "info", packed)[1]
 
 
 def test_info(capsys):
@@ -112,13 +113,38 @@ def test_info(capsys):
     assert facts["device"].startswith("cpu")
 
 
+def test_info_as_json_says_the_same(capsys):
+    _, out, _ = run(capsys, "info")
+    code, as_json, _ = run(capsys, "info", "demo", "--json")
+    assert code == 0
+    found = json.loads(as_json)
+    for key in ("parameters", "pass_bytes", "cache_bytes_per_token", "positions", "vocabulary"):
+        assert f"{key.replace('_', ' ')}: " in out
+        assert f" {found[key]:,}\n" in out
+    assert found["supported"] is True
+    assert f"twin in mxfp4:            {found['twins']['mxfp4']['bytes']:,} bytes more" in out
+    assert set(found["twins"]) == set(FORMATS)
+
+
+def test_info_of_what_is_not_supported(capsys, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mamba2"}))
+    code, out, err = run(capsys, "info", tmp_path / "config.json")
+    assert (code, out) == (2, "")
+    assert "model_type 'mamba2' is a model with recurrent layers (a state space), which is not supported" in err
+    code, out, again = run(capsys, "info", tmp_path / "config.json", "--json")
+    assert (code, again) == (2, err)
+    found = json.loads(out)
+    assert found["supported"] is False
+    assert err == f"mlspecqd: {found['why']}\n"
+
+
 def test_info_shows_the_recorded_sampling_and_does_not_apply_it(capsys, tmp_path):
     shutil.copytree(DEMO, tmp_path / "m")
     recorded = {"eos_token_id": [0, 7], "do_sample": True, "temperature": 0.6, "top_p": 0.9}
     (tmp_path / "m" / "generation_config.json").write_text(json.dumps(recorded))
     _, out, _ = run(capsys, "info", tmp_path / "m")
     assert '{"do_sample": true, "temperature": 0.6, "top_p": 0.9} (not applied)' in out
-    assert "end of text ids:      0, 7" in out
+    assert "end of text ids:          0, 7" in out
     _, sampled, _ = run(capsys, "generate", tmp_path / "m", *PLAIN)
     _, greedy, _ = run(capsys, "generate", "demo", *PLAIN)
     assert sampled == greedy

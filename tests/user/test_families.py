@@ -10,7 +10,8 @@ import pytest
 import tiny
 
 import mlspecqd_jax as mlsd
-from mlspecqd_jax.loading import config_file, models
+from mlspecqd_jax.loading import config_file
+from mlspecqd_jax.loading.description import describe
 
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5], [2, 7], [31, 41, 59]]
 families = pytest.mark.parametrize("family", ["gemma2", "gemma3"])
@@ -80,7 +81,7 @@ def test_the_language_model_of_a_multimodal_one(folder, tmp_path, names):
     assert model.network == text.network
     assert jax.tree.all(jax.tree.map(np.array_equal, model.params, text.params))
     assert model.card.eos_token_ids == (1, 5)
-    assert models.describe(tmp_path / "model")["family"] == "gemma3"
+    assert describe(tmp_path / "model")["family"] == "gemma3"
     with pytest.warns(UserWarning, match="left out"):
         converted = mlsd.convert(tmp_path / "model", tmp_path / "converted", dtype="float32")
     with warnings.catch_warnings(action="error"):

@@ -152,6 +152,7 @@ def test_arguments_are_those_of_the_batch_and_of_sampling():
     assert set(mlsd.Arguments.__annotations__) == {
         "max_new_tokens",
         "chat",
+        "chat_template_kwargs",
         "stop",
         *mlsd.Fixed.create.__wrapped__.__kwdefaults__,
         *mlsd.Sampling.create.__wrapped__.__kwdefaults__,
@@ -165,7 +166,7 @@ def test_bad_prompts(stack):
         ([], "no prompt was given"),
         ([[]], "prompt 0 is empty"),
         ([[10**6]], "prompt 0 has token id 1000000"),
-        ([3], "prompt 0 is 3, but must be a text or a list of token ids"),
+        ([3], "prompt 0 is 3, but must be a text, a list of token ids or a list of messages"),
         ({"prompt": "x"}, "prompts is {'prompt': 'x'}, but must be a text, a list of texts"),
     ]:
         with pytest.raises(ValueError, match=message):

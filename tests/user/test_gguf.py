@@ -31,7 +31,7 @@ def test_from_the_shell(capsys, tmp_path, path):
     code, out, _ = run(capsys, "info", path)
     assert code == 0
     assert f"(GGUF file {path})" in out
-    assert "tensors:              11 F32, 1 Q4_0\n" in out
+    assert "tensors:                  11 F32, 1 Q4_0\n" in out
     code, _, err = run(capsys, "convert", path, tmp_path / "out")
     assert code == 0
     assert checkpoint.is_converted(tmp_path / "out")

@@ -46,6 +46,24 @@ def test_a_stale_table_is_named_and_made_anew(tmp_path, page, place):
     assert (tmp_path / page).read_text(encoding="utf-8") == text
 
 
+def test_the_page_of_families_is_made_from_the_families_and_the_tests():
+    run(sys.executable, "docs/family_table.py", "--check")
+
+
+@pytest.mark.slow
+def test_a_stale_page_of_families_is_named_and_made_anew(tmp_path):
+    shutil.copytree(ROOT / "docs", tmp_path / "docs", ignore=shutil.ignore_patterns("__pycache__"))
+    page, command = tmp_path / "docs" / "models.md", [sys.executable, tmp_path / "docs" / "family_table.py"]
+    text = page.read_text(encoding="utf-8")
+    page.write_text(text.replace("| `phi3` |", "| `phi3`, `phi4` |"), encoding="utf-8")
+    environment = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    check = subprocess.run([*command, "--check"], env=os.environ | environment, capture_output=True, text=True, timeout=300)
+    assert check.returncode == 1
+    assert "docs/models.md is not what the families and the tests say" in check.stderr
+    run(*command, **environment)
+    assert page.read_text(encoding="utf-8") == text
+
+
 def anchors(page: pathlib.Path) -> set[str]:
     """Return the names of a page's headings, as GitHub makes them."""
     heads = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)

@@ -7,12 +7,14 @@ import numpy as np
 import pytest
 
 import mlspecqd_jax as mlsd
-from mlspecqd_jax import pass_measurement, planning, plans
+from mlspecqd_jax import pass_measurement, planner, planning, plans, report
 from mlspecqd_jax.cli import main
 from mlspecqd_jax.generation import compiled, prefilled
 from mlspecqd_jax.pass_times import guessed
 from mlspecqd_jax.requests import request
 from mlspecqd_jax.speculation.buffers import SLACK
+from mlspecqd_jax.speculation.counts import Counts
+from mlspecqd_jax.speculation.guide import LOOKUP
 
 
 @pytest.fixture
@@ -46,14 +48,24 @@ def test_times_are_found_from_the_seconds_of_rounds():
     np.testing.assert_allclose(found[1, 1:9], truth[1, 1:9], rtol=1e-6)
 
 
-def test_rounds_are_forced_to_their_lengths(twins):
-    asked = request(twins, [pass_measurement._repeating([5, 6, 7])], {"max_new_tokens": 40, "stop_token_ids": ()})
+@pytest.mark.parametrize("prompt", [[5, 6, 7], list(range(40, 80))])
+def test_rounds_are_forced_to_their_lengths(twins, prompt):
+    repeated = pass_measurement._repeating(prompt, 8192)
+    assert len(repeated) == 2 * pass_measurement.PERIOD
+    assert repeated[:3] == prompt[:3]
+    assert len(set(repeated)) == pass_measurement.PERIOD
+    asked = request(twins, [repeated], {"max_new_tokens": 40, "stop_token_ids": (), "temperature": 1.0})
     state = prefilled(twins, compiled(twins, asked)[0], asked.batch)
-    for caps in pass_measurement._forced(twins):
-        passes, _ = pass_measurement._rounds(twins, asked, state, caps)
-        assert np.flatnonzero(passes[0]).tolist() == [caps[0] + 1]
-        assert passes[0].sum() == pass_measurement.ROUNDS
-        assert np.flatnonzero(passes[1]).max(initial=0) == (0 if caps[0] == 0 else 1 if caps[1] == 0 else caps[1] + 1)
+    for forced in pass_measurement._forced(twins):
+        (target, twin), _ = pass_measurement._rounds(twins, asked, state, forced)
+        outer, inner = forced.caps
+        assert target.sum() == forced.rounds
+        if forced.source == LOOKUP:  # which finds the period, and afterwards what it can
+            assert target[outer + 1] >= 1
+            assert twin.sum() == 0
+        else:
+            assert np.flatnonzero(target).tolist() == [outer + 1]
+            assert np.flatnonzero(twin).max() == inner + 1
 
 
 def test_what_is_measured_are_times(twins):
@@ -89,6 +101,7 @@ def test_a_kept_plan_is_taken_and_another_is_not(demo, twins, folder, capsys):
             "is no plan that this version can read",
         ),
         (lambda text: json.dumps(json.loads(text) | {"schema": 99}), "is no plan that this version can read"),
+        (lambda text: json.dumps({"schema": plans.SCHEMA}), "is no plan that this version can read"),
         (lambda text: json.dumps(json.loads(text) | {"key": "other"}), "is the plan of another model, machine or version"),
     ],
 )
@@ -126,8 +139,21 @@ def test_plan_measures_keeps_and_tells(folder, capsys):
     assert str(path) in err
     plan = plans.loaded(path)
     assert plan.names == ("demo", "demo@mxfp4")
-    assert main(["plan", "demo", "--json"]) == 0
+    assert main(["plan", "demo", "--draft", "ngram", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["names"] == ["demo"]
+
+
+@pytest.mark.exhaustive
+def test_plan_chooses(folder, capsys):
+    """Every twin is tried, whatever comes of it, and the next run says what drafts."""
+    assert main(["plan", "demo", "--prompt", "def read_file(path):"]) == 0
+    out, _ = capsys.readouterr()
+    assert [line.split()[0] for line in out.splitlines()[1:3]] == ["none", "ngram"]
+    assert {line.split()[0] for line in out.splitlines()[3:7]} == set(planner.twins_for("cpu"))
+    chosen = planner.default_drafts(mlsd.load("demo"))
+    assert main(["generate", "--prompt", "def f(", "--max-new-tokens", "4"]) == 0
+    said = f"--draft {' --draft '.join(chosen)}" if chosen else "decoded plainly, as its plan says"
+    assert said in capsys.readouterr().err
 
 
 def test_lengths_that_cannot_be_planned_are_refused(capsys):
@@ -140,3 +166,130 @@ def test_a_table_of_a_plan(twins):
     assert lines[0].split() == ["passes", "1", "row", "2", "rows", "4", "rows", "8", "rows", "16", "rows"]
     assert lines[1].split() == ["demo", "1.00", "1.25", "1.75", "2.75", "4.75"]
     assert lines[-1] == "greedy: 1.50 x plain decoding"
+
+
+def test_a_plan_of_ones_own_is_taken_whatever_is_kept(demo, twins, folder, tmp_path):
+    plans.keep(some_plan(twins))
+    some_plan(twins, slope=0.5).save(tmp_path / "mine.json")
+    pinned = mlsd.stack(demo, demo.quantized(), lengths=mlsd.Plan.load(tmp_path / "mine.json"))
+    assert pinned.control.times[0, 2] == 1.5
+    assert pinned.control.plain == np.float32(0.001)
+    with pytest.raises(mlsd.InputError, match="the plan is of 2 levels, demo, demo@mxfp4, but the stack has 1"):
+        mlsd.stack(demo, lengths=mlsd.Plan.load(tmp_path / "mine.json"))
+
+
+def passes_of(plan, target, twin):
+    passes = np.zeros(plan.times.shape, int)
+    passes[0, 5], passes[1, 1] = target, twin
+    return passes
+
+
+def test_runs_refine_what_is_kept(twins):
+    plan = some_plan(twins)
+    passes = passes_of(plan, 100, 400)
+    seconds = plans.seconds_of(plan, passes).sum()
+    again = plans.refined(plan, passes, seconds)
+    np.testing.assert_allclose(again.times, plan.times)
+    for factor in (0.5, 1.4, 100.0):
+        later = plan
+        errors = []
+        for _ in range(60):
+            later = plans.refined(later, passes, factor * seconds)
+            errors.append(abs(plans.seconds_of(later, passes).sum() / (factor * seconds) - 1))
+        assert later.times[0, 1] == 1
+        assert np.all(np.diff(errors) <= 1e-9)
+        assert errors[-1] < 0.02 or factor == 100.0  # whatever a run says, it moves times by a quarter at most
+    np.testing.assert_allclose(plans.seconds_of(plans.refined(plan, passes, 1e9), passes).sum(), 1.25 * seconds)
+
+
+def test_only_what_says_something_new_is_learnt(twins, folder):
+    plan = some_plan(twins)
+    path = plans.keep(plan)
+    before = path.read_bytes()
+
+    def learn(target, error, rows=1):
+        passes = passes_of(plan, target, 4 * target)
+        counts = tuple(Counts.zeros(rows, 15)._replace(by_rows=each) for each in passes)
+        plans.learn(twins.level, counts, (1 + error) * plans.seconds_of(plan, passes).sum())
+
+    learn(plans.ENOUGH - 1, 1.0)  # too few
+    learn(plans.ENOUGH, 0.9 * plans.SETTLED)  # nothing new
+    learn(plans.ENOUGH, 1.0, rows=2)  # of a batch, whose passes are others
+    assert path.read_bytes() == before
+    learn(plans.ENOUGH, 1.0)
+    assert plans.loaded(path).plain > plan.plain
+    path.write_text("{")
+    learn(plans.ENOUGH, 1.0)
+    assert path.read_text() == "{"
+
+
+def speeds_of(greedy, drawn):
+    return {"greedy": greedy, "T = 0.8": drawn}
+
+
+@pytest.mark.parametrize(
+    ("measured", "chosen"),
+    [
+        ({"ngram": (1.4, 0.9), "mxfp4": (1.3, 1.2), "int8": (1.1, 1.1)}, ("mxfp4",)),
+        ({"ngram": (1.4, 1.2), "mxfp4": (1.3, 1.2), "int8": (1.1, 1.1)}, ("ngram",)),
+        ({"ngram": (1.1, 0.8), "mxfp4": (0.9, 1.0), "int8": (0.9, 0.9)}, ()),
+    ],
+)
+def test_the_fastest_is_chosen_and_drafts_from_then_on(demo, folder, monkeypatch, measured, chosen):
+    """What is measured is given; of the twins that promise something, two are."""
+    promised = {
+        "mxfp4": speeds_of(1.5, 1.5),
+        "auto4.5": speeds_of(1.0, 1.0),
+        "int8": speeds_of(1.2, 1.2),
+        "nvfp4": speeds_of(1.1, 1.1),
+    }
+    tried = []
+
+    def measure(asked, drafters):
+        [drafter] = drafters
+        name = "ngram" if drafter == mlsd.prompt_lookup() else drafter.recipe.format
+        tried.append(name)
+        stack = mlsd.stack(asked.target, drafter, lengths="auto")
+        times = np.ones((len(stack.levels), SLACK + 1))
+        names = tuple(card.name for card in stack.cards)
+        plan = plans.Plan(plans.key_of(stack.level), names, times, 0.001, speeds_of(*measured[name]))
+        plans.keep(plan)
+        return planning._Found(stack, plan)
+
+    monkeypatch.setattr(planning, "_measured", measure)
+    monkeypatch.setattr(planning, "_predicted", lambda asked, lookup: promised)
+    assert planner.default_drafts(demo) == ("ngram",)
+    stack, plan = mlsd.plan(demo)
+    assert tried == ["ngram", "mxfp4", "int8"]
+    assert plan.drafts == planner.default_drafts(demo) == chosen
+    assert [each.drafts for each in plan.tried] == [(), ("ngram",), ("mxfp4",), ("int8",), ("nvfp4",), ("auto4.5",)]
+    assert [line.split()[0] for line in planning.table(plan).splitlines() if "chosen" in line] == [" ".join(chosen) or "none"]
+    for each in (stack, mlsd.stack(demo, "auto")):
+        assert (each.control is None) == (not chosen)
+        assert [card.name for card in each.cards] == ["demo"] + ["demo@mxfp4"] * (chosen == ("mxfp4",))
+    if chosen:
+        assert mlsd.stack(demo, "auto").control.times[0, 16] == 1
+
+
+def test_times_that_are_no_longer_true_are_warned_of():
+    level = {"name": "m", "rounds": report.JUDGED, "judged": 0, "token_acceptance": None}
+    found = {"levels": [level], "synthetic_acceptance": None, "autopilot": {"drift": 0.3}}
+    [sentence] = report.warnings_of(found)
+    assert sentence.startswith("rounds took more than 1.25 times what the plan's times say")
+    [sentence] = report.warnings_of(found | {"autopilot": {"drift": -0.3}})
+    assert sentence.startswith("rounds took less than 0.75 times")
+    for drift in (None, 0.2, -0.2):
+        assert report.warnings_of(found | {"autopilot": {"drift": drift}}) == []
+    assert report.warnings_of(found | {"levels": [level | {"rounds": report.JUDGED - 1}]}) == []
+
+
+@pytest.mark.slow
+def test_a_run_is_compared_with_its_plan_and_refines_it(demo, twins, folder):
+    plan = some_plan(twins)._replace(plain=1e-6)
+    path = plans.keep(plan)
+    stack = mlsd.stack(demo, demo.quantized(), lengths="auto")
+    with pytest.warns(UserWarning, match="rounds took more than"):
+        out = mlsd.generate(stack, "def f(", max_new_tokens=70, draft_limit=0, stop_token_ids=())
+    assert out.report["autopilot"]["drift"] > 1
+    assert 0 < out.report["prefill_seconds"] < out.report["seconds"]
+    assert plans.loaded(path).plain > plan.plain

@@ -8,7 +8,7 @@ import pytest
 import real
 
 import mlspecqd_jax as mlsd
-from mlspecqd_jax.text import chat
+from mlspecqd_jax.text.detokenizer import encode
 
 FILE = "MLSPECQD_REAL_GGUF"  # names the file
 TEXTS = ["a  12 hello\n\nworld  x3.14 don't DON'T", "é中文 12345   ", "<|im_start|>user\nHi<|im_end|>"]
@@ -41,7 +41,7 @@ def test_texts_and_chats_are_the_same_tokens(models, shared):
         ids = folder.tokenizer(text)["input_ids"]
         assert file.tokenizer(text)["input_ids"] == ids
         assert file.tokenizer.decode(ids) == folder.tokenizer.decode(ids) == text
-    assert chat.encode_texts(file.card, prompts, chat=True) == chat.encode_texts(folder.card, prompts, chat=True)
+    assert encode(file.card, prompts, chat=True) == encode(folder.card, prompts, chat=True)
     assert file.tokenizer.special_tokens_map == folder.tokenizer.special_tokens_map
     assert file.card.eos_token_ids == folder.card.eos_token_ids
     assert file.card.chat_end_token_ids == folder.card.chat_end_token_ids

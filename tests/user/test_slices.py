@@ -28,14 +28,14 @@ def test_slices_of_any_size_give_one_text_and_one_trace(small, monkeypatch):
         calls.clear()
         found.append(mlsd.generate(stack, IDS, **arguments))
         traces.append(generation.programs(stack).advance._cache_size())
-        assert calls == ([1] * NEW if seconds == 0 else [1, 2, 4, 8, 16])
+        assert calls == ([1] * NEW if seconds == 0 else [1, 4, 16, 64])
     assert traces[0] == traces[1]
     assert (found[0].tokens, found[0].logprobs) == (found[1].tokens, found[1].logprobs)
 
 
 def test_a_slice_takes_about_its_time():
-    assert generation._next(1, 0.001, 10**9) == 2  # growing by no more than twice
-    assert generation._next(64, 0.05, 10**9) == 128
+    assert generation._next(1, 0.001, 10**9) == 4  # growing by no more than so much
+    assert generation._next(64, 0.001, 10**9) == 256
     assert generation._next(64, 0.2, 10**9) == 64
     assert generation._next(64, 0.8, 10**9) == 16
     assert generation._next(1, 30, 10**9) == 1
@@ -56,13 +56,13 @@ def test_a_long_prompt_is_fed_in_slices(small, monkeypatch):
     monkeypatch.setattr(generation, "programs", lambda stack: compiled._replace(feed=counted))
     prompts = [np.arange(5, 75).tolist(), [9]]
     out = mlsd.generate(stack, prompts, max_new_tokens=4, stop_token_ids=[])
-    assert fed == [(0, 0), (0, 1), (1, 2), (3, 4)]
+    assert fed == [(0, 0), (0, 1), (1, 4)]
     monkeypatch.setattr(generation, "SLICE_SECONDS", 0.0)
     assert mlsd.generate(stack, prompts, max_new_tokens=4, stop_token_ids=[]).tokens == out.tokens
-    assert fed[4:] == [(0, 0), *((i, 1) for i in range(5))]
+    assert fed[3:] == [(0, 0), *((i, 1) for i in range(5))]
     monkeypatch.setattr(requests, "PREFILL_WIDTHS", (128,))
     assert mlsd.generate(stack, prompts, max_new_tokens=4, stop_token_ids=[]).tokens == out.tokens
-    assert len(fed) == 4 + 6 + 2  # in one piece
+    assert len(fed) == 3 + 6 + 2  # in one piece
 
 
 def test_an_interrupt_is_heeded_after_a_slice(small, monkeypatch):

@@ -45,22 +45,32 @@ def find_quantization(folder: pathlib.Path) -> Quantization | None:
       InputError: a file is damaged, or names no method.
     """
     path = folder / "config.json"
-    raw = read_json_if_there(path)
+    said = quantization_of(path, read_json_if_there(path))
+    if said is not None:
+        return said
+    of_modelopt = read_json_if_there(folder / MODELOPT_FILE).get("quantization")
+    if of_modelopt:
+        found = {"quant_method": "modelopt"} | of_modelopt if isinstance(of_modelopt, dict) else of_modelopt
+        return _quantization(folder / MODELOPT_FILE, found)
+    of_gptq = read_json_if_there(folder / GPTQ_FILE)
+    return _quantization(folder / GPTQ_FILE, {"quant_method": "gptq"} | of_gptq) if of_gptq else None
+
+
+def quantization_of(path: pathlib.Path, raw: dict) -> Quantization | None:
+    """Return what the contents of a config.json say; messages name `path`.
+
+    Raises:
+      InputError: as `find_quantization`.
+    """
     if is_native(raw):
         return None
     text = raw.get("text_config")  # of a multimodal model
     places = (raw, text) if isinstance(text, dict) else (raw,)
-    found: Any = next((at[key] for at in places for key in ("quantization_config", "compression_config") if at.get(key)), None)
-    if found is None:
-        of_modelopt = read_json_if_there(folder / MODELOPT_FILE).get("quantization")
-        of_gptq = read_json_if_there(folder / GPTQ_FILE)
-        if of_modelopt:
-            path, found = folder / MODELOPT_FILE, of_modelopt
-            found = {"quant_method": "modelopt"} | found if isinstance(found, dict) else found
-        elif of_gptq:
-            path, found = folder / GPTQ_FILE, {"quant_method": "gptq"} | of_gptq
-        else:
-            return None
+    found = next((at[key] for at in places for key in ("quantization_config", "compression_config") if at.get(key)), None)
+    return None if found is None else _quantization(path, found)
+
+
+def _quantization(path: pathlib.Path, found: Any) -> Quantization:
     method = found.get("quant_method") if isinstance(found, dict) else None
     if not isinstance(method, str):
         raise InputError(

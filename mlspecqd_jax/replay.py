@@ -1,0 +1,88 @@
+"""What drafts of a twin would be worth, from one look at text that the target wrote: no program of a loop is compiled for it.
+
+A draft is accepted up to its first token that is not what the target wrote, under the greedy and the coupled rule alike. So it is
+enough to know, of each place of a text, whether the twin would choose the same there: rounds of any length can be played on that.
+
+Notation: R texts, N tokens of each, S buffer length.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mlspecqd_jax import jax_settings
+from mlspecqd_jax.generation import compiled, prefilled
+from mlspecqd_jax.loading.model import Model
+from mlspecqd_jax.programs import programs
+from mlspecqd_jax.requests import request
+from mlspecqd_jax.speculation import choosing
+from mlspecqd_jax.speculation.buffers import SLACK
+from mlspecqd_jax.speculation.settings import Sampling
+from mlspecqd_jax.speculation.stack import Stack
+from mlspecqd_jax.speculation.state import State
+
+WINDOW = 16  # tokens that are judged in a pass, each on the twin's own keys and values of those before it, as in a draft
+
+
+class Written(NamedTuple):
+    """A text that a target wrote, with its cache, and how tokens were chosen."""
+
+    state: State
+    sampling: Sampling
+
+
+@jax_settings.held
+def write(plain: Stack, prompt: list[int], tokens: int, **arguments) -> Written:
+    """Continue a prompt plainly by so many tokens; the arguments are those of `generate`."""
+    asked = request(plain, [prompt], {"max_new_tokens": tokens, "stop_token_ids": (), **arguments})
+    state = prefilled(plain, compiled(plain, asked)[0], asked.batch)
+    state = programs(plain).advance(plain, state, np.array(asked.batch.limit), asked.sampling, np.int32(tokens))
+    return Written(state, asked.sampling)
+
+
+@jax_settings.held
+def agreement(twin: Model, written: Written) -> np.ndarray:
+    """Return whether a twin of the target would have chosen each new token, bool [N]."""
+    state, sampling = written
+    begin, end = int(state.begin[0]), int(state.length[0])
+    text = np.asarray(state.tokens)[0]
+    found = []
+    for first in range(begin, end, WINDOW):
+        choice = _choices(twin.network, twin.params, state.cache, state.tokens, jnp.asarray([first - 1], jnp.int32), sampling)
+        found.append(np.asarray(choice)[0] == text[first : first + WINDOW])
+    return np.concatenate(found)[: end - begin]
+
+
+@functools.partial(jax.jit, static_argnames="network")
+def _choices(network, params, cache, tokens, start, sampling):
+    """Return the choices for the places after `start` [1], int32 [1, WINDOW]."""
+    window = jax.lax.dynamic_slice_in_dim(tokens, start[0], WINDOW, axis=1)
+    logits, _, _ = network(params, window, start, cache)
+    place = start[:, None] + 1 + jnp.arange(WINDOW)[None, :]
+    return choosing.draw(logits, choosing.noise(sampling.seed, place, 0, choosing.DRAW), sampling)
+
+
+def best_fixed(agreements: list[np.ndarray], target: np.ndarray, draft: float) -> float:
+    """Return the speed over plain decoding of drafts of the best fixed length, 0 included.
+
+    Args:
+      agreements: bool [N] each, of `agreement`.
+      target: f64 [SLACK + 1], the times of the target's passes by rows.
+      draft: the time of the draft's pass over one row.
+    """
+    plain = sum(map(len, agreements)) * target[1]
+    return max(plain / sum(_time(hits, length, target, draft) for hits in agreements) for length in range(16))
+
+
+def _time(hits: np.ndarray, length: int, target: np.ndarray, draft: float) -> float:
+    """Return the time in which a text is written by drafts of a fixed length."""
+    wrong = np.append(np.flatnonzero(~hits), len(hits))  # places
+    place, time = 0, 0.0
+    while place < len(hits):
+        drafted = min(length, len(hits) - place - 1, SLACK - 1)
+        time += target[drafted + 1] + drafted * draft
+        place += min(int(wrong[np.searchsorted(wrong, place)]) - place, drafted) + 1
+    return time
