@@ -13,7 +13,7 @@ from recorded import error
 from refusals import refused
 
 import mlspecqd_jax as mlsd
-from mlspecqd_jax.loading.models import describe
+from mlspecqd_jax.loading.description import describe
 from mlspecqd_jax.weights.cast import dequantize
 from mlspecqd_jax.weights.quantized_array import QuantizedArray
 
