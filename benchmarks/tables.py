@@ -145,6 +145,7 @@ TABLES = {
     "acceptance-stories260K": acceptance,
     "acceptance-SmolLM2-135M": acceptance,
     "acceptance-SmolLM2-135M-calibrated": acceptance,
+    "acceptance-SmolLM2-135M-100": acceptance,
     "acceptance-demo": demo_acceptance,
     "matmul-cpu": with_source(cpu_tables.products),
     "decode-cpu": with_source(cpu_tables.decoding),
