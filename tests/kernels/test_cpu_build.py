@@ -21,7 +21,9 @@ STAND_IN = """#!/bin/sh
 echo ran >> "{log}"
 sleep 0.5
 for last; do case "$last" in *.cc) unit=$(basename "$last" .cc);; esac; done
-cp "{folder}/$unit"-*.so "$last"
+case "$unit" in
+{copies}
+esac
 """
 PRODUCT = """
 import jax.numpy as jnp
@@ -77,7 +79,8 @@ def outcome(process):
 def stand_in(tmp_path):
     """Return (path of a compiler, function that counts how often it ran)."""
     log, script = tmp_path / "log", tmp_path / "compiler"
-    script.write_text(STAND_IN.format(log=log, folder=build.library_paths(TOGETHER)[0].parent))
+    libraries = zip(TOGETHER, build.library_paths(TOGETHER), strict=True)  # the cache may hold those of other versions too
+    script.write_text(STAND_IN.format(log=log, copies="\n".join(f'{unit}) cp "{path}" "$last";;' for unit, path in libraries)))
     script.chmod(0o755)
     return script, lambda: len(log.read_text().splitlines())
 

@@ -119,8 +119,9 @@ def test_every_model_type_of_transformers_is_described_or_refused_in_one_sentenc
     assert len(without) < 5, without
     assert len(described) >= 50
     assert len(described) + len(refusals) > 250
-    for name, sentence in refusals.items():
-        assert f"model_type '{name}' is " in sentence or "is not supported" in sentence, sentence
+    odd = [name for name, sentence in refusals.items() if "is not supported" not in sentence]
+    assert odd == ["glm4_moe"]  # whose default heads have 21 elements to rotate in pairs
+    for sentence in refusals.values():
         assert "\n" not in sentence
         assert len(sentence) < 1200
 
