@@ -79,13 +79,13 @@ def test_joint_sequences_follow_the_target_at_more_length(name, rule):
 # Mutations: what `verify` returns, or is given, with one thing wrong.
 
 
-def redrawn_from_all(logits, draft, position, sampling, level=0, leads=False):
+def redrawn_from_all(logits, draft, position, sampling, level=0, *how):
     """Redraw from p instead of the residual: judge again with nothing drafted beyond what was accepted."""
     verdict = verify(logits, draft, position, sampling, level)
     return verify(logits, draft._replace(length=verdict.accepted), position, sampling, level)
 
 
-def from_below_handed_up(logits, draft, position, sampling, level=0, leads=False):
+def from_below_handed_up(logits, draft, position, sampling, level=0, *how):
     """Hand up the probabilities of the level below, for the tokens accepted from it, instead of one's own."""
     verdict = verify(logits, draft, position, sampling, level)
     kept = jnp.arange(draft.tokens.shape[1])[None, :] < verdict.accepted[:, None]
@@ -93,7 +93,7 @@ def from_below_handed_up(logits, draft, position, sampling, level=0, leads=False
     return verdict._replace(probs=jnp.concatenate([theirs, verdict.probs[:, -1:]], axis=1))
 
 
-def bonus_from_the_draft(logits, draft, position, sampling, level=0, leads=False):
+def bonus_from_the_draft(logits, draft, position, sampling, level=0, *how):
     """Draw the bonus token of a full draft from the drafter's model, at its own prefix, instead of the target's."""
     if level == 0:
         context = 1 + draft.tokens[:, -1] + (V + 1) * (1 + draft.tokens[:, -2])
