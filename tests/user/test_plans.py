@@ -48,7 +48,8 @@ def test_times_are_found_from_the_seconds_of_rounds():
     np.testing.assert_allclose(found[1, 1:9], truth[1, 1:9], rtol=1e-6)
 
 
-@pytest.mark.parametrize("prompt", [[5, 6, 7], pytest.param(list(range(40, 80)), marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("prompt", [[5, 6, 7], list(range(40, 80))])
 def test_rounds_are_forced_to_their_lengths(twins, prompt):
     repeated = pass_measurement._repeating(prompt, 8192)
     assert len(repeated) == 2 * pass_measurement.PERIOD
@@ -68,6 +69,7 @@ def test_rounds_are_forced_to_their_lengths(twins, prompt):
             assert np.flatnonzero(twin).max() == inner + 1
 
 
+@pytest.mark.slow
 def test_what_is_measured_are_times(twins):
     found = pass_measurement.measure(twins, [5, 6, 7], budget=0.0)
     assert found.times.shape == (2, SLACK + 1)
