@@ -143,8 +143,8 @@ def _run(stack: Stack, prompts, most_rounds: int, arguments: Mapping[str, Any]):
     logprobs = None
     if state.logprobs is not None:
         logprobs = [np.asarray(state.logprobs)[r, begin[r] : begin[r] + len(new[r])].tolist() for r in rows]
-    if isinstance(state.control, Autopilot):
-        plans.learn(stack.level, counts_of(state), timing.seconds - timing.prefill_seconds)
+    if isinstance(state.control, Autopilot) and state.control.is_measured:
+        plans.learn(stack.level, counts_of(state), timing.round_seconds)
     summary = report.build(stack, state, sampling, [len(ids) for ids in new], timing)
     for sentence in report.warnings_of(summary):
         warnings.warn(sentence, stacklevel=3)

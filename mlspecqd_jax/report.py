@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import math
 from typing import Any
 
 import jax
@@ -30,6 +29,11 @@ class Timing:
     seconds: float
     prefill_seconds: float
     compile_seconds: float
+
+    @property
+    def round_seconds(self) -> float:
+        """The part of `seconds` in which rounds ran."""
+        return self.seconds - self.prefill_seconds
 
 
 def summarize(counts: Counts, row: int | None = None) -> dict[str, Any]:
@@ -71,16 +75,17 @@ def autopilot_of(state: State, seconds: float) -> dict[str, float | None] | None
 
     `time` of all rounds by its table; `speedup` over plain decoding by that table; `least_ahead`: how far rounds were ahead of
     plain decoding when they were the least so, below 0 where the allowance was drawn on; `drift`: by what part the `seconds` of
-    the rounds exceed those by the table, None where that was not measured.
+    the rounds exceed those by the table, None where that was not measured, which it is for one row alone.
     """
     if not isinstance(state.control, Autopilot):
         return None
-    time, most, plain = float(state.plan.time), int(state.plan.done.max()), float(state.control.plain)
+    time, most = float(state.plan.time), int(state.plan.done.max())
+    is_known = time and state.control.is_measured and len(state.length) == 1
     return {
         "time": time,
         "speedup": most / time if time else None,
         "least_ahead": float(state.plan.least) if time else None,
-        "drift": seconds / (time * plain) - 1 if time and math.isfinite(plain) else None,
+        "drift": seconds / (time * float(state.control.plain)) - 1 if is_known else None,
     }
 
 
@@ -105,7 +110,7 @@ def build(stack: Stack, state: State, sampling: Sampling, new_tokens: list[int],
         ],
         "rule": sampling.rule,
         "exact": stack.exact,
-        "autopilot": autopilot_of(state, timing.seconds - timing.prefill_seconds),
+        "autopilot": autopilot_of(state, timing.round_seconds),
         "synthetic_acceptance": None
         if rates is None
         else [round(rate, 6) for rate in rates.tolist()],  # then the text is meaningless

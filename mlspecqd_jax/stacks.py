@@ -55,11 +55,11 @@ def stack(target: Model, *drafters: Any, exact: bool = True, share_cache: bool =
     """
     instance("target", target, Model, "a Model, as mlsd.load returns it")
     exact, share_cache = flag("exact", exact), flag("share_cache", share_cache)
-    if drafters == ("auto",):
-        drafters = tuple(PromptLookup() if name == "ngram" else twin(target, name) for name in default_drafts(target))
-        lengths = "auto" if drafters else "fixed"
     plan = lengths if isinstance(lengths, Plan) else None
     auto = plan is not None or choice("lengths", lengths, LENGTHS) == "auto"
+    if drafters == ("auto",):
+        names = default_drafts(target) if plan is None else _chosen_by(plan)
+        drafters, auto = tuple(PromptLookup() if name == "ngram" else twin(target, name) for name in names), bool(names)
     pairs = [_pair(drafter, nested=i > 0, auto=auto) for i, drafter in enumerate(drafters)]
     if auto:
         pairs = _with_lookup(pairs)
@@ -162,6 +162,12 @@ def _pair(given: Any, nested: bool, auto: bool) -> tuple[Any, int]:
     if len(rest) > 1:
         raise InputError(f"{name_of(drafter)} comes with {len(rest)} values, but needs one, its draft_len")
     return drafter, check_draft_len(rest[0]) if rest else default_draft_len(drafter, nested, auto)
+
+
+def _chosen_by(plan: Plan) -> tuple[str, ...]:
+    if not plan.tried:
+        raise InputError(f'the plan of {", ".join(plan.names)} chose no drafts; name those that it is of in place of "auto"')
+    return plan.drafts
 
 
 def _with_lookup(pairs: list[tuple[Any, int]]) -> list[tuple[Any, int]]:

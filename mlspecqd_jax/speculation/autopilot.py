@@ -11,6 +11,7 @@ Notation: B batch, L levels, R rows of a window.
 """
 
 import dataclasses
+import math
 from typing import NamedTuple
 
 import jax
@@ -68,6 +69,11 @@ class Autopilot:
         f32 = jnp.float32
         caps = jnp.full((drafters, 1), most, jnp.int32)
         return Autopilot(jnp.asarray(times, f32), jnp.asarray(prior, f32), f32(rate), caps, f32(allowance), f32(plain))
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether the times are measured ones, by which seconds can be told; of a control that is there, not traced."""
+        return math.isfinite(self.plain)
 
     def capped(self, draft_limit: jax.Array) -> "Autopilot":
         """Return the same for a batch, with at most so many tokens [B] a round for the target.

@@ -1,6 +1,7 @@
 """`plan`: what is measured, kept and found again; what cannot be used is as good as not there."""
 
 import json
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -178,6 +179,30 @@ def test_a_plan_of_ones_own_is_taken_whatever_is_kept(demo, twins, folder, tmp_p
     assert pinned.control.plain == np.float32(0.001)
     with pytest.raises(mlsd.InputError, match="the plan is of 2 levels, demo, demo@mxfp4, but the stack has 1"):
         mlsd.stack(demo, lengths=mlsd.Plan.load(tmp_path / "mine.json"))
+    with pytest.raises(mlsd.InputError, match="the plan of demo, demo@mxfp4 chose no drafts; name those that it is of"):
+        mlsd.stack(demo, "auto", lengths=mlsd.Plan.load(tmp_path / "mine.json"))
+
+
+@pytest.mark.parametrize("drafts", [("mxfp4",), ()])
+def test_a_plan_of_ones_own_says_what_drafts_too(demo, twins, folder, drafts):
+    tried = (plans.Tried((), {}, speeds_of(1.0, 1.0)), plans.Tried(("mxfp4",), {}, speeds_of(1.2, 1.1)))
+    pinned = mlsd.stack(demo, "auto", lengths=some_plan(twins, slope=0.5)._replace(drafts=drafts, tried=tried))
+    assert len(pinned.levels) == 1 + len(drafts)
+    assert pinned.control.times[0, 2] == 1.5 if drafts else pinned.control is None
+
+
+def test_a_batch_is_not_held_against_times_of_one_row(twins):
+    """Whose passes are guessed from windows of as many rows."""
+
+    class State(NamedTuple):
+        control: mlsd.Autopilot
+        plan: object
+        length: list
+
+    control = mlsd.Autopilot.create(some_plan(twins).times, np.ones((2, 2, 8, 2)), 2, plain=0.001)
+    counted = control.init((15, 7), 1)._replace(time=100.0, done=np.array([120]), least=1.0)
+    assert report.autopilot_of(State(control, counted, [5]), 0.2)["drift"] == pytest.approx(1.0)
+    assert report.autopilot_of(State(control, counted, [5, 5]), 0.2)["drift"] is None
 
 
 def passes_of(plan, target, twin):
