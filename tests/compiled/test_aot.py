@@ -17,11 +17,10 @@ from mlspecqd_jax.network.network import Network
 
 pytestmark = pytest.mark.aot
 
-VOCABULARY = 32128  # a quarter of Llama 3's, whose sorts take a TPU's compiler longer than all the rest; test_aot_full.py has them
-TARGET = dataclasses.replace(LLAMA_8B, layers=LLAMA_8B.layers[:2], vocab_size=VOCABULARY)
+TARGET = dataclasses.replace(LLAMA_8B, layers=LLAMA_8B.layers[:2])
 # A layer of Llama-3.2-1B with fewer key/value heads, so that its cache does not look like the target's attention scores, and of
 # another width, so that no weight has as many elements as the sums of a product that is split along K.
-SMALL = shape(VOCABULARY, 1920, 8192, 1, 32, 4, 64, 131072, tie_word_embeddings=True)
+SMALL = shape(128256, 1920, 8192, 1, 32, 4, 64, 131072, tie_word_embeddings=True)
 BATCH, SIZE = 1, 1280  # so that no cache has as many elements as a weight
 
 
