@@ -5,7 +5,6 @@ wrote (`replay`), with times guessed from bytes; those that promise most are bui
 decoding, plain decoding it is.
 """
 
-import math
 import statistics
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -50,7 +49,7 @@ def plan(target: Model, *drafters: Any, prompts: str | Sequence[str] | None = No
     given = texts("prompts", prompts)
     if given and target.tokenizer is None:
         raise InputError(f"{target.card.name} has no tokenizer, which prompts need; leave them out")
-    asked = _Asked(target, [target.tokenizer.encode(text) for text in given] if given else [_first(target)], options)
+    asked = _Asked(target, [target.tokenizer.encode(text) for text in given] if given else [[target.first_token]], options)
     return _chosen(asked) if drafters in ((), ("auto",)) else _measured(asked, drafters)
 
 
@@ -135,12 +134,7 @@ def _predicted(asked: _Asked, lookup: Plan) -> dict[str, dict[str, float]]:
 
 
 def _mean(speeds: dict[str, float]) -> float:
-    return math.exp(statistics.fmean(map(math.log, speeds.values())))
-
-
-def _first(target: Model) -> list[int]:
-    begin = None if target.tokenizer is None else target.tokenizer.bos_token_id
-    return [0 if begin is None else begin]
+    return statistics.geometric_mean(speeds.values())
 
 
 def table(plan: Plan) -> str:

@@ -3,7 +3,7 @@
 A draft is accepted up to its first token that is not what the target wrote, under the greedy and the coupled rule alike. So it is
 enough to know, of each place of a text, whether the twin would choose the same there: rounds of any length can be played on that.
 
-Notation: R texts, N tokens of each, S buffer length.
+Notation: N tokens of a text, R rows of a pass.
 """
 
 import functools
@@ -19,12 +19,12 @@ from mlspecqd_jax.loading.model import Model
 from mlspecqd_jax.programs import programs
 from mlspecqd_jax.requests import request
 from mlspecqd_jax.speculation import choosing
-from mlspecqd_jax.speculation.buffers import SLACK
 from mlspecqd_jax.speculation.settings import Sampling
 from mlspecqd_jax.speculation.stack import Stack
 from mlspecqd_jax.speculation.state import State
 
-WINDOW = 16  # tokens that are judged in a pass, each on the twin's own keys and values of those before it, as in a draft
+LONGEST = 15  # tokens of a draft, as where lengths are chosen
+WINDOW = LONGEST + 1  # tokens that are judged in a pass, each on the twin's own keys and values of those before it, as in a draft
 
 
 class Written(NamedTuple):
@@ -70,11 +70,11 @@ def best_fixed(agreements: list[np.ndarray], target: np.ndarray, draft: float) -
 
     Args:
       agreements: bool [N] each, of `agreement`.
-      target: f64 [SLACK + 1], the times of the target's passes by rows.
+      target: f64 [R], the times of the target's passes by rows.
       draft: the time of the draft's pass over one row.
     """
     plain = sum(map(len, agreements)) * target[1]
-    return max(plain / sum(_time(hits, length, target, draft) for hits in agreements) for length in range(16))
+    return max(plain / sum(_time(hits, length, target, draft) for hits in agreements) for length in range(LONGEST + 1))
 
 
 def _time(hits: np.ndarray, length: int, target: np.ndarray, draft: float) -> float:
@@ -82,7 +82,7 @@ def _time(hits: np.ndarray, length: int, target: np.ndarray, draft: float) -> fl
     wrong = np.append(np.flatnonzero(~hits), len(hits))  # places
     place, time = 0, 0.0
     while place < len(hits):
-        drafted = min(length, len(hits) - place - 1, SLACK - 1)
+        drafted = min(length, len(hits) - place - 1)
         time += target[drafted + 1] + drafted * draft
         place += min(int(wrong[np.searchsorted(wrong, place)]) - place, drafted) + 1
     return time

@@ -132,7 +132,7 @@ class Model:
             self._need_plain_weights("calibrated")
             check_scale_rule(scale_rule, format)
             wanted = formats_of(tensors, format, policy)
-            rounded = calibrated_weights(self.network, arrays, self._first, wanted, scale_rule)
+            rounded = calibrated_weights(self.network, arrays, self.first_token, wanted, scale_rule)
         return quantize_params(arrays, tensors, format, policy, scale_rule, self.network.mesh, dtype, rounded)
 
     def sensitivity(self) -> precision_search.Costs:
@@ -144,14 +144,14 @@ class Model:
         if self.recipe is not None:
             raise InputError(f"{self.card.name} is quantized already; ask the original model")
         self._need_plain_weights("measured")
-        return precision_search.sensitivity(self.network, cast(dict[str, jax.Array], self.params), self._first)
+        return precision_search.sensitivity(self.network, cast(dict[str, jax.Array], self.params), self.first_token)
 
     def _need_plain_weights(self, done: str) -> None:
         if self.holds_packed_weights:
             raise InputError(f"{self.card.name} holds weights in MXFP4 already, by which none is {done}; give a format alone")
 
     @property
-    def _first(self) -> int:
+    def first_token(self) -> int:
         """The token with which its texts begin."""
         begins = getattr(self.tokenizer, "bos_token_id", None)
         return begins if begins is not None else (*self.card.eos_token_ids, 0)[0]
@@ -171,7 +171,7 @@ class Model:
             return stored[0]
         self._need_plain_weights("measured")
         params = cast(dict[str, jax.Array], self.params)
-        return recipe_of_bits(precision_search.policy_for(self.network, params, self._first, bits), bits, calibrate)
+        return recipe_of_bits(precision_search.policy_for(self.network, params, self.first_token, bits), bits, calibrate)
 
     def _recipe(self, format: str, policy: Policy | None = None, scale_rule: str = "floor", calibrate: bool = False) -> Recipe:
         if policy is None:

@@ -91,7 +91,7 @@ def test_a_twin_whose_outputs_are_nearer(model, cache):
     assert twin.recipe == dataclasses.replace(model.quantized("mxfp4").recipe, calibrated=True)
     assert leaves(twin).keys() == leaves(model.quantized("mxfp4")).keys()
     assert twin.quantized("mxfp4", calibrate=True) is twin
-    tokens = calibrating._text(cache / "text.npy", model.network, model.params, model._first)
+    tokens = calibrating._text(cache / "text.npy", model.network, model.params, model.first_token)
     for moments in second_moments(model.network, model.params, tokens, jnp.ones(tokens.shape)):
         for name, h in moments.items():
             w = model.params.get(name, model.params[EMBEDDING])
