@@ -51,14 +51,16 @@ def verify(
       one_by_one: whether coupled choices are made row by row until one rejects: where rows take time, as on CPU.
     """
     t = position[:, None] + jnp.arange(logits.shape[1])[None, :]  # [B, G + 1]
-    rule = _coupled if sampling.rule == "coupled" else _rejection
-    verdict = rule(logits, draft, t, sampling, depth, leads, one_by_one)
+    if sampling.rule == "coupled":
+        verdict = _coupled(logits, draft, t, sampling, leads, one_by_one)
+    else:
+        verdict = _rejection(logits, draft, t, sampling, depth, leads)
     if sampling.synthetic_acceptance is None or draft.tokens.shape[1] == 0:
         return verdict
     return _synthetic(verdict, draft, t, sampling, depth)
 
 
-def _coupled(logits, draft, t, sampling, depth, leads, one_by_one):
+def _coupled(logits, draft, t, sampling, leads, one_by_one):
     def choose(logits, t):
         compared = choosing.compared(logits, choosing.noise(sampling.seed, t, 0, choosing.DRAW), sampling)
         return choosing.largest(compared), choosing.lead(compared) if leads else None
@@ -88,7 +90,7 @@ def _until_rejected(choose, logits, draft, t):
     return found
 
 
-def _rejection(logits, draft, t, sampling, depth, leads, one_by_one):
+def _rejection(logits, draft, t, sampling, depth, leads):
     p = choosing.probabilities(logits, sampling)
     q = jnp.pad(draft.probs, ((0, 0), (0, 1), (0, 0)))
     g = jnp.arange(logits.shape[1])[None, :]
