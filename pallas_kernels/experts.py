@@ -3,11 +3,12 @@
 Notation: T rows of activations, C experts that a row chose, all different, E experts in all, N outputs of each, K contracted.
 """
 
-import functools
 from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
+
+from pallas_kernels import xla
 
 
 def hit_by_hit(x: jax.Array, experts: jax.Array, arrays: Mapping[str, jax.Array], run: Callable, e: int, n: int) -> jax.Array:
@@ -27,35 +28,13 @@ def hit_by_hit(x: jax.Array, experts: jax.Array, arrays: Mapping[str, jax.Array]
     """
     hit = jnp.any(experts.reshape(-1, 1) == jnp.arange(e, dtype=jnp.int32)[None], axis=0)
     order = jnp.argsort(~hit)  # those hit before the others
-    step = _step(x, experts, arrays, run, e, part)
+    step = _step(x, experts, arrays, run, e, xla.part)
     return jax.lax.fori_loop(0, jnp.sum(hit, dtype=jnp.int32), lambda i, y: step(order[i], y), _zeros(experts, n))
 
 
 def each_by_each(x: jax.Array, experts: jax.Array, arrays: Mapping[str, jax.Array], run: Callable, e: int, n: int) -> jax.Array:
     """`hit_by_hit` over all experts, whose derivative can be had."""
-    return jax.lax.fori_loop(0, e, _step(x, experts, arrays, run, e, _plain_part), _zeros(experts, n))
-
-
-def part(array: jax.Array, i: jax.Array, parts: int) -> jax.Array:
-    """Return the i-th of equal parts of an array's rows.
-
-    XLA:CPU (jax 0.10 to 0.12) takes the part of 16-bit floats after it has converted them all to f32, and does that before a loop
-    that asks for one part after another. Of the same bits as integers it takes the part first.
-    Test: tests/kernels/test_experts.py, test_a_part_widens_no_stack.
-    """
-    if not jnp.issubdtype(array.dtype, jnp.floating) or array.dtype.itemsize != 2:
-        return _plain_part(array, i, parts)
-
-    def of_bits(array, i):
-        bits = jax.lax.bitcast_convert_type(array, jnp.uint16)
-        return jax.lax.bitcast_convert_type(_plain_part(bits, i, parts), array.dtype)
-
-    return jax.lax.platform_dependent(array, i, cpu=of_bits, default=functools.partial(_plain_part, parts=parts))
-
-
-def _plain_part(array, i, parts):
-    size = array.shape[0] // parts
-    return jax.lax.dynamic_slice_in_dim(array, i * size, size)
+    return jax.lax.fori_loop(0, e, _step(x, experts, arrays, run, e, xla.plain_part), _zeros(experts, n))
 
 
 def _zeros(experts, n):

@@ -1,4 +1,4 @@
-"""The forms in which XLA does what is meant: products, row gathers and window writes. Each says what goes wrong without it.
+"""The forms in which XLA does what is meant: products, gathers and parts of rows, window writes. Each says what it is needed for.
 
 A form is here for a symptom of some version of XLA, and its docstring names the test that fails without it, so that it can be tried
 without, and taken out, when a later version does well by itself. All were seen with the XLA of jax 0.10.2.
@@ -7,6 +7,7 @@ Notation: M rows of activations, N outputs, K contracted or hidden size, B batch
 vocabulary.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -91,6 +92,29 @@ def rows(table: jax.Array, index: jax.Array) -> jax.Array:
     on_cpu = unhoisted if _is_converted(table) else gather
     on_gpu = by_rows if jax.sharding.get_abstract_mesh().size < 2 else gather  # the constraint says nothing of how a table is split
     return jax.lax.platform_dependent(table, index, cpu=on_cpu, cuda=on_gpu, default=gather)
+
+
+def part(array: jax.Array, i: jax.Array, parts: int) -> jax.Array:
+    """Return the i-th of equal parts of an array's rows.
+
+    XLA:CPU (jax 0.10 to 0.12) takes the part of 16-bit floats after it has converted them all to f32, and does that before a loop
+    that asks for one part after another. Of the same bits as integers it takes the part first.
+    Test: tests/kernels/test_experts.py, test_a_part_widens_no_stack.
+    """
+    if not jnp.issubdtype(array.dtype, jnp.floating) or array.dtype.itemsize != 2:
+        return plain_part(array, i, parts)
+
+    def of_bits(array, i):
+        bits = jax.lax.bitcast_convert_type(array, jnp.uint16)
+        return jax.lax.bitcast_convert_type(plain_part(bits, i, parts), array.dtype)
+
+    return jax.lax.platform_dependent(array, i, cpu=of_bits, default=functools.partial(plain_part, parts=parts))
+
+
+def plain_part(array: jax.Array, i: jax.Array, parts: int) -> jax.Array:
+    """`part` as it is meant, which can be differentiated."""
+    size = array.shape[0] // parts
+    return jax.lax.dynamic_slice_in_dim(array, i * size, size)
 
 
 def put_window(buffer: jax.Array, start: jax.Array, values: jax.Array) -> jax.Array:

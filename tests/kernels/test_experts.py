@@ -109,14 +109,14 @@ def in_a_loop(part):
 
 
 def test_a_part_widens_no_stack():
-    hlo = in_a_loop(experts.part)
+    hlo = in_a_loop(xla.part)
     assert not widened(hlo, {(E * N, K)})
     assert not [found for found in operations(loop_lines(hlo)) if found[0] == "copy" and found[2] == (E * N, K)]
 
 
 def test_a_part_of_the_floats_still_widens_the_stack():
-    """Where this fails, XLA:CPU has learnt it, and `experts.part` can take the floats themselves from that version on."""
-    assert widened(in_a_loop(experts._plain_part), {(E * N, K)})
+    """Where this fails, XLA:CPU has learnt it, and `xla.part` can take the floats themselves from that version on."""
+    assert widened(in_a_loop(xla.plain_part), {(E * N, K)})
 
 
 @pytest.mark.parametrize("each", [1, 2])
