@@ -10,6 +10,7 @@ from mlspecqd_jax.speculation.buffers import SLACK
 
 OVERHEAD = 0.06  # of a pass of the target that each pass takes whatever its bytes
 SLOPE = {"cpu": 0.06, "cpu-xla": 0.3}  # of a pass, for each row more
+ASKING = 0.01  # of a pass, what a round takes beyond a plain one if a draft is asked for and there is none
 CHIP_ROWS, CHIP_SLOPE = 16, 0.03  # rows that take the time of one, and each more
 
 

@@ -53,6 +53,13 @@ def plan(target: Model, *drafters: Any, prompts: str | Sequence[str] | None = No
     return _chosen(asked) if drafters in ((), ("auto",)) else _measured(asked, drafters)
 
 
+def plan_of(stack: Stack, prompt: list[int]) -> Plan:
+    """Measure what the passes of a stack with lengths="auto" take, after a prompt; speeds are yet to be measured."""
+    measured = pass_measurement.measure(stack, prompt)
+    names = tuple(card.name for card in stack.cards)
+    return Plan(plans.key_of(stack.level), names, measured.times, measured.asking, measured.plain, {})
+
+
 class _Found(NamedTuple):
     stack: Stack
     plan: Plan
@@ -61,8 +68,7 @@ class _Found(NamedTuple):
 def _measured(asked: _Asked, drafters: tuple[Any, ...]) -> _Found:
     """Measure passes and speeds of a stack, and keep that."""
     stack = stacks.stack(asked.target, *drafters, **asked.options, lengths="auto")
-    measured = pass_measurement.measure(stack, asked.prompts[0])
-    plan = Plan(plans.key_of(stack.level), tuple(card.name for card in stack.cards), measured.times, measured.plain, {})
+    plan = plan_of(stack, asked.prompts[0])
     stack = stacks.stack(asked.target, *drafters, **asked.options, lengths=plan)
     plan = plan._replace(speedups=_speedups(asked, stack))
     plans.keep(plan)

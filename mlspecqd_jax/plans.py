@@ -27,7 +27,7 @@ from mlspecqd_jax.speculation.counts import Counts
 from mlspecqd_jax.speculation.level import Level
 from mlspecqd_jax.user_cache import cache_folder
 
-SCHEMA = 2
+SCHEMA = 3
 REFINING, MOST_REFINED = 0.1, 0.25  # what a run's error changes of times, and the most it may
 ENOUGH, SETTLED = 64, 0.1  # passes of the target from which a run says something, and an error below which it says nothing new
 
@@ -46,6 +46,7 @@ class Plan(NamedTuple):
     key: str  # of `key_of`
     names: tuple[str, ...]  # of the levels
     times: np.ndarray  # f64 [L, SLACK + 1], of passes by level and rows in use, in those of the target over one row
+    asking: float  # what a round takes beyond a plain one if a draft is asked for and there is none, in the same
     plain: float  # seconds of such a pass
     speedups: dict[str, float]  # over plain decoding, by how tokens are chosen, median of pairs
     drafts: tuple[str, ...] = ()  # as `--draft` takes them, where it chose
@@ -121,7 +122,8 @@ def _read(value: dict[str, Any]) -> Plan:
     names, tried = tuple(value["names"]), tuple(Tried(tuple(drafts), *speeds) for drafts, *speeds in value["tried"])
     if value["schema"] != SCHEMA or times.shape != (len(names), SLACK + 1) or not np.all(np.isfinite(times) & (times >= 0)):
         raise ValueError
-    return Plan(value["key"], names, times, float(value["plain"]), dict(value["speedups"]), tuple(value["drafts"]), tried)
+    asking, plain = float(value["asking"]), float(value["plain"])
+    return Plan(value["key"], names, times, asking, plain, dict(value["speedups"]), tuple(value["drafts"]), tried)
 
 
 def keep(plan: Plan, path: pathlib.Path | None = None) -> pathlib.Path:
@@ -162,6 +164,7 @@ def learn(level: Level, counts: tuple[Counts, ...], seconds: float) -> None:
     path = path_of(key_of(level))
     with contextlib.suppress(InputError, OSError):  # what cannot be used is said where it is to be used
         plan = loaded(path, path.stem)
+        seconds -= plan.plain * plan.asking * int(counts[0].in_vain)
         if abs(seconds / seconds_of(plan, passes).sum() - 1) > SETTLED:  # else the plan stays, and texts under rejection with it
             keep(refined(plan, passes, seconds))
 

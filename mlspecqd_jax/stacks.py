@@ -11,7 +11,7 @@ from mlspecqd_jax.arguments import brief, choice, flag, instance
 from mlspecqd_jax.errors import InputError
 from mlspecqd_jax.loading.model import Model
 from mlspecqd_jax.network.network import Network
-from mlspecqd_jax.pass_times import guessed
+from mlspecqd_jax.pass_times import ASKING, guessed
 from mlspecqd_jax.planner import default_drafts
 from mlspecqd_jax.plans import Plan, kept, key_of
 from mlspecqd_jax.speculation.autopilot import Autopilot
@@ -186,12 +186,12 @@ def _autopilot(models: list[Model], level: Level, plan: Plan | None) -> Autopilo
     twins = [is_twin(draft, verifier) for verifier, draft in itertools.pairwise(models)]
     plan = kept(key_of(level)) if plan is None else plan
     if plan is None:
-        times, plain = guessed([model.pass_bytes for model in models], models[0].runs_on), math.nan
+        times, asking, plain = guessed([model.pass_bytes for model in models], models[0].runs_on), ASKING, math.nan
     elif len(plan.times) != len(models):
         raise InputError(f"the plan is of {len(plan.times)} levels, {', '.join(plan.names)}, but the stack has {len(models)}")
     else:
-        times, plain = plan.times, plan.plain
-    return Autopilot.create(times, prior([*twins, False]), len(level.draft_lens), plain=plain)
+        times, asking, plain = plan.times, plan.asking, plan.plain
+    return Autopilot.create(times, prior([*twins, False]), len(level.draft_lens), asking=asking, plain=plain)
 
 
 def _check_fits(draft: Model, target: Model) -> None:

@@ -99,7 +99,7 @@ class Level:
     @property
     def uses_features(self) -> bool:
         """Whether its verifier is to lend it features: its drafter's, where prompts are fed to the verifier alone."""
-        return self.share_cache and self._lends_features
+        return self.share_cache and self.lends_features
 
     @property
     def draft_lens(self) -> tuple[int, ...]:
@@ -107,7 +107,8 @@ class Level:
         return tuple(level.draft_len for level in self.levels if level.drafter is not None)
 
     @property
-    def _lends_features(self) -> bool:
+    def lends_features(self) -> bool:
+        """Whether its drafter uses the features of its passes."""
         return self.drafter is not None and self.drafter.uses_features
 
     def window(self, refeed: int = 0) -> int:
@@ -121,7 +122,7 @@ class Level:
 
     def score(self, tokens: jax.Array, start: jax.Array, cache: Any) -> Scored:
         """Run one pass of the model over tokens [B, W] at positions start[r] + 0..W-1, and check what it returns."""
-        features = self._lends_features
+        features = self.lends_features
         return check_scored(self.model(self.params, tokens, start, cache, features=features), self.model, tokens, features)
 
     def init(self, batch: int, slots: int) -> DrafterState:
@@ -232,7 +233,7 @@ class Level:
 
     def _no_features(self, batch: int, slots: int) -> jax.Array | None:
         """Return the features of a round before there was one: zeros [B, draft_len + 1, F], or None where nobody uses them."""
-        if not self._lends_features:
+        if not self.lends_features:
             return None
 
         def one_pass():

@@ -152,7 +152,7 @@ class Control(Protocol):
         """Return the `Guide` of the target's drafter in this round, or None; `left` int32 [B] is how many tokens rows lack."""
 
     def update(self, state: Any, counts: tuple) -> Any:
-        """Return the state after a round, given the `Counts` of every level, outermost first."""
+        """Return the state after a round, or after several plain ones (`Guide.rest`), given the `Counts` of all levels."""
 
 
 def check_proposal(proposal: Any, drafter: Drafter, ask: Ask, sampling: Sampling) -> tuple[Draft, Any, Lent]:

@@ -31,7 +31,7 @@ def folder(tmp_path, monkeypatch):
 
 def some_plan(stack, slope=0.25):
     times = np.array([[1.0], [0.5]]) * (1 + slope * np.maximum(np.arange(SLACK + 1) - 1, 0))
-    return plans.Plan(plans.key_of(stack.level), ("demo", "demo@mxfp4"), times, 0.001, {"greedy": 1.5})
+    return plans.Plan(plans.key_of(stack.level), ("demo", "demo@mxfp4"), times, 0.05, 0.001, {"greedy": 1.5})
 
 
 def test_times_are_found_from_the_seconds_of_rounds():
@@ -279,7 +279,7 @@ def test_the_fastest_is_chosen_and_drafts_from_then_on(demo, folder, monkeypatch
         stack = mlsd.stack(asked.target, drafter, lengths="auto")
         times = np.ones((len(stack.levels), SLACK + 1))
         names = tuple(card.name for card in stack.cards)
-        plan = plans.Plan(plans.key_of(stack.level), names, times, 0.001, speeds_of(*measured[name]))
+        plan = plans.Plan(plans.key_of(stack.level), names, times, 0.05, 0.001, speeds_of(*measured[name]))
         plans.keep(plan)
         return planning._Found(stack, plan)
 
