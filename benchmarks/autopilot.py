@@ -21,7 +21,7 @@ from machine import describe, publish, spread
 
 import mlspecqd_jax as mlsd
 from mlspecqd_jax import specs
-from mlspecqd_jax.planning import plan_of
+from mlspecqd_jax.planning import encoded, plan_of
 from mlspecqd_jax.plans import keep
 
 DEMO_PROMPTS = (
@@ -48,7 +48,7 @@ def planned(model) -> dict[str, dict]:
     for drafts in AUTO:
         stack = specs.stack_of(specs.parse(drafts), model, mlsd.load)
         began = time.perf_counter()
-        plan = plan_of(stack, model.tokenizer.encode("a")[:1] or [0])
+        plan = plan_of(stack, encoded(model, []))
         seconds = time.perf_counter() - began
         keep(plan)
         times = {

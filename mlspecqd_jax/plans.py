@@ -24,6 +24,7 @@ from mlspecqd_jax.errors import InputError
 from mlspecqd_jax.json_files import read_json
 from mlspecqd_jax.speculation.buffers import SLACK
 from mlspecqd_jax.speculation.counts import Counts
+from mlspecqd_jax.speculation.guide import CLASSES
 from mlspecqd_jax.speculation.level import Level
 from mlspecqd_jax.user_cache import cache_folder
 
@@ -48,6 +49,7 @@ class Plan(NamedTuple):
     times: np.ndarray  # f64 [L, SLACK + 1], of passes by level and rows in use, in those of the target over one row
     asking: float  # what a round takes beyond a plain one if a draft is asked for and there is none, in the same
     plain: float  # seconds of such a pass
+    seen: np.ndarray  # int [L, 2, 8, 2], accepted and judged by level, source and class (`guide`) of the texts that were written
     speedups: dict[str, float]  # over plain decoding, by how tokens are chosen, median of pairs
     drafts: tuple[str, ...] = ()  # as `--draft` takes them, where it chose
     tried: tuple[Tried, ...] = ()  # what it chose from
@@ -122,8 +124,11 @@ def _read(value: dict[str, Any]) -> Plan:
     names, tried = tuple(value["names"]), tuple(Tried(tuple(drafts), *speeds) for drafts, *speeds in value["tried"])
     if value["schema"] != SCHEMA or times.shape != (len(names), SLACK + 1) or not np.all(np.isfinite(times) & (times >= 0)):
         raise ValueError
+    seen = np.array(value["seen"], np.int64)
+    if seen.shape != (len(names), 2, CLASSES, 2) or np.any(seen < 0):
+        raise ValueError
     asking, plain = float(value["asking"]), float(value["plain"])
-    return Plan(value["key"], names, times, asking, plain, dict(value["speedups"]), tuple(value["drafts"]), tried)
+    return Plan(value["key"], names, times, asking, plain, seen, dict(value["speedups"]), tuple(value["drafts"]), tried)
 
 
 def keep(plan: Plan, path: pathlib.Path | None = None) -> pathlib.Path:
@@ -171,7 +176,8 @@ def learn(level: Level, counts: tuple[Counts, ...], seconds: float) -> None:
 
 def as_json(plan: Plan) -> dict[str, Any]:
     """Return what is kept of a plan."""
-    return plan._asdict() | {"schema": SCHEMA, "times": [[round(x, 5) for x in row] for row in plan.times.tolist()]}
+    times = [[round(x, 5) for x in row] for row in plan.times.tolist()]
+    return plan._asdict() | {"schema": SCHEMA, "times": times, "seen": plan.seen.tolist()}
 
 
 def _processor() -> str:

@@ -1,4 +1,4 @@
-"""What drafts of a twin would be worth, from one look at text that the target wrote: no program of a loop is compiled for it.
+"""What drafts of a twin would be worth, from one look at text that the target wrote: no more than a pass is compiled for it.
 
 A draft is accepted up to its first token that is not what the target wrote, under the greedy and the coupled rule alike. So it is
 enough to know, of each place of a text, whether the twin would choose the same there: rounds of any length can be played on that.
@@ -7,6 +7,7 @@ Notation: N tokens of a text, R rows of a pass.
 """
 
 import functools
+import time
 from typing import NamedTuple
 
 import jax
@@ -24,7 +25,7 @@ from mlspecqd_jax.speculation.stack import Stack
 from mlspecqd_jax.speculation.state import State
 
 LONGEST = 15  # tokens of a draft, as where lengths are chosen
-WINDOW = LONGEST + 1  # tokens that are judged in a pass, each on the twin's own keys and values of those before it, as in a draft
+WINDOW = LONGEST + 1  # tokens that are judged in a row, each on the twin's own keys and values of those before it, as in a draft
 
 
 class Written(NamedTuple):
@@ -32,6 +33,13 @@ class Written(NamedTuple):
 
     state: State
     sampling: Sampling
+
+
+class Read(NamedTuple):
+    """What a model made of texts."""
+
+    agreements: list[np.ndarray]  # bool [N] each, whether it would have chosen what the target wrote
+    seconds: float  # of a pass over one row, the least of all tries, so that no compilation counts
 
 
 @jax_settings.held
@@ -44,32 +52,42 @@ def write(plain: Stack, prompt: list[int], tokens: int, **arguments) -> Written:
 
 
 @jax_settings.held
-def agreement(twin: Model, written: Written) -> np.ndarray:
-    """Return whether a twin of the target would have chosen each new token, bool [N]."""
-    state, sampling = written
-    begin, end = int(state.begin[0]), int(state.length[0])
-    text = np.asarray(state.tokens)[0]
-    found = []
-    for first in range(begin, end, WINDOW):
-        choice = _choices(twin.network, twin.params, state.cache, state.tokens, jnp.asarray([first - 1], jnp.int32), sampling)
-        found.append(np.asarray(choice)[0] == text[first : first + WINDOW])
-    return np.concatenate(found)[: end - begin]
+def read(model: Model, written: list[Written]) -> Read:
+    """Let the target or a twin choose the new tokens of texts that are as long, each after those before it, and time its passes."""
+    agreements, seconds = [], np.inf
+    for state, sampling in written:
+        begin, end = int(state.begin[0]), int(state.length[0])
+        text = np.asarray(state.tokens)[0]
+        found = []
+        for first in range(begin, end, WINDOW):
+            start = jnp.asarray([first - 1], jnp.int32)
+            began = time.perf_counter()
+            choice = jax.block_until_ready(_choices(model.network, model.params, state.cache, state.tokens, start, sampling))
+            seconds = min(seconds, (time.perf_counter() - began) / WINDOW)
+            found.append(np.asarray(choice)[0] == text[first : first + WINDOW])
+        agreements.append(np.concatenate(found)[: end - begin])
+    return Read(agreements, float(seconds))
 
 
 @functools.partial(jax.jit, static_argnames="network")
 def _choices(network, params, cache, tokens, start, sampling):
-    """Return the choices for the places after `start` [1], int32 [1, WINDOW]."""
-    window = jax.lax.dynamic_slice_in_dim(tokens, start[0], WINDOW, axis=1)
-    logits, _, _ = network(params, window, start, cache)
-    place = start[:, None] + 1 + jnp.arange(WINDOW)[None, :]
-    return choosing.draw(logits, choosing.noise(sampling.seed, place, 0, choosing.DRAW), sampling)
+    """Return the choices for the places after `start` [1], int32 [1, WINDOW], by as many passes over one row."""
+
+    def choose(i, carry):
+        chosen, cache = carry
+        place = start + i
+        logits, cache, _ = network(params, jax.lax.dynamic_slice_in_dim(tokens, place[0], 1, axis=1), place, cache)
+        noise = choosing.noise(sampling.seed, place[:, None] + 1, 0, choosing.DRAW)
+        return jax.lax.dynamic_update_slice_in_dim(chosen, choosing.draw(logits, noise, sampling), i, axis=1), cache
+
+    return jax.lax.fori_loop(0, WINDOW, choose, (jnp.zeros((1, WINDOW), jnp.int32), cache))[0]
 
 
 def best_fixed(agreements: list[np.ndarray], target: np.ndarray, draft: float) -> float:
     """Return the speed over plain decoding of drafts of the best fixed length, 0 included.
 
     Args:
-      agreements: bool [N] each, of `agreement`.
+      agreements: bool [N] each, of `read`.
       target: f64 [R], the times of the target's passes by rows.
       draft: the time of the draft's pass over one row.
     """

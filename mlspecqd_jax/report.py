@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mlspecqd_jax.speculation.autopilot import Autopilot
 from mlspecqd_jax.speculation.counts import Counts
@@ -15,6 +16,7 @@ from mlspecqd_jax.speculation.stack import Stack
 from mlspecqd_jax.speculation.state import State, counts_of
 from mlspecqd_jax.speculation.theory import tokens_per_round
 
+SOURCES = {LOOKUP: "lookup", MODEL: "model"}
 JUDGED, COLLAPSED = 64, 0.2  # a token acceptance below this, among at least so many judged, is warned of
 DRIFTED = 0.25  # and rounds, of as many, that take so much more or less than by the plan
 
@@ -60,14 +62,26 @@ def summarize(counts: Counts, row: int | None = None) -> dict[str, Any]:
 
 
 def passes_of(counts: Counts) -> dict[str, Any]:
-    """Return the passes of a level, also by how many rows were in use, and its verdicts by source, where drafts told theirs."""
-    by_source = counts.by_class.sum(axis=(1, 2))
-    return {
+    """Return a level's passes, also by rows in use, and its verdicts by source and class (`guide`), where drafts told theirs."""
+    found = {
         "passes": int(counts.by_rows.sum()),
         "passes_by_rows": {str(rows): int(n) for rows, n in enumerate(counts.by_rows) if n},
-        "judged_by_source": {name: int(by_source[i, 1]) for i, name in ((LOOKUP, "lookup"), (MODEL, "model"))},
-        "accepted_by_source": {name: int(by_source[i, 0]) for i, name in ((LOOKUP, "lookup"), (MODEL, "model"))},
     }
+    by_class = counts.by_class.sum(axis=1)  # [2, 8, 2]
+    for word, of in (("accepted", 0), ("judged", 1)):
+        found[f"{word}_by_source"] = {name: int(by_class[source, :, of].sum()) for source, name in SOURCES.items()}
+        found[f"{word}_by_class"] = {name: by_class[source, :, of].tolist() for source, name in SOURCES.items()}
+    return found
+
+
+def seen_by_class(report: dict[str, Any], levels: int) -> np.ndarray:
+    """Return what the levels of a stack accepted and judged in a run, by source and class (`guide`), int [L, 2, CLASSES, 2]."""
+    return np.array(
+        [
+            [[level[f"{word}_by_class"][SOURCES[source]] for word in ("accepted", "judged")] for source in sorted(SOURCES)]
+            for level in report["levels"][:levels]
+        ]
+    ).swapaxes(-1, -2)
 
 
 def autopilot_of(state: State, seconds: float) -> dict[str, float | None] | None:

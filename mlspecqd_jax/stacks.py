@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import statistics
 from typing import Any, NamedTuple
 
 from jax.sharding import NamedSharding, PartitionSpec
@@ -14,7 +15,7 @@ from mlspecqd_jax.network.network import Network
 from mlspecqd_jax.pass_times import ASKING, guessed
 from mlspecqd_jax.planner import default_drafts
 from mlspecqd_jax.plans import Plan, kept, key_of
-from mlspecqd_jax.speculation.autopilot import Autopilot
+from mlspecqd_jax.speculation.autopilot import RATE, Autopilot
 from mlspecqd_jax.speculation.drafters.either import Either
 from mlspecqd_jax.speculation.drafters.prompt_lookup import PromptLookup
 from mlspecqd_jax.speculation.level import Level
@@ -191,7 +192,9 @@ def _autopilot(models: list[Model], level: Level, plan: Plan | None) -> Autopilo
         raise InputError(f"the plan is of {len(plan.times)} levels, {', '.join(plan.names)}, but the stack has {len(models)}")
     else:
         times, asking, plain = plan.times, plan.asking, plan.plain
-    return Autopilot.create(times, prior([*twins, False]), len(level.draft_lens), asking=asking, plain=plain)
+    known = prior([*twins, False], None if plan is None else plan.seen)
+    rate = statistics.geometric_mean(plan.speedups.values()) if plan is not None and plan.speedups else RATE
+    return Autopilot.create(times, known, len(level.draft_lens), rate=rate, asking=asking, plain=plain)
 
 
 def _check_fits(draft: Model, target: Model) -> None:

@@ -22,6 +22,7 @@ from mlspecqd_jax.speculation.buffers import SLACK
 from mlspecqd_jax.speculation.counts import Counts
 from mlspecqd_jax.speculation.guide import MODEL, Guide, modelled
 
+RATE = 1.3  # tokens in the time of a plain pass, of a stack of which nothing is known
 LOSS = 1.004  # times plain decoding's time
 ALLOWANCE, ALLOWANCE_OF_ALL = 2.0, 0.016  # passes of plain decoding for one row; for several, a part of all that they are asked for
 FORGET_A_VERDICT, FORGET_A_TOKEN = 0.98, 0.995  # what remains of counts after each
@@ -66,7 +67,7 @@ class Autopilot:
         prior,
         drafters: int,
         *,
-        rate: float = 1.3,
+        rate: float = RATE,
         most: int = SLACK,
         allowance: float = 1.0,
         asking: float = 0.0,
