@@ -125,7 +125,7 @@ SIZES = {
         pytest.param(*size, marks=[slow, exhaustive])
         for size in ((1, 32, 1, 1), (200, 288, 3, 1), (130, 512, 11, 2), (257, 96, 40, 1), (31, 768, 17, 3))
     ],
-    "gpu": [(1, 32, 1, 1), *(pytest.param(*size, 1, marks=slow) for size in ((200, 288, 3), (70, 2080, 17), (65, 96, 70)))],
+    "gpu": [*(pytest.param(*size, 1, marks=slow) for size in ((1, 32, 1), (200, 288, 3), (70, 2080, 17), (65, 96, 70)))],
     "": [(1, 32, 1, 1), (50, 288, 3, 1), (50, 288, 40, 1)],
 }
 DTYPES = {
@@ -134,12 +134,12 @@ DTYPES = {
     "cpp mx8": [("bfloat16",)],
     "": [("bfloat16",), pytest.param("float16", marks=slow), ("float32",)],
 }
-FEW_AND_MANY = {"tpu": [(1,), (17,)], "gpu": [(1,), pytest.param(17, marks=slow)], "": [(16,), (17,)]}
+FEW_AND_MANY = {"tpu": [(1,), pytest.param(17, marks=slow)], "gpu": [(1,), pytest.param(17, marks=slow)], "": [(16,), (17,)]}
 ROWS = {"gpu": [pytest.param(m, marks=slow) for m in (2, 20)], "": [(2,), (4,), (20,)]}
 # Fewer and more rows for which a row is the same: any, even numbers, or those that are padded to one.
 ALIKE = {
     "tpu": [(1, 8), *(pytest.param(*rows, marks=slow) for rows in ((9, 16), (17, 128)))],
-    "gpu": [(1, 8), *(pytest.param(*rows, marks=slow) for rows in ((1, 16), (9, 16), (17, 64)))],
+    "gpu": [pytest.param(*rows, marks=slow) for rows in ((1, 8), (1, 16), (9, 16), (17, 64))],
     "cpp": [(1, 2), (3, 17), (16, 64)],
     "decoded": [(2, 4), (6, 20), (16, 64)],
     "": [],  # grouped and reduced are one program at one width, on other chips
