@@ -91,13 +91,15 @@ def _registered(name):
     return f"mlspecqd_{name}"
 
 
-@functools.cache
 def _library(unit):
-    units = TOGETHER if unit in TOGETHER else (unit,)
-    paths = library_paths(units)
-    if paths is None:
-        return None
-    library = ctypes.CDLL(str(paths[units.index(unit)]))
-    for name in UNITS[unit]:
-        jax.ffi.register_ffi_target(_registered(name), jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
-    return library
+    return _libraries(TOGETHER if unit in TOGETHER else (unit,)).get(unit)
+
+
+@functools.cache
+def _libraries(units):
+    """Make the functions of some units known to XLA; return the libraries by unit, none if they cannot be had."""
+    libraries = {unit: ctypes.CDLL(str(path)) for unit, path in zip(units, library_paths(units) or (), strict=False)}
+    for unit, library in libraries.items():
+        for name in UNITS[unit]:
+            jax.ffi.register_ffi_target(_registered(name), jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
+    return libraries

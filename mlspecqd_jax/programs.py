@@ -5,6 +5,8 @@ from typing import Any, NamedTuple
 
 import jax
 
+from mlspecqd_jax.fingerprints import UnknownError
+from mlspecqd_jax.kept_programs import Kept, keeping
 from mlspecqd_jax.speculation import loop
 from mlspecqd_jax.speculation.stack import Stack, outermost
 
@@ -24,7 +26,8 @@ class Programs(NamedTuple):
 
 def programs(stack: Stack) -> Programs:
     """Return the functions that run a stack."""
-    return _jitted(tuple(compiler_options(stack).items()))
+    options = tuple(compiler_options(stack).items())
+    return _kept(options) if keeping() else _jitted(options)
 
 
 def compiler_options(stack: Stack) -> dict[str, Any]:
@@ -42,3 +45,25 @@ def _jitted(options: tuple[tuple[str, Any], ...]) -> Programs:
         feed=jit(loop.feed, static_argnames="prefill_width", donate_argnames="state"),
         advance=jit(loop.advance, donate_argnames="state"),
     )
+
+
+@functools.cache
+def _kept(options: tuple[tuple[str, Any], ...]) -> Programs:
+    kept = functools.partial(Kept, depends=_depends, compiler_options=dict(options))
+    begin = functools.partial(jax.eval_shape, loop.begin)
+    return Programs(
+        begin=kept(loop.begin, begin),
+        feed=kept(loop.feed, _state, static="prefill_width", donate_argnames="state"),
+        advance=kept(loop.advance, _state, donate_argnames="state"),
+    )
+
+
+def _state(stack, state, *others, **more):
+    return state
+
+
+def _depends(stack, *others, **more):
+    levels = outermost(stack).levels
+    if not all(hasattr(level.model, "depends") for level in levels):
+        raise UnknownError("a scorer of the caller's own")
+    return [level.model.depends(level.params) for level in levels]

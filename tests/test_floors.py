@@ -13,9 +13,11 @@ GROUND = (
     "arguments",
     "console",
     "errors",
+    "fingerprints",
     "folds",
     "jax_settings",
     "json_files",
+    "kept_programs",
     "prompt_files",
     "user_cache",
 )  # files, not rooms: they import each other alone

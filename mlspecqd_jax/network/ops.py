@@ -186,6 +186,22 @@ def row_multiple(weights: Iterable[Leaf], dtype: str, chip: str, mesh: Mesh | No
     return math.lcm(*known) if len(known) == len(found) else None
 
 
+def depends(weights: Iterable[Leaf], dtype: str, chip: str, mesh: Mesh | None = None) -> tuple[str, ...]:
+    """Return what programs of a model depend on beside its weights: which products they run, and which functions in C++.
+
+    What they call is known to XLA afterwards.
+
+    Args:
+      weights: of the model, plain vectors among them.
+      dtype, chip, mesh: as of `row_multiple`.
+    """
+    with contextlib.nullcontext() if mesh is None else jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        in_cpp = [unit for unit in (dtype, "positions") if chip == "cpu" and cpu_kernels.usable(unit)]
+        matrices = (w for w in weights if len(w.shape) == 2)
+        kinds = {(getattr(w, "format", None), getattr(w, "product", None), str(getattr(w, "dtype", dtype))): w for w in matrices}
+        return (*in_cpp, *(product_of(kind, dtype, chip).name for kind in kinds.values()))
+
+
 def narrower(whole: int, dtype: str, chip: str, mesh: Mesh | None = None) -> tuple[int, ...]:
     """Return the widths under `whole` at which a window takes so much less time that a program of its own pays, ascending.
 

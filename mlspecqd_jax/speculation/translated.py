@@ -63,6 +63,10 @@ class Translated:
         """Return the scorer's (see `Scorer`)."""
         return self.scorer.row_multiple(params.scorer)
 
+    def depends(self, params: TranslatedParams) -> tuple[str, ...]:
+        """Return what the scorer's programs depend on beside their arguments (see `Network.depends`)."""
+        return self.scorer.depends(params.scorer)
+
     def init_cache(self, params: TranslatedParams, batch: int, slots: int) -> TranslatedCache:
         """Return an empty cache for `slots` of the target's tokens."""
         own = self.scorer.init_cache(params.scorer, batch, self._slots(slots, params))
