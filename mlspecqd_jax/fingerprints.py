@@ -1,7 +1,7 @@
 """`fingerprint`: the name of all that a compiled program depends on, told without tracing it.
 
-These are the function, what it is given as far as a trace sees it (the shapes and types of arrays, everything else by its value), how
-it is compiled, this package's source, the versions and settings of jax, the environment, the device and the processor.
+These are the function, what it is given as far as a trace sees it (shapes and types of arrays, all else by its value), how it is
+compiled, this package's source, the versions and settings of jax, the environment, the device and the processor.
 """
 
 import dataclasses
@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jaxlib
 import numpy as np
+from jax.core import Tracer
 from jax.sharding import PartitionSpec
 
 OWN = ("mlspecqd_jax", "cpu_kernels", "pallas_kernels")
@@ -76,7 +77,7 @@ def spelled(value: Any) -> Any:
     kind = type(value)
     if value is None or kind in (bool, int, float, str, bytes):
         return (kind.__name__, repr(value))
-    if isinstance(value, jax.core.Tracer):
+    if isinstance(value, Tracer):
         raise UnknownError("a tracer")
     if isinstance(value, jax.Array):
         return ("array", value.shape, str(value.dtype), value.weak_type)

@@ -6,7 +6,6 @@ unpickling it runs what is written there.
 """
 
 import functools
-import os
 import pickle
 import zlib
 from collections.abc import Callable
@@ -18,14 +17,8 @@ from jax.experimental import serialize_executable
 from mlspecqd_jax import fingerprints
 from mlspecqd_jax.user_cache import cache_folder, read_own, write_own
 
-KIND, JAX_KIND = "programs", "xla"  # of folders in the user's cache
+KIND = "programs"  # of the folder in the user's cache
 SLOWEST = "jax_persistent_cache_min_compile_time_secs"
-
-
-def keeping() -> bool:
-    """Return whether programs are kept: where jax keeps its own in this package's folder (`models.enable_compilation_cache`)."""
-    ours = jax.config.jax_compilation_cache_dir == str(cache_folder(JAX_KIND))
-    return ours and bool(jax.config.jax_enable_compilation_cache) and os.name == "posix"
 
 
 class Kept:
@@ -36,6 +29,7 @@ class Kept:
 
     def __init__(
         self,
+        name: str,
         function: Callable,
         results: Callable[..., Any],
         depends: Callable[..., Any],
@@ -46,13 +40,14 @@ class Kept:
         """Take what is jitted.
 
         Args:
+          name: of what is kept.
           function: of positional and named arguments.
           results: of the same arguments, a tree of the structure of what the function returns.
           depends: of the same arguments, what a trace depends on beside them; it makes what programs call known to XLA.
           static: the name of a static argument.
           **options: of `jax.jit`.
         """
-        self._name, self._results, self._depends, self._static = function.__name__, results, depends, static
+        self._name, self._results, self._depends, self._static = name, results, depends, static
         self._options = options
         self._jitted = jax.jit(function, static_argnames=static, **options)
         self._programs: dict[Any, Callable] = {}

@@ -49,7 +49,8 @@ def plan(target: Model, *drafters: Any, prompts: str | Sequence[str] | None = No
     given = texts("prompts", prompts)
     if given and target.tokenizer is None:
         raise InputError(f"{target.card.name} has no tokenizer, which prompts need; leave them out")
-    asked = _Asked(target, [target.tokenizer.encode(text) for text in given] if given else [[target.first_token]], options)
+    encoded = [list(target.card.tokenizer(text, verbose=False)["input_ids"]) for text in given or ()]
+    asked = _Asked(target, encoded or [[target.first_token]], options)
     return _chosen(asked) if drafters in ((), ("auto",)) else _measured(asked, drafters)
 
 

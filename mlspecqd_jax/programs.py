@@ -5,9 +5,10 @@ from typing import Any, NamedTuple
 
 import jax
 
-from mlspecqd_jax.fingerprints import UnknownError
-from mlspecqd_jax.kept_programs import Kept, keeping
+from mlspecqd_jax.kept_programs import Kept
+from mlspecqd_jax.kept_values import keeping
 from mlspecqd_jax.speculation import loop
+from mlspecqd_jax.speculation.protocols import depends_of
 from mlspecqd_jax.speculation.stack import Stack, outermost
 
 # Else XLA:GPU times several algorithms for each product whenever it compiles, and two programs may get two for the same product:
@@ -52,9 +53,9 @@ def _kept(options: tuple[tuple[str, Any], ...]) -> Programs:
     kept = functools.partial(Kept, depends=_depends, compiler_options=dict(options))
     begin = functools.partial(jax.eval_shape, loop.begin)
     return Programs(
-        begin=kept(loop.begin, begin),
-        feed=kept(loop.feed, _state, static="prefill_width", donate_argnames="state"),
-        advance=kept(loop.advance, _state, donate_argnames="state"),
+        begin=kept("begin", loop.begin, begin),
+        feed=kept("feed", loop.feed, _state, static="prefill_width", donate_argnames="state"),
+        advance=kept("advance", loop.advance, _state, donate_argnames="state"),
     )
 
 
@@ -63,7 +64,4 @@ def _state(stack, state, *others, **more):
 
 
 def _depends(stack, *others, **more):
-    levels = outermost(stack).levels
-    if not all(hasattr(level.model, "depends") for level in levels):
-        raise UnknownError("a scorer of the caller's own")
-    return [level.model.depends(level.params) for level in levels]
+    return [depends_of(level.model, level.params) for level in outermost(stack).levels]

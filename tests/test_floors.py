@@ -18,6 +18,7 @@ GROUND = (
     "jax_settings",
     "json_files",
     "kept_programs",
+    "kept_values",
     "prompt_files",
     "user_cache",
 )  # files, not rooms: they import each other alone

@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from mlspecqd_jax import arguments, console, jax_settings
+from mlspecqd_jax import arguments, console, jax_settings, kept_programs
 from mlspecqd_jax.errors import InputError
-from mlspecqd_jax.kept_programs import JAX_KIND, KIND
-from mlspecqd_jax.loading import checkpoint
+from mlspecqd_jax.kept_values import JAX_KIND
+from mlspecqd_jax.loading import checkpoint, config_file
 from mlspecqd_jax.loading.find import find, is_path
 from mlspecqd_jax.loading.gguf import reader
 from mlspecqd_jax.loading.model import Model, stored_twin
@@ -31,6 +31,7 @@ from mlspecqd_jax.weights.quantized_array import Leaf
 from mlspecqd_jax.weights.tensors import HEAD
 
 DTYPES = ("bfloat16", "float32", "float16")
+KINDS = (JAX_KIND, kept_programs.KIND, config_file.KIND)  # of what is kept to start sooner
 
 
 @jax_settings.held
@@ -72,7 +73,7 @@ def load(
     enable_compilation_cache()
     found = origin(folder)
     _check_use(folder, found.quantization, wanted=twin_of is not None or dequantize)
-    config, tokenizer = found.config, found.tokenizer(None if twin_of is None else twin_of.tokenizer)
+    config, tokenizer = found.config, found.tokenizer(None if twin_of is None else twin_of.card.tokenizer)
     card = Card(
         name=str(model),
         vocab_size=config.vocab_size,
@@ -183,7 +184,7 @@ def enable_compilation_cache() -> None:
 @functools.cache
 def _why_not_kept() -> str | None:
     """Say once why compiled programs are not kept, if they are not, and return it."""
-    folders = [cache_folder(kind) for kind in (JAX_KIND, KIND)]
+    folders = [cache_folder(kind) for kind in KINDS]
     why_not = next(filter(None, map(why_not_own, folders)), None) if os.name == "posix" else None
     if why_not is not None:
         console.say(f"mlspecqd: {why_not}, so compiled programs are not kept; set XDG_CACHE_HOME to a folder of your own")

@@ -119,7 +119,7 @@ class Network:
         return found
 
     def depends(self, params: dict[str, Leaf]) -> tuple[str, ...]:
-        """Return what a program of these parameters depends on beside them, such as what was compiled in C++ and is known to XLA."""
+        """Return what a program of these parameters depends on beside them; what it calls in C++ is known to XLA afterwards."""
         embedding = cast(jax.Array, params[EMBEDDING])
         return ops.depends(params.values(), embedding.dtype.name, chip_of(next(iter(embedding.devices()))), self.mesh)
 
