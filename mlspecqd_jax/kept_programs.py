@@ -15,6 +15,7 @@ import jax
 from jax.experimental import serialize_executable
 
 from mlspecqd_jax import fingerprints
+from mlspecqd_jax.stopwatch import Stopwatch
 from mlspecqd_jax.user_cache import cache_folder, read_own, write_own
 
 KIND = "programs"  # of the folder in the user's cache
@@ -51,6 +52,7 @@ class Kept:
         self._options = options
         self._jitted = jax.jit(function, static_argnames=static, **options)
         self._programs: dict[Any, Callable] = {}
+        self.watch = Stopwatch()  # of what came before the first calls
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:
         given = {key: value for key, value in named.items() if key != self._static}
@@ -66,8 +68,9 @@ class Kept:
         except fingerprints.UnknownError:
             return functools.partial(self._jitted, **{key: value for key, value in named.items() if key not in given})
         path = cache_folder(KIND) / f"{self._name}-{name}"
-        found = read_own(path, name)
-        program = None if found is None else self._loaded(found, arguments, given, named)
+        with self.watch.timing("load"):
+            found = read_own(path, name)
+            program = None if found is None else self._loaded(found, arguments, given, named)
         return self._made(path, name, arguments, named) if program is None else program
 
     def _loaded(self, found: bytes, arguments, given, named) -> Callable | None:
@@ -89,7 +92,12 @@ class Kept:
         slowest = jax.config.values[SLOWEST]
         jax.config.update(SLOWEST, float("inf"))
         try:
-            compiled = self._jitted.lower(*arguments, **named).compile()
+            with self.watch.timing("trace"):
+                traced = self._jitted.trace(*arguments, **named)
+            with self.watch.timing("lower"):
+                lowered = traced.lower()
+            with self.watch.timing("compile"):
+                compiled = lowered.compile()
         finally:
             jax.config.update(SLOWEST, slowest)
         try:

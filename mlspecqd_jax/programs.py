@@ -10,6 +10,7 @@ from mlspecqd_jax.kept_values import keeping
 from mlspecqd_jax.speculation import loop
 from mlspecqd_jax.speculation.protocols import depends_of
 from mlspecqd_jax.speculation.stack import Stack, outermost
+from mlspecqd_jax.stopwatch import Stopwatch
 
 # Else XLA:GPU times several algorithms for each product whenever it compiles, and two programs may get two for the same product:
 # 7 of 64 rows of a real model differed on an H200, and none of 192 with cuBLAS alone, which takes one algorithm for a shape. XLA
@@ -29,6 +30,17 @@ def programs(stack: Stack) -> Programs:
     """Return the functions that run a stack."""
     options = tuple(compiler_options(stack).items())
     return _kept(options) if keeping() else _jitted(options)
+
+
+def preparing(stack: Stack) -> dict[str, tuple[float, float]]:
+    """Return how long it took, in seconds and the processors' seconds, to trace, lower, compile or load a stack's programs so far.
+
+    It is known of programs that are kept alone.
+    """
+    watches = [getattr(program, "watch", Stopwatch()) for program in programs(stack)]
+    names = dict.fromkeys(name for watch in watches for name in watch.spent)
+    spent = {name: [watch.spent.get(name, (0.0, 0.0)) for watch in watches] for name in names}
+    return {name: (sum(s for s, _ in pairs), sum(p for _, p in pairs)) for name, pairs in spent.items()}
 
 
 def compiler_options(stack: Stack) -> dict[str, Any]:
