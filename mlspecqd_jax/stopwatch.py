@@ -4,7 +4,7 @@ import contextlib
 import os
 import pathlib
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 
 
 class Stopwatch:
@@ -21,7 +21,7 @@ class Stopwatch:
         self._last = now
 
     @contextlib.contextmanager
-    def timing(self, name: str) -> Iterator[None]:
+    def timing(self, name: str) -> Generator[None]:
         """Add to a name what its body takes."""
         begun = _now()
         try:
