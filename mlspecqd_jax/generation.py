@@ -173,7 +173,7 @@ def compiled(stack: Stack, asked: Request) -> tuple[State, float]:
 def prefilled(stack: Stack, state: State, batch: Batch) -> State:
     """Feed the prompts, some pieces a call."""
     width = piece_width(batch.prefill_width, batch.tokens.shape[1])
-    total = -(-(int(np.max(batch.length)) - 1) // width)
+    total = -(-(int(np.asarray(batch.length).max()) - 1) // width)
     first, pieces, feed = 0, 1, programs(stack).feed
     while first < total:
         began = time.perf_counter()

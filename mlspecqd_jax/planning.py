@@ -60,7 +60,7 @@ def plan(target: Model, *drafters: Any, prompts: str | Sequence[str] | None = No
       **options: of `stack`.
     """
     given = texts("prompts", prompts)
-    if given and target.tokenizer is None:
+    if given and target.card.tokenizer is None:
         raise InputError(f"{target.card.name} has no tokenizer, which prompts need; leave them out")
     asked = _Asked(target, encoded(target, given), options)
     return _chosen(asked) if drafters in ((), ("auto",)) else _measured(asked, drafters)
@@ -68,9 +68,9 @@ def plan(target: Model, *drafters: Any, prompts: str | Sequence[str] | None = No
 
 def encoded(target: Model, given: Sequence[str]) -> list[list[int]]:
     """Return prompts as token ids, or where none are given some of ours, or the first token of a target that has no tokenizer."""
-    if target.tokenizer is None:
+    if target.card.tokenizer is None:
         return [[target.first_token]]
-    return encode(target.card, list(given or PROMPTS), chat=not given and bool(getattr(target.tokenizer, "chat_template", None)))
+    return encode(target.card, list(given or PROMPTS), chat=not given and bool(target.card.tokenizer.chat_template))
 
 
 def plan_of(stack: Stack, prompts: list[list[int]]) -> Plan:

@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import pathlib
-import platform
 import tempfile
 from typing import Any, NamedTuple
 
@@ -21,6 +20,7 @@ import numpy as np
 
 from mlspecqd_jax import console
 from mlspecqd_jax.errors import InputError
+from mlspecqd_jax.fingerprints import processor_name
 from mlspecqd_jax.json_files import read_json
 from mlspecqd_jax.speculation.buffers import SLACK
 from mlspecqd_jax.speculation.counts import Counts
@@ -75,7 +75,7 @@ def key_of(level: Level) -> str:
         "schema": SCHEMA,
         "jax": [jax.__version__, jaxlib.__version__],
         "device": [device.platform, device.device_kind, jax.device_count()],
-        "processor": [_processor(), len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()],
+        "processor": [processor_name(), len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()],
         "levels": [
             [repr(each.model), str(jax.tree.structure(each.params)), each.draft_len, each.window_multiple, each.share_cache]
             + [[leaf.shape, str(leaf.dtype)] for leaf in jax.tree.leaves(each.params)]
@@ -178,11 +178,3 @@ def as_json(plan: Plan) -> dict[str, Any]:
     """Return what is kept of a plan."""
     times = [[round(x, 5) for x in row] for row in plan.times.tolist()]
     return plan._asdict() | {"schema": SCHEMA, "times": times, "seen": plan.seen.tolist()}
-
-
-def _processor() -> str:
-    try:
-        lines = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor()

@@ -112,7 +112,8 @@ def build(stack: Stack, state: State, sampling: Sampling, new_tokens: list[int],
     ]
     innermost = stack.levels[-1].drafter
     if innermost is not None:  # drafts without a model, so that there is nothing to count
-        nothing = jax.device_get(Counts.zeros(len(new_tokens), 0))
+        zeros = jax.eval_shape(lambda: Counts.zeros(len(new_tokens), 0))
+        nothing = jax.tree.map(lambda count: np.zeros(count.shape, count.dtype), zeros)
         levels.append({"name": innermost.name, "draft_len": 0} | summarize(nothing) | passes_of(nothing))
     total = sum(new_tokens)
     rates = sampling.synthetic_acceptance

@@ -224,7 +224,7 @@ def _scorer(draft: Model, target: Model, translations: dict[Any, _Translation]) 
     difference = first_difference(draft.card, target.card)
     if difference is None:
         return _Scorer(draft.network, draft.params)
-    if draft.tokenizer not in translations:
+    if draft.card.tokenizer not in translations:
         try:
             found = token_map(target.card, draft.card)
         except InputError as error:
@@ -237,8 +237,8 @@ def _scorer(draft: Model, target: Model, translations: dict[Any, _Translation]) 
             f"{draft.card.name}: a draft of another tokenizer; {found.shared:,} of its {found.tokens:,} tokens are tokens of "
             f"{target.card.name}"
         )
-        translations[draft.tokenizer] = _placed(found, draft)
-    dictionary, stretch = translations[draft.tokenizer]
+        translations[draft.card.tokenizer] = _placed(found, draft)
+    dictionary, stretch = translations[draft.card.tokenizer]
     scorer = Translated(draft.network, target.network.vocab_size, stretch, draft.card.max_positions)
     return _Scorer(scorer, TranslatedParams(draft.params, dictionary))
 

@@ -13,10 +13,9 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.blocks import gpu_blocks
+from pallas_kernels.pallas import pl, plgpu
 from pallas_kernels.product import ONE_WIDTH, Product
 
 CHUNK = 128  # elements of a row in 16 words, one 16-byte load for each of four threads

@@ -15,10 +15,9 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.blocks import ROWS, tpu_block_n, tpu_tile
+from pallas_kernels.pallas import pl, pltpu
 from pallas_kernels.product import Product
 
 PALLAS_TPUS = ("TPU v5 lite", "TPU v5", "TPU v5p", "TPU v5e", "TPU v6 lite", "TPU v6e", "TPU7x")
@@ -55,7 +54,7 @@ def arrange(codes: jax.Array, scales: jax.Array, along_n: int = 1, along_k: int 
 
 
 def mxfp4_matmul(
-    x: jax.Array, codes: jax.Array, scales: jax.Array, *, subnormals: bool = True, interpret: bool | pltpu.InterpretParams = False
+    x: jax.Array, codes: jax.Array, scales: jax.Array, *, subnormals: bool = True, interpret: "bool | pltpu.InterpretParams" = False
 ) -> jax.Array:
     """x @ w.T for a weight arranged by `arrange`, with f32 accumulation and an f32 result.
 

@@ -5,12 +5,14 @@ transformers' own config class, which is given the keys of the tables and nothin
 """
 
 import dataclasses
+import json
 import pathlib
 from typing import Any
 
 from mlspecqd_jax.arguments import brief
 from mlspecqd_jax.errors import InputError
 from mlspecqd_jax.json_files import read_json, read_json_if_there, reason
+from mlspecqd_jax.kept_values import kept_value
 from mlspecqd_jax.loading.config_keys import KEYS, ROPE_KEYS, check_numbers, check_table
 from mlspecqd_jax.loading.unsupported import why
 from mlspecqd_jax.network.config import Config, Experts, Router
@@ -19,6 +21,7 @@ from mlspecqd_jax.network.families.common import head_dim
 from mlspecqd_jax.network.layers import ACTIVATIONS
 from mlspecqd_jax.network.rope import ROPE_TYPES, rotated
 
+KIND = "configs"  # of the folder in the user's cache
 # Multimodal models, and the families that their language model, described by the key text_config, may have; the first by default.
 WRAPPERS = {
     "gemma3": ("gemma3_text",),
@@ -62,7 +65,9 @@ def read_config(folder: pathlib.Path) -> Config:
       InputError: what the model is that cannot be read, or which key is missing, of another type or out of range.
     """
     path = folder / "config.json"
-    return config_of(path, read_json(path))
+    raw = read_json(path)
+    # Importing transformers, whose defaults it has, takes most of a second.
+    return kept_value(KIND, json.dumps(raw), "transformers", lambda: config_of(path, raw))
 
 
 def config_of(path: pathlib.Path, raw: dict) -> Config:

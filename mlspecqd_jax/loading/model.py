@@ -14,6 +14,7 @@ from mlspecqd_jax.loading import checkpoint, precision_search
 from mlspecqd_jax.loading.calibrating import calibrated_weights
 from mlspecqd_jax.network.network import Network
 from mlspecqd_jax.text.card import Card
+from mlspecqd_jax.text.fast_tokenizer import FastTokenizer
 from mlspecqd_jax.weights.cast import check_scale_rule
 from mlspecqd_jax.weights.quantization import Policy, Recipe, bits_of, default_policy, formats_of, quantize_params, recipe_of_bits
 from mlspecqd_jax.weights.quantized_array import Leaf, QuantizedArray
@@ -33,7 +34,8 @@ class Model:
 
     @property
     def tokenizer(self):
-        return self.card.tokenizer
+        """Transformers' tokenizer of the model, or None."""
+        return self.card.tokenizer.whole if isinstance(self.card.tokenizer, FastTokenizer) else self.card.tokenizer
 
     @property
     def embedding(self) -> jax.Array:
@@ -153,7 +155,7 @@ class Model:
     @property
     def first_token(self) -> int:
         """The token with which its texts begin."""
-        begins = getattr(self.tokenizer, "bos_token_id", None)
+        begins = getattr(self.card.tokenizer, "bos_token_id", None)
         return begins if begins is not None else (*self.card.eos_token_ids, 0)[0]
 
     def _of_bits(self, format, policy, scale_rule, bits, calibrate):

@@ -35,6 +35,7 @@ ACTIVATIONS = {
 }
 
 
+@functools.cache
 def gated(act: str | config.ClampedSwish) -> Callable[[jax.Array, jax.Array], jax.Array]:
     """Return the function of a gate and of what it gates: act(gate) * up, or `config.ClampedSwish`."""
     if isinstance(act, config.ClampedSwish):

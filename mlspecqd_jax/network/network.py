@@ -118,6 +118,11 @@ class Network:
             )
         return found
 
+    def depends(self, params: dict[str, Leaf]) -> tuple[str, ...]:
+        """Return what a program of these parameters depends on beside them; what it calls in C++ is known to XLA afterwards."""
+        embedding = cast(jax.Array, params[EMBEDDING])
+        return ops.depends(params.values(), embedding.dtype.name, chip_of(next(iter(embedding.devices()))), self.mesh)
+
     def narrower(self, params: dict[str, Leaf], whole: int) -> tuple[int, ...]:
         """Return the widths under `whole` at which a pass takes much less time, ascending (see `ops.narrower`)."""
         embedding = cast(jax.Array, params[EMBEDDING])

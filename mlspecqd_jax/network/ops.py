@@ -106,7 +106,7 @@ def product(x: jax.Array, y: jax.Array) -> jax.Array:
 def rotary(positions: jax.Array, rotation: Rope) -> tuple[jax.Array, jax.Array]:
     """Return cos and sin, f32 [B, W, D / 2], of the rotation angles at positions int32 [B, W], times the rope's magnitude."""
     frequencies = jnp.asarray(rotation.frequencies, jnp.float32)
-    found = cpu_kernels.on_cpu(cpu_kernels.angles, rope.angles, positions.astype(jnp.int32), frequencies, unit="positions")
+    found = cpu_kernels.on_cpu(cpu_kernels.angles, rope.angles, positions.astype(jnp.int32), frequencies, unit="bfloat16")
     return tuple(found) if rotation.magnitude == 1 else tuple(rotation.magnitude * part for part in found)
 
 
@@ -133,7 +133,7 @@ def write(cache: KVCache, k: jax.Array, v: jax.Array, start: jax.Array, used: ja
         return xla.put_window(buffer, start, values)
 
     def put(buffer, values):
-        return cpu_kernels.on_cpu(cpu_kernels.put_window, in_xla, buffer, start, values, used, unit="positions")
+        return cpu_kernels.on_cpu(cpu_kernels.put_window, in_xla, buffer, start, values, used, unit="bfloat16")
 
     return KVCache(put(cache.k, k), put(cache.v, v))
 
@@ -184,6 +184,22 @@ def row_multiple(weights: Iterable[Leaf], dtype: str, chip: str, mesh: Mesh | No
             found.append(product_of(w, dtype, chip).row_multiple(chip, str(getattr(w, "dtype", dtype))))
     known = [multiple for multiple in found if multiple is not None]
     return math.lcm(*known) if len(known) == len(found) else None
+
+
+def depends(weights: Iterable[Leaf], dtype: str, chip: str, mesh: Mesh | None = None) -> tuple[str, ...]:
+    """Return what programs of a model depend on beside its weights: which products they run, and which functions in C++.
+
+    What they call is known to XLA afterwards.
+
+    Args:
+      weights: of the model, plain vectors among them.
+      dtype, chip, mesh: as of `row_multiple`.
+    """
+    with contextlib.nullcontext() if mesh is None else jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        in_cpp = [unit for unit in (dtype, "bfloat16") if chip == "cpu" and cpu_kernels.usable(unit)]
+        matrices = (w for w in weights if len(w.shape) == 2)
+        kinds = {(getattr(w, "format", None), getattr(w, "product", None), str(getattr(w, "dtype", dtype))): w for w in matrices}
+        return (*in_cpp, *(product_of(kind, dtype, chip).name for kind in kinds.values()))
 
 
 def narrower(whole: int, dtype: str, chip: str, mesh: Mesh | None = None) -> tuple[int, ...]:

@@ -3,6 +3,8 @@
 Notation: B batch, W window (the positions of one pass), K hidden size.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -45,6 +47,12 @@ def _identity(x, used):
     return x
 
 
+@functools.partial(jax.jit, static_argnames="graphdef")
+def _run(graphdef, state, x, window: Window, cache):
+    """Apply a block; those of equal parts are traced and lowered once."""
+    return nnx.merge(graphdef, state)(x, window, cache)
+
+
 class Trunk(nnx.Module):
     """Embedding, layers and final norm: tokens [B, W], of which `used` are such (see `ops`), to hidden states [B, W, K]."""
 
@@ -72,6 +80,7 @@ class Trunk(nnx.Module):
         updated = []
         for i, (layer, rope) in enumerate(zip(self.layers, self.ropes, strict=True)):
             with jax.named_scope(f"layer_{i}"):
-                x, cache = layer(x, windows[rope], None if caches is None else caches[i])
+                graphdef, state = nnx.split(layer)
+                x, cache = _run(graphdef, state, x, windows[rope], None if caches is None else caches[i])
             updated.append(cache)
         return self.norm(x, used), None if caches is None else updated

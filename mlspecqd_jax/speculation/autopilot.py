@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mlspecqd_jax.arguments import LARGEST_INT
 from mlspecqd_jax.speculation.buffers import SLACK
@@ -74,10 +75,11 @@ class Autopilot:
         plain: float = float("nan"),
     ) -> "Autopilot":
         """Put together a control of a stack with so many `drafters`; see the fields."""
-        f32 = jnp.float32
-        caps = jnp.full((drafters, 1), most, jnp.int32)
-        times, prior = jnp.asarray(times, f32), jnp.asarray(prior, f32)
-        return Autopilot(times, prior, f32(rate), caps, f32(allowance), f32(asking), f32(plain))
+        caps = jax.device_put(np.full((drafters, 1), most, np.int32))
+        times, prior, rate, allowance, asking, plain = (
+            jax.device_put(np.float32(x)) for x in (times, prior, rate, allowance, asking, plain)
+        )
+        return Autopilot(times, prior, rate, caps, allowance, asking, plain)
 
     @property
     def is_measured(self) -> bool:
@@ -90,11 +92,14 @@ class Autopilot:
         The rows of a batch are in one pass together: times are those of so many windows, in passes of as many rows.
         """
         batch = len(draft_limit)
-        plain = self.times[0, min(batch, SLACK)]
-        times = self.times[:, jnp.minimum(batch * jnp.arange(SLACK + 1), SLACK)] / plain
-        most = jnp.broadcast_to(self.most, (len(self.most), batch))
-        most = most.at[:1].set(jnp.minimum(most[:1], draft_limit[None]))
-        return dataclasses.replace(self, times=times, asking=self.asking / plain, plain=self.plain * plain, most=most)
+        times, most = np.asarray(self.times), np.asarray(self.most)  # by numpy: jax would compile each operation
+        plain = times[0, min(batch, SLACK)]
+        times = times[:, np.minimum(batch * np.arange(SLACK + 1), SLACK)] / plain
+        most = np.broadcast_to(most, (len(most), batch)).copy()
+        most[:1] = np.minimum(most[:1], np.asarray(draft_limit))
+        asking, seconds = np.asarray(self.asking) / plain, np.asarray(self.plain) * plain
+        times, asking, seconds, most = jax.device_put((times, asking, seconds, most))
+        return dataclasses.replace(self, times=times, asking=asking, plain=seconds, most=most)
 
     def init(self, draft_lens, batch):
         """Return what is known before the first round (see `Control`)."""

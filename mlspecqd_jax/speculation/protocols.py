@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from mlspecqd_jax.errors import InputError
+from mlspecqd_jax.fingerprints import UnknownError
 from mlspecqd_jax.speculation.settings import Sampling
 
 PADDING = -1  # the token id of a window's row that nothing is known of, or that nobody asks for
@@ -46,6 +47,18 @@ class Scorer(Protocol):
 
     def __call__(self, params: Any, tokens: jax.Array, start: jax.Array, cache: Any, *, features: bool = False) -> "Scored | tuple":
         """Feed tokens [B, W] at positions start[r] + 0..W-1; hand up features if they are asked for."""
+
+
+def depends_of(scorer: Scorer, params: Any) -> Any:
+    """Return what a scorer's programs depend on beside their arguments, and make known to XLA what they call.
+
+    Raises:
+      UnknownError: it does not say.
+    """
+    depends = getattr(scorer, "depends", None)
+    if depends is None:
+        raise UnknownError(f"{type(scorer).__name__} has no depends")
+    return depends(params)
 
 
 class Sequences(NamedTuple):

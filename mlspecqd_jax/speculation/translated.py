@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from mlspecqd_jax.arguments import LARGEST_INT
 from mlspecqd_jax.speculation.buffers import read_at, write_at
-from mlspecqd_jax.speculation.protocols import PADDING, Scored, Scorer
+from mlspecqd_jax.speculation.protocols import PADDING, Scored, Scorer, depends_of
 
 CACHE_BLOCK = 256  # positions
 
@@ -62,6 +62,10 @@ class Translated:
     def row_multiple(self, params: TranslatedParams) -> int:
         """Return the scorer's (see `Scorer`)."""
         return self.scorer.row_multiple(params.scorer)
+
+    def depends(self, params: TranslatedParams) -> Any:
+        """Return what the scorer's programs depend on beside their arguments (see `depends_of`)."""
+        return depends_of(self.scorer, params.scorer)
 
     def init_cache(self, params: TranslatedParams, batch: int, slots: int) -> TranslatedCache:
         """Return an empty cache for `slots` of the target's tokens."""

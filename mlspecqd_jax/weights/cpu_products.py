@@ -55,11 +55,14 @@ SIZES = tuple(32 << i for i in range(10))  # of groups
 GROUPED = ("nvfp4", "int8", "int4", *(f"{kind}_g{size}" for kind in ("int4", "uint4", "int8", "uint8") for size in SIZES))
 GROUPED += ("int8_g16", "uint8_g16")
 _why_not_of_any_dtype = functools.partial(_why_not, dtypes=("bfloat16", "float16", "float32"))
-_MXFP4 = Product("cpp mxfp4", MX[:1], _why_not, as_stored, STORED_AXES, _run_mxfp4, _every_row_by_itself, by_experts=True)
+_why_not_mx, _why_not_six_bits, _why_not_grouped = (
+    functools.partial(_why_not, unit=unit) for unit in ("mx", "six_bits", "grouped")
+)
+_MXFP4 = Product("cpp mxfp4", MX[:1], _why_not_mx, as_stored, STORED_AXES, _run_mxfp4, _every_row_by_itself, by_experts=True)
 CPU_PRODUCTS = (
     _MXFP4,
-    _MXFP4._replace(name="cpp grouped", formats=GROUPED, why_not=functools.partial(_why_not, unit="grouped"), run=_run_grouped),
-    _MXFP4._replace(name="cpp mxfp6", formats=MX[1:3], run=_run_mxfp6),
+    _MXFP4._replace(name="cpp grouped", formats=GROUPED, why_not=_why_not_grouped, run=_run_grouped),
+    _MXFP4._replace(name="cpp mxfp6", formats=MX[1:3], why_not=_why_not_six_bits, run=_run_mxfp6),
     _MXFP4._replace(name="cpp mx8", formats=MX[3:], run=_run_mx8),
     _MXFP4._replace(name="cpp decoded", formats=None, why_not=_why_not_of_any_dtype, run=_run_decoded, by_experts=False),
     Product("cpp dense", (PLAIN,), _why_not_of_any_dtype, as_stored, DOT.axes, _run_dense, _every_row_by_itself, by_experts=True),
