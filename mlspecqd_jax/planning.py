@@ -125,7 +125,7 @@ def _predicted(asked: _Asked, lookup: Plan) -> dict[str, dict[str, float]]:
     }
     for name in tqdm(names, desc="Trying drafts", unit="draft", disable=None, leave=False):
         twin = stacks.twin(target, name)
-        draft = guessed([target.pass_bytes, twin.pass_bytes], target.runs_on)[1, 1]
+        draft = guessed([target.bytes_read(), twin.bytes_read()], target.runs_on)[1, 1]
         found[name] = {
             choice: replay.best_fixed([replay.agreement(twin, text) for text in texts], lookup.times[0], draft)
             for choice, texts in written.items()

@@ -60,11 +60,15 @@ def summarize(counts: Counts, row: int | None = None) -> dict[str, Any]:
 
 
 def passes_of(counts: Counts) -> dict[str, Any]:
-    """Return the passes of a level, also by how many rows were in use, and its verdicts by source, where drafts told theirs."""
+    """Return the passes of a level, also by how many rows were in use, and its verdicts by source, where drafts told theirs.
+
+    experts_per_pass: of how many different experts a layer read the weights, on average; None of a model without experts.
+    """
     by_source = counts.by_class.sum(axis=(1, 2))
     return {
         "passes": int(counts.by_rows.sum()),
         "passes_by_rows": {str(rows): int(n) for rows, n in enumerate(counts.by_rows) if n},
+        "experts_per_pass": None if counts.experts is None else _ratio(counts.experts, counts.by_rows.sum()),
         "judged_by_source": {name: int(by_source[i, 1]) for i, name in ((LOOKUP, "lookup"), (MODEL, "model"))},
         "accepted_by_source": {name: int(by_source[i, 0]) for i, name in ((LOOKUP, "lookup"), (MODEL, "model"))},
     }
