@@ -62,10 +62,14 @@ def summarize(counts: Counts, row: int | None = None) -> dict[str, Any]:
 
 
 def passes_of(counts: Counts) -> dict[str, Any]:
-    """Return a level's passes, also by rows in use, and its verdicts by source and class (`guide`), where drafts told theirs."""
+    """Return a level's passes, also by rows in use, and its verdicts by source and class (`guide`), where drafts told theirs.
+
+    experts_per_pass: of how many different experts a layer read the weights, on average; None of a model without experts.
+    """
     found = {
         "passes": int(counts.by_rows.sum()),
         "passes_by_rows": {str(rows): int(n) for rows, n in enumerate(counts.by_rows) if n},
+        "experts_per_pass": None if counts.experts is None else _ratio(counts.experts, counts.by_rows.sum()),
     }
     by_class = counts.by_class.sum(axis=1)  # [2, 8, 2]
     for word, of in (("accepted", 0), ("judged", 1)):

@@ -12,7 +12,7 @@ from mlspecqd_jax.arguments import brief, choice, flag, instance
 from mlspecqd_jax.errors import InputError
 from mlspecqd_jax.loading.model import Model
 from mlspecqd_jax.network.network import Network
-from mlspecqd_jax.pass_times import ASKING, guessed
+from mlspecqd_jax.pass_times import ASKING, ROWS, guessed
 from mlspecqd_jax.planner import default_drafts
 from mlspecqd_jax.plans import Plan, kept, key_of
 from mlspecqd_jax.speculation.autopilot import RATE, Autopilot
@@ -187,7 +187,7 @@ def _autopilot(models: list[Model], level: Level, plan: Plan | None) -> Autopilo
     twins = [is_twin(draft, verifier) for verifier, draft in itertools.pairwise(models)]
     plan = kept(key_of(level)) if plan is None else plan
     if plan is None:
-        times, asking, plain = guessed([model.pass_bytes for model in models], models[0].runs_on), ASKING, math.nan
+        times, asking, plain = guessed([model.bytes_read(ROWS) for model in models], models[0].runs_on), ASKING, math.nan
     elif len(plan.times) != len(models):
         raise InputError(f"the plan is of {len(plan.times)} levels, {', '.join(plan.names)}, but the stack has {len(models)}")
     else:

@@ -2,10 +2,11 @@
 
 import dataclasses
 import pathlib
-from typing import cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import cpu_kernels
 from mlspecqd_jax import arguments, jax_settings
@@ -50,11 +51,13 @@ class Model:
     def nbytes(self) -> int:
         return sum(leaf.nbytes for leaf in self.params.values())
 
-    @property
-    def pass_bytes(self) -> int:
-        """What a pass over one row reads of the weights, if all experts are chosen: all but an embedding that is not the head."""
-        gathered = EMBEDDING if HEAD in self.params else None
-        return sum(leaf.nbytes for name, leaf in self.params.items() if name != gathered)
+    def bytes_read(self, rows: int | np.ndarray = 1) -> Any:
+        """Return what a pass over so many rows reads of the weights: all but an embedding that is not the head.
+
+        Of experts it is those that rows hit which choose by chance (`Network.parts_read`).
+        """
+        part = self.network.parts_read(rows) | ({EMBEDDING: 0.0} if HEAD in self.params else {})
+        return sum(leaf.nbytes * part.get(name, 1.0) for name, leaf in self.params.items())
 
     @property
     def holds_packed_weights(self) -> bool:

@@ -19,6 +19,12 @@ class KVCache(NamedTuple):
     v: jax.Array  # [B, Hkv, S, Dv]
 
 
+class ExpertsRead(NamedTuple):
+    """What a mixture's cache holds after those of its layers: how many experts' weights a layer has read so far, on average."""
+
+    total: jax.Array  # f32 [], added up over passes
+
+
 def finite(x: jax.Array) -> jax.Array:
     """Replace NaN and infinities by 0, so that a masked entry stays harmless (0 * NaN is NaN)."""
     return jnp.where(jnp.isfinite(x), x, 0)

@@ -16,6 +16,7 @@ from mlspecqd_jax.network import config
 from mlspecqd_jax.network.layers import ALONG_K, GatedMLP, gated
 from mlspecqd_jax.network.ops import expert_linear, linear, product, rows
 from mlspecqd_jax.network.routing import route
+from pallas_kernels import hits
 
 
 class ExpertLinear(nnx.Module):
@@ -103,8 +104,10 @@ class Experts(nnx.Module):
         self.shared_expert = None if mlp.shared is None else GatedMLP(mlp.shared, k, init=init, rngs=rngs)
         self.shared_expert_gate = Share(k, init=init, rngs=rngs) if mlp.shared_gate else None
 
-    def __call__(self, x: jax.Array, used: jax.Array | None = None) -> jax.Array:
+    def __call__(self, x: jax.Array, used: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+        """Return (that of x [B, W, K], how many different experts the positions chose, int32 [])."""
         experts, factors = self.gate(x, used)
+        read = hits(experts, self.mlp.router.experts).count
         given = x.reshape(-1, 1, x.shape[-1])
         if self.mlp.weighs_input:
             given = product(given, factors[..., None].astype(x.dtype))
@@ -112,11 +115,11 @@ class Experts(nnx.Module):
         y = _sum(y if self.mlp.weighs_input else product(y.astype(jnp.float32), factors[..., None])).astype(x.dtype)
         y = y.reshape(x.shape)
         if self.shared_expert is None:
-            return y
+            return y, read
         shared = self.shared_expert(x, used)
         if self.shared_expert_gate is not None:
             shared = product(shared, self.shared_expert_gate(x))
-        return y + shared
+        return y + shared, read
 
 
 def _sum(y):

@@ -66,7 +66,7 @@ def _layer(network, params, x, counted):
         watched = {name: watch(params[name], zeros, counted.ravel()) for name, zeros in moments.items()}
         with network.module(params | watched) as module:
             layer, rope = module.model.layers[0], module.model.ropes[0]
-            made, _ = layer(x, Window(positions, None if rope is None else rotary(positions, rope)), None)
+            made, *_ = layer(x, Window(positions, None if rope is None else rotary(positions, rope)), None)
         return jnp.sum(made.astype(jnp.float32)), made
 
     # Moments do not depend on what comes back, so the compiler drops the pass backward but for them.

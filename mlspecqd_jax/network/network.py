@@ -12,17 +12,18 @@ import functools
 import itertools
 import re
 from collections.abc import Generator
-from typing import cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
 from mlspecqd_jax.errors import InputError
 from mlspecqd_jax.network import ops
-from mlspecqd_jax.network.attention import KVCache
-from mlspecqd_jax.network.config import Config
+from mlspecqd_jax.network.attention import ExpertsRead, KVCache
+from mlspecqd_jax.network.config import Config, Experts
 from mlspecqd_jax.network.layers import ALONG_N, Linear
 from mlspecqd_jax.network.trunk import Trunk
 from mlspecqd_jax.weights.placement import cache_sharding
@@ -128,8 +129,28 @@ class Network:
         embedding = cast(jax.Array, params[EMBEDDING])
         return ops.narrower(whole, embedding.dtype.name, chip_of(next(iter(embedding.devices()))), self.mesh)
 
-    def init_cache(self, params: dict[str, jax.Array], batch: int, slots: int) -> list[KVCache]:
-        """Return zeroed caches of `slots` positions for every layer, in the dtype of the embedding."""
+    def parts_read(self, rows: int | np.ndarray = 1) -> dict[str, Any]:
+        """Return what part of each parameter a pass over so many rows reads, by name: of an embedding that is no head nothing.
+
+        Of experts it is those that rows hit which choose by chance, each for itself: 1 - (1 - C / E)^rows. Real ones choose more
+        alike, and hit fewer.
+        """
+
+        def of_experts(name):
+            feed = self.config.layers[int(name.partition(".layers.")[2].partition(".")[0])].feed
+            assert isinstance(feed, Experts)
+            return 1 - (1 - feed.router.chosen / feed.router.experts) ** rows
+
+        found = {name: 1.0 if tensor.experts is None else of_experts(name) for name, tensor in self.tensors().items()}
+        return found if self.config.tied else found | {EMBEDDING: 0.0}
+
+    def experts_read(self, cache: list[KVCache | ExpertsRead]) -> jax.Array | None:
+        """Return of how many experts a layer has read the weights so far, on average: f32 [], or None of a model without any."""
+        last = cache[-1]
+        return last.total if isinstance(last, ExpertsRead) else None
+
+    def init_cache(self, params: dict[str, jax.Array], batch: int, slots: int) -> list[KVCache | ExpertsRead]:
+        """Return zeroed caches of `slots` positions for every layer, in the dtype of the embedding; of a mixture, a count too."""
         dtype = params[EMBEDDING].dtype
 
         def zeros(heads, size):
@@ -139,9 +160,20 @@ class Network:
             return jax.lax.with_sharding_constraint(buffer, cache_sharding(buffer.shape, self.mesh))
 
         mixers = [layer.mixer for layer in self.config.layers]
-        return [KVCache(zeros(m.kv_heads, m.head_dim), zeros(m.kv_heads, m.value_dim)) for m in mixers]
+        caches: list[KVCache | ExpertsRead] = []
+        caches += [KVCache(zeros(m.kv_heads, m.head_dim), zeros(m.kv_heads, m.value_dim)) for m in mixers]
+        mixture = any(isinstance(layer.feed, Experts) for layer in self.config.layers)
+        return caches + [ExpertsRead(jnp.zeros((), jnp.float32))] * mixture
 
-    def __call__(self, params, tokens: jax.Array, start: jax.Array, cache: list[KVCache] | None, *, features: bool = False):
+    def __call__(
+        self,
+        params,
+        tokens: jax.Array,
+        start: jax.Array,
+        cache: list[KVCache | ExpertsRead] | None,
+        *,
+        features: bool = False,
+    ):
         """Score a window and write it to the cache.
 
         Args:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mlspecqd_jax.network import config
+from mlspecqd_jax.network.attention import ExpertsRead
 from mlspecqd_jax.network.experts import Experts
 from mlspecqd_jax.network.layers import MLP, Attention, Embedding, GatedMLP, Window, norm_of
 from mlspecqd_jax.network.ops import rotary, scaled
@@ -31,16 +32,20 @@ class Block(nnx.Module):
             self.mlp = MLP(layer.feed, k, init=init, rngs=rngs)
 
     def __call__(self, x, window: Window, cache):
-        """Return (x [B, W, K], updated cache), as `Attention` takes its arguments."""
+        """Return (x [B, W, K], updated cache, how many experts were read or None), as `Attention` takes its arguments."""
         before, after, before_feed, after_feed = (getattr(self, name) if name else _identity for name in self.layer.norms)
         used, scale = window.used, self.layer.scale
         h = before(x, used)
         mixed, cache = self.self_attn(h, window, cache)
         y = x + scaled(after(mixed, used), scale)
         if not self.layer.parallel:
-            return y + scaled(after_feed(self.mlp(before_feed(y, used), used), used), scale), cache
-        fed = self.mlp(h if self.layer.norms[2] is None else before_feed(x, used), used)
-        return y + scaled(after_feed(fed, used), scale), cache
+            fed, read = self._fed(before_feed(y, used), used)
+        else:
+            fed, read = self._fed(h if self.layer.norms[2] is None else before_feed(x, used), used)
+        return y + scaled(after_feed(fed, used), scale), cache, read
+
+    def _fed(self, x, used):
+        return self.mlp(x, used) if isinstance(self.mlp, Experts) else (self.mlp(x, used), None)
 
 
 def _identity(x, used):
@@ -77,10 +82,14 @@ class Trunk(nnx.Module):
         ropes = dict.fromkeys(self.ropes)
         windows = {rope: Window(positions, None if rope is None else rotary(positions, rope), used) for rope in ropes}
         x = self.embed(tokens, positions)
-        updated = []
+        updated, reads = [], []
         for i, (layer, rope) in enumerate(zip(self.layers, self.ropes, strict=True)):
             with jax.named_scope(f"layer_{i}"):
                 graphdef, state = nnx.split(layer)
-                x, cache = _run(graphdef, state, x, windows[rope], None if caches is None else caches[i])
+                x, cache, read = _run(graphdef, state, x, windows[rope], None if caches is None else caches[i])
             updated.append(cache)
+            reads += [] if read is None else [read]
+        if caches is not None and reads:
+            mean = functools.reduce(jnp.add, reads).astype(jnp.float32) / len(reads)
+            updated.append(ExpertsRead(caches[-1].total + mean))
         return self.norm(x, used), None if caches is None else updated

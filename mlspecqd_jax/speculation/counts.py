@@ -21,27 +21,32 @@ class Counts(NamedTuple):
     by_class: jax.Array  # int32 [2, B, 8, 2], accepted and judged by source and class (of `guide`), where drafts have classes
     by_rows: jax.Array  # int32 [SLACK + 1], passes of the level's model by how many rows were in use (prefill apart)
     in_vain: jax.Array  # int32 [], plain rounds of the target before which a draft was asked for
+    experts: jax.Array | None = None  # f32 [], of how many experts a layer read the weights in these, where the model tells
 
     @property
     def passes(self) -> jax.Array:
         """Return how many passes of the level's model there were, int32 []."""
         return self.by_rows.sum()
 
-    def passed(self, rows: jax.Array) -> "Counts":
-        """Add a pass with so many rows in use, int32 []."""
-        return self._replace(by_rows=self.by_rows.at[rows].add(1))
+    def passed(self, rows: jax.Array, before: jax.Array | None = None, after: jax.Array | None = None) -> "Counts":
+        """Add a pass with so many rows in use, int32 []; before and after it `protocols.experts_read` was this."""
+        counts = self._replace(by_rows=self.by_rows.at[rows].add(1))
+        if self.experts is None or before is None or after is None:
+            return counts
+        return counts._replace(experts=self.experts + (after - before))
 
     def asked_in_vain(self, so: jax.Array) -> "Counts":
         """Add a round in which nothing was drafted although it was asked for, if it was so, bool []."""
         return self._replace(in_vain=self.in_vain + so.astype(jnp.int32))
 
     @staticmethod
-    def zeros(batch: int, draft_len: int) -> "Counts":
-        """Return the counts before the first round."""
+    def zeros(batch: int, draft_len: int, experts: bool = False) -> "Counts":
+        """Return the counts before the first round, those of experts where the model tells."""
         zeros = functools.partial(jnp.zeros, dtype=jnp.int32)
         drafts = (batch, draft_len)
         shapes = (batch,), (batch,), drafts, drafts, (2, batch, 8, 2), (SLACK + 1,), ()
-        return Counts(*map(zeros, shapes))  # none of them twice: a program that is given a state may write to each
+        # None of them twice: a program that is given a state may write to each.
+        return Counts(*map(zeros, shapes), experts=jnp.zeros(()) if experts else None)
 
 
 def count(counts: Counts, draft: Draft, verdict: Verdict, appended: jax.Array, unfinished: jax.Array) -> Counts:

@@ -36,6 +36,7 @@ from mlspecqd_jax.speculation.protocols import (
     Scored,
     Scorer,
     check_scored,
+    experts_read,
 )
 from mlspecqd_jax.speculation.round import run_round
 from mlspecqd_jax.speculation.settings import Sampling
@@ -129,7 +130,8 @@ class Level:
         """Return the empty caches of this level and those below (see `Drafter`)."""
         below = None if self.drafter is None else self.drafter.init(batch, slots)
         cache = None if self.share_cache else self.model.init_cache(self.params, batch, slots)
-        counts = Counts.zeros(batch, self.draft_len)
+        tells = jax.eval_shape(lambda: experts_read(self.model, self.model.init_cache(self.params, batch, slots))) is not None
+        counts = Counts.zeros(batch, self.draft_len, tells)
         none = jnp.zeros((batch,), jnp.int32)
         return DrafterState(cache, self._no_features(batch, slots), none, none, below, counts)
 
@@ -227,7 +229,8 @@ class Level:
             cache = self.score(window, state.fed, state.cache).cache
             fed = jnp.minimum(state.fed + CATCH_UP, length - 1)
             rows = jnp.clip(jnp.max(length - 1 - state.fed), 0, CATCH_UP)
-            return state._replace(cache=cache, fed=fed, counts=state.counts.passed(rows))
+            before, after = (experts_read(self.model, each) for each in (state.cache, cache))
+            return state._replace(cache=cache, fed=fed, counts=state.counts.passed(rows, before, after))
 
         return jax.lax.while_loop(lacks, feed, state)
 

@@ -61,6 +61,15 @@ def depends_of(scorer: Scorer, params: Any) -> Any:
     return depends(params)
 
 
+def experts_read(scorer: Scorer, cache: Any) -> jax.Array | None:
+    """Return of how many experts a layer has read the weights in all passes over a cache, f32 [], where a scorer tells.
+
+    It does so by a method `experts_read(cache)`, which may return None; others have no experts, or none that anybody counts.
+    """
+    tells = getattr(scorer, "experts_read", None)
+    return None if tells is None else tells(cache)
+
+
 class Sequences(NamedTuple):
     """Left-aligned rows of tokens."""
 

@@ -17,7 +17,17 @@ from mlspecqd_jax.speculation.buffers import filled, padded, read_at, write_at
 from mlspecqd_jax.speculation.counts import count
 from mlspecqd_jax.speculation.guide import Guide, class_of_lead
 from mlspecqd_jax.speculation.judging import Judged, judge, kept
-from mlspecqd_jax.speculation.protocols import Ask, Draft, Drafter, Lent, Scored, Sequences, check_proposal
+from mlspecqd_jax.speculation.protocols import (
+    Ask,
+    Draft,
+    Drafter,
+    Lent,
+    Scored,
+    Scorer,
+    Sequences,
+    check_proposal,
+    experts_read,
+)
 from mlspecqd_jax.speculation.settings import Sampling
 from mlspecqd_jax.speculation.state import State, is_unfinished, rolled_back
 from mlspecqd_jax.speculation.widths import run_narrowest
@@ -25,6 +35,10 @@ from mlspecqd_jax.speculation.widths import run_narrowest
 
 class Verifier(Protocol):
     """What a round needs of the level that it is of."""
+
+    @property
+    def model(self) -> Scorer:
+        """What it scores by."""
 
     @property
     def drafter(self) -> Drafter | None:
@@ -110,7 +124,7 @@ def verified(
         judged = judge(of_round(logits), tokens, length, draft, sampling, depth, one_by_one=one_by_one, **told)
         return cache, (judged, None if progress.features is None else filled(of_round(features), level.draft_len + 1))
 
-    nothing = Judged.nothing(draft, **told), progress.features
+    nothing, before = (Judged.nothing(draft, **told), progress.features), experts_read(level.model, cache)
     cache, (judged, features) = run_narrowest(widths, rows, score, cache, nothing)
     verdict = judged.verdict
     appended, ended = kept(judged, length, limit, unfinished, sampling.stop_token_ids)
@@ -140,7 +154,7 @@ def verified(
         scored_from=progress.length - 1,
         fed=length - 1,
         below=rolled_back(below, length - 1),
-        counts=count(progress.counts, draft, verdict, appended, unfinished).passed(rows),
+        counts=count(progress.counts, draft, verdict, appended, unfinished).passed(rows, before, experts_read(level.model, cache)),
         probs=probs,
         logprobs=logprobs,
         classes=classes,

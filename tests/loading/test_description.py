@@ -1,5 +1,6 @@
 """`describe`: the numbers of what would be loaded, from config.json alone, and the sentence that loading would refuse by."""
 
+import dataclasses
 import functools
 import json
 import pathlib
@@ -8,12 +9,15 @@ import family_files
 import folders
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 import tiny
 from refusals import refused
 
 import mlspecqd_jax as mlsd
 from mlspecqd_jax.loading.description import describe
+from mlspecqd_jax.network.config import Experts, Router
+from mlspecqd_jax.network.network import Network
 from mlspecqd_jax.weights.cast import quantize
 from mlspecqd_jax.weights.formats import FORMATS
 from mlspecqd_jax.weights.quantization import default_policy, quantize_params
@@ -38,8 +42,8 @@ def test_the_numbers_are_those_of_the_loaded_model(tmp_path, name):
     model = mlsd.load(write(tmp_path / name, name))
     found = describe(config_json(tmp_path, json.loads((tmp_path / name / "config.json").read_text())))
     assert found["parameters"] == model.num_parameters
-    assert found.get("parameters_per_token", found["parameters"]) == model.pass_bytes // 2
-    assert (found["bytes_in_bfloat16"], found["pass_bytes"]) == (model.nbytes, model.pass_bytes)
+    assert found.get("parameters_per_token", found["parameters"]) == model.bytes_read() / 2
+    assert (found["bytes_in_bfloat16"], found["pass_bytes"]) == (model.nbytes, model.bytes_read())
     cache = model.network.init_cache(model.params, 2, 8)
     assert found["cache_bytes_per_token"] * 2 * 8 == sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
     assert (found["positions"], found["vocabulary"]) == (model.card.max_positions, model.card.vocab_size)
@@ -49,7 +53,7 @@ def test_the_numbers_are_those_of_the_loaded_model(tmp_path, name):
         own = sum(leaf.nbytes for name, leaf in twin.items() if leaf is not model.params.get(name))
         read = sum(leaf.nbytes for name, leaf in twin.items() if name != EMBEDDING)
         assert HEAD in twin
-        assert found["twins"][format] == {"bytes": own, "part_of_pass": read / model.pass_bytes}
+        assert found["twins"][format] == {"bytes": own, "part_of_pass": read / model.bytes_read()}
 
 
 KNOWN = {  # parameters, and what of them a pass over a token reads, as the models' own pages and files have them
@@ -204,3 +208,15 @@ def test_of_experts_those_count_that_a_token_is_given_to(tmp_path):
     assert found["parameters_per_token"] == 48 * each + 2048 + 151936 * 2048
     assert found["pass_bytes"] == 2 * found["parameters_per_token"]
     assert 0.25 < found["twins"]["mxfp4"]["part_of_pass"] < 0.28
+
+
+def test_rows_hit_experts_by_chance():
+    """The more there are the more of all experts, and twice the same one counts once."""
+    dense = tiny.shape(61, 64, 96, 1, 4, 2, 16, 64)
+    mixture = dataclasses.replace(dense.layers[0], feed=Experts(Router(8, 2, "softmax"), 32))
+    network = Network(dataclasses.replace(dense, layers=(*dense.layers, mixture)))
+    part = network.parts_read(np.array([1, 2, 16]))
+    name = "model.layers.1.mlp.experts.up_proj.weight"
+    np.testing.assert_allclose(part[name], [1 / 4, 7 / 16, 1 - 0.75**16])
+    assert part["model.layers.0.mlp.up_proj.weight"] == 1
+    assert part[EMBEDDING] == 0

@@ -11,7 +11,7 @@ import mlspecqd_jax as mlsd
 from mlspecqd_jax import pass_measurement, planner, planning, plans, report
 from mlspecqd_jax.cli import main
 from mlspecqd_jax.generation import compiled, prefilled
-from mlspecqd_jax.pass_times import guessed
+from mlspecqd_jax.pass_times import ROWS, guessed
 from mlspecqd_jax.requests import request
 from mlspecqd_jax.speculation.buffers import SLACK
 from mlspecqd_jax.speculation.counts import Counts
@@ -154,6 +154,13 @@ def test_guesses(device, more):
     assert 0.3 < times[1, 1] < 0.4
     np.testing.assert_allclose(times[:, 16], times[:, 1] * (1 + 15 * more))
     assert np.all(times[:, 17] > times[:, 16])
+
+
+def test_a_mixture_s_wide_windows_read_more():
+    """Four times the bytes of one row, in a window of 16; a twin of a third of the bytes takes a third of that more."""
+    read = np.interp(ROWS, [1, 16], [100, 400])
+    wide = guessed([read, read / 3], "gpu")[:, 16] - guessed([100, 100 / 3], "gpu")[:, 16]
+    np.testing.assert_allclose(wide, 0.94 * np.array([3, 1]))
 
 
 @pytest.mark.slow
