@@ -45,6 +45,12 @@ ROWS = (
         "Gemma 1 to 3, VaultGemma",
         "norms of 1 + weight, scaled embeddings; norms after each part, caps, windows",
     ),
+    Row(
+        ("gemma4_text", "gemma4_unified_text"),
+        "Gemma 4: E2B, E4B, 12B, 26B-A4B, 31B",
+        "heads of two sizes, normed values, values that are keys, layers with earlier ones' keys and values, an embedding by "
+        "layer, experts beside an MLP",
+    ),
     Row(("phi3",), "Phi-3, Phi-3.5, Phi-4, Phi-4-mini", "fused products in the file, LongRoPE, a part of each head rotated"),
     Row(("phi",), "Phi-1, Phi-1.5, Phi-2", "layer norms, attention and MLP side by side, MLP without a gate"),
     Row(("glm", "glm4"), "GLM-4, GLM-4-0414", "neighbouring pairs of half a head rotated; norms after each part"),
@@ -142,7 +148,8 @@ def features(raw: dict) -> list[str]:
     text = raw.get("text_config") or raw
     stretched = text.get("rope_scaling") or text.get("rope_parameters") or {}
     experts = [feed for feed in feeds if isinstance(feed, Experts)]
-    kind, act = stretched.get("rope_type", stretched.get("type")), feeds[0].act
+    kinds = [each.get("rope_type", each.get("type")) for each in (stretched, *stretched.values()) if isinstance(each, dict)]
+    kind, act = next((kind for kind in kinds if kind), None), feeds[0].act
     found = {
         "layer norm": c.norm.centered,
         "1 + weight": c.norm.offset,
@@ -166,9 +173,16 @@ def features(raw: dict) -> list[str]:
         "part of a head rotated": any(
             rope and 2 * len(rope.frequencies) < m.head_dim for rope, m in zip(ropes, mixers, strict=True)
         ),
+        "pairs that do not turn": any(rope and 0.0 in rope.frequencies for rope in ropes),
         "ropes by layer": len({rope for rope in ropes if rope}) > 1,
         f"{ROPES.get(kind, kind)} rope": kind not in (None, "default", "mrope"),
         "query and key norms": any(mixer.qk_norm for mixer in mixers),
+        "value norms": any(mixer.value_norm for mixer in mixers),
+        "values that are keys": any(mixer.values_of_keys for mixer in mixers),
+        "earlier layers' keys and values": any(mixer.kept_by is not None for mixer in mixers),
+        "sizes of heads by layer": len({mixer.head_dim for mixer in mixers}) > 1,
+        "an embedding by layer": any(layer.own for layer in layers),
+        "layers' scalars": any(layer.scalar for layer in layers),
         "growing queries": any(mixer.growth for mixer in mixers),
         "clipped": any(mixer.clip for mixer in mixers),
         "capped scores": any(mixer.cap for mixer in mixers),

@@ -22,7 +22,7 @@ from mlspecqd_jax.network.config import Config, Experts
 from mlspecqd_jax.network.network import Network
 from mlspecqd_jax.weights.formats import FORMATS, format_of
 from mlspecqd_jax.weights.quantization import default_policy, formats_of, with_head
-from mlspecqd_jax.weights.tensors import EMBEDDING, HEAD, Tensor, parameters
+from mlspecqd_jax.weights.tensors import EMBEDDING, Tensor, parameters
 
 SAMPLING_KEYS = ("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 BFLOAT16 = 2  # bytes
@@ -39,8 +39,9 @@ def describe(model: str | os.PathLike, platform: str = "cpu") -> dict[str, Any]:
 
     Returns:
       By name: family, parameters; parameters_per_token, where a pass over one token reads less; bytes_in_bfloat16, pass_bytes (what
-      such a pass reads of the weights), cache_bytes_per_token (of a row); positions, vocabulary, layers, what else its small files
-      tell; and twins, by format: bytes, what a twin adds, and part_of_pass, what its pass reads of pass_bytes.
+      such a pass reads of the weights), cache_bytes_per_token (of a row); positions, vocabulary, layers, embedding_by_layer (where
+      there is one), what else its small files tell; and twins, by format: bytes, what a twin adds, and part_of_pass, what its pass
+      reads of pass_bytes.
 
     Raises:
       InputError: it is not supported; the sentence is what loading it would say.
@@ -48,6 +49,8 @@ def describe(model: str | os.PathLike, platform: str = "cpu") -> dict[str, Any]:
     config, told = _read(model)
     network = Network(config)
     tensors, attention = network.tensors(), config.layers[0].mixer
+    kv_heads = dict.fromkeys(layer.mixer.kv_heads for layer in config.layers if layer.mixer.kept_by is None)
+    sharing = sum(layer.mixer.kept_by is not None for layer in config.layers)
     size, read = parameters(tensors), _read_by_a_pass(network)
     return {
         "model": str(model),
@@ -60,7 +63,8 @@ def describe(model: str | os.PathLike, platform: str = "cpu") -> dict[str, Any]:
         "positions": config.max_positions,
         "vocabulary": config.vocab_size,
         "layers": f"{len(config.layers)} x hidden {config.hidden_size}, {attention.heads} heads, "
-        f"{attention.kv_heads} key/value heads",
+        f"{' or '.join(map(str, kv_heads))} key/value heads" + f", {sharing} with those of earlier layers" * (sharing > 0),
+        **_own_inputs(config),
         **told,
         "twins": {name: twin for name in FORMATS if (twin := _twin(network, name, platform))},
     }
@@ -96,6 +100,15 @@ def _read(model: str | os.PathLike) -> tuple[Config, dict[str, Any]]:
     }
 
 
+def _own_inputs(config: Config) -> dict[str, str]:
+    """Tell of an embedding that each layer has a part of."""
+    own = config.layers[0].own
+    if own is None:
+        return {}
+    row = own.layers * own.size
+    return {"embedding_by_layer": f"{own.vocab_size * row:,} of the parameters, of which a token reads {row:,}"}
+
+
 def _weights(raw: dict, quantization: Quantization | None) -> str:
     if quantization is None:
         return "plain, those of experts in MXFP4" if is_native(raw) else "plain"
@@ -104,19 +117,15 @@ def _weights(raw: dict, quantization: Quantization | None) -> str:
 
 
 def _read_by_a_pass(network: Network) -> int:
-    """Count the parameters that a pass over one token reads: all but an embedding that is not the head (`Model.pass_bytes`)."""
-    tensors = network.tensors()
-    return round(
-        sum(
-            math.prod(tensor.shape) * _part_read(network, name, tensor)
-            for name, tensor in tensors.items()
-            if network.config.tied or name != EMBEDDING
-        )
-    )
+    """Count the parameters that a pass over one token reads: all but tables, of which it reads a row (`Model.pass_bytes`)."""
+    tensors = with_head(network.tensors())
+    return round(sum(math.prod(tensor.shape) * _part_read(network, name, tensor) for name, tensor in tensors.items()))
 
 
 def _part_read(network: Network, name: str, tensor: Tensor) -> float:
     """Return what part of a parameter a pass over one token reads: of experts' weights those of the chosen ones."""
+    if tensor.gathered:
+        return 0.0
     if tensor.experts is None:
         return 1.0
     feed = network.config.layers[int(name.partition(".layers.")[2].partition(".")[0])].feed
@@ -147,11 +156,7 @@ def _twin(network: Network, format: str, platform: str) -> dict[str, Any] | None
         return None
     own = {name: format_of(to).nbytes(*tensors[name].shape) for name, to in formats.items() if to is not None}
     part = {name: _part_read(network, name, tensor) for name, tensor in tensors.items()}
-    shared = sum(
-        BFLOAT16 * math.prod(tensor.shape) * part[name]
-        for name, tensor in tensors.items()
-        if name not in own and (name != EMBEDDING or HEAD not in own)
-    )
+    shared = sum(BFLOAT16 * math.prod(tensor.shape) * part[name] for name, tensor in tensors.items() if name not in own)
     read = shared + sum(size * part[name] for name, size in own.items())
     return {"bytes": sum(own.values()), "part_of_pass": read / (BFLOAT16 * _read_by_a_pass(network))}
 

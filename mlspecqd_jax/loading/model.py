@@ -15,7 +15,16 @@ from mlspecqd_jax.loading.calibrating import calibrated_weights
 from mlspecqd_jax.network.network import Network
 from mlspecqd_jax.text.card import Card
 from mlspecqd_jax.weights.cast import check_scale_rule
-from mlspecqd_jax.weights.quantization import Policy, Recipe, bits_of, default_policy, formats_of, quantize_params, recipe_of_bits
+from mlspecqd_jax.weights.quantization import (
+    Policy,
+    Recipe,
+    bits_of,
+    default_policy,
+    formats_of,
+    quantize_params,
+    recipe_of_bits,
+    with_head,
+)
 from mlspecqd_jax.weights.quantized_array import Leaf, QuantizedArray
 from mlspecqd_jax.weights.tensors import EMBEDDING, HEAD
 
@@ -50,9 +59,9 @@ class Model:
 
     @property
     def pass_bytes(self) -> int:
-        """What a pass over one row reads of the weights, if all experts are chosen: all but an embedding that is not the head."""
-        gathered = EMBEDDING if HEAD in self.params else None
-        return sum(leaf.nbytes for name, leaf in self.params.items() if name != gathered)
+        """What a pass over one row reads of the weights, if all experts are chosen: all but tables, of which it reads a row."""
+        tensors, head = with_head(self.network.tensors()), HEAD if HEAD in self.params else EMBEDDING
+        return sum(leaf.nbytes for name, leaf in self.params.items() if name == head or not tensors[name].gathered)
 
     @property
     def holds_packed_weights(self) -> bool:

@@ -123,8 +123,8 @@ class Network:
         embedding = cast(jax.Array, params[EMBEDDING])
         return ops.narrower(whole, embedding.dtype.name, chip_of(next(iter(embedding.devices()))), self.mesh)
 
-    def init_cache(self, params: dict[str, jax.Array], batch: int, slots: int) -> list[KVCache]:
-        """Return zeroed caches of `slots` positions for every layer, in the dtype of the embedding."""
+    def init_cache(self, params: dict[str, jax.Array], batch: int, slots: int) -> list[KVCache | None]:
+        """Return zeroed caches of `slots` positions in the dtype of the embedding, None for a layer that reads an earlier one's."""
         dtype = params[EMBEDDING].dtype
 
         def zeros(heads, size):
@@ -133,10 +133,12 @@ class Network:
                 return buffer
             return jax.lax.with_sharding_constraint(buffer, cache_sharding(buffer.shape, self.mesh))
 
-        mixers = [layer.mixer for layer in self.config.layers]
-        return [KVCache(zeros(m.kv_heads, m.head_dim), zeros(m.kv_heads, m.value_dim)) for m in mixers]
+        def of(m):
+            return None if m.kept_by is not None else KVCache(zeros(m.kv_heads, m.head_dim), zeros(m.kv_heads, m.value_dim))
 
-    def __call__(self, params, tokens: jax.Array, start: jax.Array, cache: list[KVCache] | None, *, features: bool = False):
+        return [of(layer.mixer) for layer in self.config.layers]
+
+    def __call__(self, params, tokens: jax.Array, start: jax.Array, cache: list[KVCache | None] | None, *, features: bool = False):
         """Score a window and write it to the cache.
 
         Args:
@@ -187,7 +189,7 @@ def _tensor(name: str, leaf: nnx.Param, sources: dict[str, Source]) -> Tensor:
     source = sources.get(anywhere, of_module._replace(names=tuple(f"{other}.{kind}" for other in of_module.names)))
     names = source.names if here is None else tuple(other.replace("*", here[1]) for other in source.names)
     known = facts.get("axes", ()), facts.get("linear", False), (source._replace(names=names),)
-    return Tensor(leaf.get_value().shape, *known, facts.get("dtype"), facts.get("experts"))
+    return Tensor(leaf.get_value().shape, *known, facts.get("dtype"), facts.get("experts"), facts.get("gathered", False))
 
 
 def _name(path) -> str:

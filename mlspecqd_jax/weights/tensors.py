@@ -37,6 +37,7 @@ class Tensor(NamedTuple):
     sources: tuple[Source, ...]  # its rows are theirs, one source's after another's
     dtype: str | None = None  # that it has whatever the model's
     experts: int | None = None  # of how many experts it holds the rows, one's after another's; None is no expert's
+    gathered: bool = False  # whether it is a table, of which a pass reads some rows
 
 
 def read(tensor: Tensor, get: Callable[[str], np.ndarray]) -> np.ndarray:

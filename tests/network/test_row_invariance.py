@@ -220,6 +220,10 @@ WIDE = {"vocab_size": 8192, "hidden_size": 640, "intermediate_size": 1280, "num_
 WIDE |= {"num_key_value_heads": 2, "max_position_embeddings": 2048, "pad_token_id": 0}
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
 GEMMA = {"tie_word_embeddings": True, "sliding_window": 12}
+GEMMA4 = WIDE | {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2, "num_kv_shared_layers": 2}
+GEMMA4 |= {"head_dim": 64, "global_head_dim": 512, "sliding_window": 12, "final_logit_softcapping": 9.0, "attention_k_eq_v": True}
+GEMMA4 |= {"num_global_key_value_heads": 1, "hidden_size_per_layer_input": 96, "vocab_size_per_layer_input": 8192}
+GEMMA4 |= {"enable_moe_block": True, "num_experts": 8, "top_k_experts": 3, "moe_intermediate_size": 384}
 # Hidden, intermediate, query heads, key/value heads, size of a head, vocabulary: of models that people use, one layer each.
 SHAPES = {
     "576": shape(49152, 576, 1536, 1, 9, 3, 64, 2048, tie_word_embeddings=True),
@@ -245,17 +249,18 @@ SHAPES = {
     "granite_swa": config_of("granite_swa", **WIDE, sliding_window=12, residual_multiplier=0.22, layer_rope_theta=[0, 1e4]),
     "apertus": config_of("apertus", **WIDE),
     "ministral3": config_of("ministral3", **WIDE, head_dim=64, rope_parameters=YARN | {"llama_4_scaling_beta": 0.1}),
+    # Earlier layers' keys and values, heads of two sizes, values that are keys, an embedding by layer, experts beside an MLP.
+    "gemma4": config_of("gemma4_text", **GEMMA4),
     # Experts, and those with biases, a bounded activation and a shared expert.
     "qwen3_moe": config_of("qwen3_moe", **WIDE, head_dim=64, num_experts=16, num_experts_per_tok=4, moe_intermediate_size=384),
     "gpt_oss": config_of("gpt_oss", **WIDE, head_dim=64, num_local_experts=8, num_experts_per_tok=3, rope_parameters=YARN),
     "glm4_moe": config_of("glm4_moe", **WIDE, head_dim=64, n_routed_experts=8, num_experts_per_tok=3, moe_intermediate_size=384),
 }
 QUICK = {("576", "bfloat16")}
-LONG = {("576", "float32"), ("gemma2", "bfloat16"), ("cohere2", "bfloat16"), ("granite", "bfloat16"), ("apertus", "bfloat16")}
-LONG |= {("qwen3_moe", "bfloat16"), ("gpt_oss", "bfloat16"), ("glm4_moe", "bfloat16")}
+OF_KINDS = ("gemma2", "cohere2", "granite", "apertus", "qwen3_moe", "gpt_oss", "glm4_moe", "gemma4")
+LONG = {("576", "float32")} | {(name, "bfloat16") for name in OF_KINDS}
 # Batch and window, and the buckets of their buffers.
 PROGRAMS = ((1, 1, 256), (1, 6, 256), (2, 1, 512), (4, 16, 256), (8, 8, 256))
-
 
 CASES = [
     pytest.param(

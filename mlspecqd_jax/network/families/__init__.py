@@ -9,6 +9,7 @@ from mlspecqd_jax.network.families.falcon import falcon
 from mlspecqd_jax.network.families.gemma import gemma
 from mlspecqd_jax.network.families.gemma2 import gemma2
 from mlspecqd_jax.network.families.gemma3 import gemma3
+from mlspecqd_jax.network.families.gemma4 import gemma4
 from mlspecqd_jax.network.families.glm import glm, glm4
 from mlspecqd_jax.network.families.glm4_moe import glm4_moe
 from mlspecqd_jax.network.families.gpt2 import gpt2, gpt_bigcode
@@ -45,6 +46,8 @@ FAMILIES = {
     "qwen3": qwen3,
     "gemma2": gemma2,
     "gemma3_text": gemma3,
+    "gemma4_text": gemma4,
+    "gemma4_unified_text": gemma4,
     "gemma": gemma,
     "vaultgemma": vaultgemma,
     "granite": granite,
