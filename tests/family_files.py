@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Callable
 
 import gemma4_configs
+import latent_configs
 import numpy as np
 import tiny
 from family_sizes import IDS as _IDS
@@ -222,7 +223,7 @@ def text_type(config: dict) -> str:
     return config.get("text_config", {}).get("model_type", config_file.WRAPPERS.get(kind, (kind,))[0])
 
 
-CONFIGS |= gemma4_configs.CONFIGS
+CONFIGS |= gemma4_configs.CONFIGS | latent_configs.CONFIGS
 COMPARED = tiny.FAMILIES | CONFIGS  # config.json by name of every checkpoint whose logits are compared with transformers'
 
 

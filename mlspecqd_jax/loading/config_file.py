@@ -12,6 +12,7 @@ from mlspecqd_jax.arguments import brief
 from mlspecqd_jax.errors import InputError
 from mlspecqd_jax.json_files import read_json, read_json_if_there, reason
 from mlspecqd_jax.loading.config_keys import KEYS, ROPE_KEYS, check_numbers, check_table
+from mlspecqd_jax.loading.config_latents import check_latents
 from mlspecqd_jax.loading.config_layers import GEMMA4, LAYER_TYPES, by_kind, check_routers, check_sizes_of_layers
 from mlspecqd_jax.loading.unsupported import why
 from mlspecqd_jax.network.config import Config
@@ -25,7 +26,7 @@ WRAPPERS = {
     "gemma3": ("gemma3_text",),
     "gemma4": ("gemma4_text",),
     "gemma4_unified": ("gemma4_unified_text",),
-    "mistral3": ("mistral", "ministral3"),
+    "mistral3": ("mistral", "ministral3", "mistral4"),
     "qwen2_vl": ("qwen2_vl_text",),
     "qwen2_5_vl": ("qwen2_5_vl_text",),
     "qwen3_vl": ("qwen3_vl_text",),
@@ -36,10 +37,12 @@ WRAPPERS = {
     "smolvlm": ("llama",),
     "idefics3": ("llama",),
     "llama4": ("llama4_text",),
+    "kimi_k25": ("deepseek_v3",),
 }
+AS = {"kimi_k2": "deepseek_v3"}  # what a language model's own model_type stands for
 WITHOUT_TEXT_CONFIG = ("qwen2_vl", "qwen2_5_vl")  # whose first files hold the language model's keys beside vision_config
 # Families that may rotate a part of each head.
-PARTIAL = ("phi3", "glm", "glm4", "phi", "gpt_neox", "stablelm", "nemotron", "glm4_moe", "minimax_m2", *GEMMA4)
+PARTIAL = ("phi3", "glm", "glm4", "phi", "gpt_neox", "stablelm", "nemotron", "glm4_moe", "minimax_m2", "mistral4", *GEMMA4)
 PATTERNED = ("gemma3_text", "cohere2", "exaone4")  # families that know sliding_window_pattern
 # What older files call a kind of rope; on a text, positions along three axes are the plain ones.
 ROPE_NAMES = {"su": "longrope", "mrope": "default"}
@@ -102,13 +105,15 @@ def config_of(path: pathlib.Path, raw: dict) -> Config:
         _check_rope(path, whole[kind] if family in ROPE_BY_KIND else whole, head_dim(part), family)
     if (getattr(c, "rotary_dim", None) or 2) % 2 or (getattr(c, "rotary_dim", None) or 2) > dim:
         raise InputError(f"{path}: rotary_dim is {c.rotary_dim}, but must be even and at most {dim}, the size of a head")
+    check_latents(path, c, family)
     config = FAMILIES[family](c)
     check_routers(path, config)
     return config
 
 
 def _refuse(path: pathlib.Path, raw: dict) -> None:
-    family, supported = raw.get("model_type"), ", ".join((*FAMILIES, *WRAPPERS))
+    # Whatever stands in a multimodal model is told by that model's name.
+    family, supported = raw.get("model_type"), ", ".join(n for n in (*FAMILIES, *WRAPPERS) if not n.endswith("_text"))
     if family is None:
         raise InputError(f"{path} has no key 'model_type'; add it (supported: {supported})")
     if not isinstance(family, str) or family not in (*FAMILIES, *WRAPPERS):
@@ -149,6 +154,7 @@ def _of_text(path: pathlib.Path, raw: dict) -> dict:
     if text is None:
         return raw | {"model_type": families[0]}
     family = text.get("model_type", families[0]) if isinstance(text, dict) else None
+    family = AS.get(family, family) if isinstance(family, str) else None
     if family not in families:
         known = " or ".join(families)
         raise InputError(f"{path}: text_config is {brief(text)}, but must be an object of model_type {known}; correct that key")
@@ -247,7 +253,7 @@ def _check_rope(path: pathlib.Path, rope: dict[str, Any], dim: int, family: str)
         )
     if kind == "dynamic" and family not in ("hunyuan_v1_dense", "hunyuan_v1_moe"):
         raise InputError(f"{path}: rope_type 'dynamic' changes what was computed of a text as it grows, which is not supported")
-    growing = ("llama_4_scaling_beta", "original_max_position_embeddings") if family == "ministral3" else ()
+    growing = ("llama_4_scaling_beta", "original_max_position_embeddings") if family in ("ministral3", "mistral4") else ()
     absent = [key for key in (*ROPE_TYPES.get(kind, ()), *growing) if rope.get(key) is None]
     if absent:
         raise InputError(f"{path}: rope_type '{kind}' needs the key '{absent[0]}'")

@@ -18,7 +18,7 @@ from mlspecqd_jax.loading.find import find_config
 from mlspecqd_jax.loading.native_mxfp4 import is_native
 from mlspecqd_jax.loading.origin import origin
 from mlspecqd_jax.loading.quantized.method import Quantization, quantization_of, reader_of
-from mlspecqd_jax.network.config import Config, Experts
+from mlspecqd_jax.network.config import Config, Experts, LatentAttention
 from mlspecqd_jax.network.network import Network
 from mlspecqd_jax.weights.formats import FORMATS, format_of
 from mlspecqd_jax.weights.quantization import default_policy, formats_of, with_head
@@ -48,10 +48,7 @@ def describe(model: str | os.PathLike, platform: str = "cpu") -> dict[str, Any]:
     """
     config, told = _read(model)
     network = Network(config)
-    tensors, attention = network.tensors(), config.layers[0].mixer
-    kv_heads = dict.fromkeys(layer.mixer.kv_heads for layer in config.layers if layer.mixer.kept_by is None)
-    sharing = sum(layer.mixer.kept_by is not None for layer in config.layers)
-    size, read = parameters(tensors), _read_by_a_pass(network)
+    size, read = parameters(network.tensors()), _read_by_a_pass(network)
     return {
         "model": str(model),
         **{key: told.pop(key) for key in ("source", "family")},
@@ -62,8 +59,7 @@ def describe(model: str | os.PathLike, platform: str = "cpu") -> dict[str, Any]:
         "cache_bytes_per_token": _cache_bytes(network),
         "positions": config.max_positions,
         "vocabulary": config.vocab_size,
-        "layers": f"{len(config.layers)} x hidden {config.hidden_size}, {attention.heads} heads, "
-        f"{' or '.join(map(str, kv_heads))} key/value heads" + f", {sharing} with those of earlier layers" * (sharing > 0),
+        "layers": f"{len(config.layers)} x hidden {config.hidden_size}, {_heads(config)}",
         **_own_inputs(config),
         **told,
         "twins": {name: twin for name in FORMATS if (twin := _twin(network, name, platform))},
@@ -98,6 +94,18 @@ def _read(model: str | os.PathLike) -> tuple[Config, dict[str, Any]]:
         "end_of_text_ids": list(found.eos_token_ids),
         "recorded_sampling": recorded,
     }
+
+
+def _heads(config: Config) -> str:
+    mixers = [layer.mixer for layer in config.layers]
+    kept = dict.fromkeys(
+        f"latents of {m.latent} + {m.turned_dim}" if isinstance(m, LatentAttention) else str(m.kv_heads)
+        for m in mixers
+        if m.kept_by is None
+    )
+    what = "" if isinstance(mixers[0], LatentAttention) else " key/value heads"
+    sharing = sum(m.kept_by is not None for m in mixers)
+    return f"{mixers[0].heads} heads, {' or '.join(kept)}{what}" + f", {sharing} with those of earlier layers" * (sharing > 0)
 
 
 def _own_inputs(config: Config) -> dict[str, str]:

@@ -28,7 +28,7 @@ NAMED = (
     | dict.fromkeys(("nanochat",), "a model that rotates in the other sense")
 )
 BY_KEY = (
-    (("kv_lora_rank",), "multi-head latent attention"),
+    (("kv_lora_rank",), "another model with multi-head latent attention"),
     (("num_experts", "num_local_experts", "n_routed_experts", "moe_intermediate_size"), "a mixture of experts"),
     (("is_encoder_decoder",), "an encoder-decoder"),
     (("vision_config", "audio_config", "text_config"), "a multimodal model"),

@@ -36,7 +36,7 @@ BALLAST = (
     r".*\.self_attn\.((attn\.)?[kvq]|kv|k_proj\.[kv]|v_proj\.[kv]|kv_cache|prob|prob_output)_(scale|zero_point|scaling_factor)",
     r".*\.self_attn\.(k|v)_proj\.output_scale",
     r"(score|classifier|qa_outputs|v_head|value_head|reward_head|regression_head)\..+",
-    r"(model\.)?(vision_tower|vision_model|visual|multi_modal_projector|connector)\..+",
+    r"(model\.)?(vision_tower|vision_model|visual|multi_modal_projector|mm_projector|connector)\..+",
     r"(model\.)?(audio_tower|embed_vision|embed_audio|vision_embedder)\..+",
     r"(model\.)?image_newline",
     r".*\.(attn|attention)\.(bias|masked_bias)",

@@ -65,6 +65,25 @@ class Attention:
 
 
 @dataclasses.dataclass(frozen=True)
+class LatentAttention:
+    """Causal attention whose heads' keys and values are products with one latent of a position (`network.latent_attention`)."""
+
+    heads: int
+    latent: int  # its size
+    query_latent: int | None  # size of another one, of which queries are products; None is what the layer reads
+    key_dim: int  # of the part of a head's query and key that no rope turns
+    turned_dim: int  # of the part that one does, whose key is of all heads
+    value_dim: int
+    scale: float
+    rope: Rope
+    norm: Norm  # of latents
+    growth: Growth | None = None
+    bias: bool = False  # of latents
+    output_bias: bool = False
+    kept_by: None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class GatedMLP:
     """down(act(gate(x)) * up(x))."""
 
@@ -102,7 +121,8 @@ class Router:
     bias: bool = False  # of logits
     choice_bias: bool = False  # of scores, for the choice alone
     groups: int = 1  # equal parts of the experts
-    groups_chosen: int = 1  # by the sum of their two best scores; the others' experts are not chosen
+    groups_chosen: int = 1  # by the sum of their best scores; the others' experts are not chosen
+    group_best: int = 2  # how many scores are summed
     normed: bool = False  # factors are divided by their sum
     least_sum: float = 0.0  # by which they are at least divided
     factor: float = 1.0
@@ -140,7 +160,7 @@ class OwnInput:
 class Layer:
     """h = n0(x); x = x + n1(mixer(h)); x = x + n3(feed(n2(x))), each norm by its name in the file, None being the identity."""
 
-    mixer: Attention
+    mixer: Attention | LatentAttention
     feed: GatedMLP | MLP | Experts
     norms: tuple[str | None, str | None, str | None, str | None]
     parallel: bool = False  # x = x + n1(mixer(h)) + n3(feed(n2(x))), or feed(h) without n2

@@ -166,13 +166,13 @@ class Attention(nnx.Module):
         used, last = window.used, window.positions if window.slots is None else window.slots
         q = self._heads(self.q_proj(x, used), self.q_norm, self.a.heads, window)
         if self.a.growth is not None:
-            q = _grown(q, window.positions, self.a.growth)
+            q = grown(q, window.positions, self.a.growth)
         kept = cache if self.k_proj is None else self._kept(self.k_proj(x, used), x, window, cache)
         assert kept is not None, "the layer that keeps them is before this one"
         first = jnp.zeros_like(last) if self.a.window is None else last - self.a.window + 1
         first = first if self.a.chunk is None else jnp.maximum(first, last - window.positions % self.a.chunk)
         sinks = None if self.sinks is None else self.sinks.get_value()
-        out = attend(q, *kept, first, last, sinks, scale=self.a.scale, cap=self.a.cap, used=used)  # [B, W, H * Dv]
+        out = attend(q, kept.k, kept.v, first, last, sinks, scale=self.a.scale, cap=self.a.cap, used=used)  # [B, W, H * Dv]
         return self.o_proj(out, used), kept
 
     def _kept(self, raw, x, window, cache):
@@ -190,24 +190,26 @@ class Attention(nnx.Module):
         x = self._clipped(norm(x, used) if norm is not None and of == "all" else x)
         x = x.reshape(*x.shape[:2], heads, self.a.head_dim)
         x = x if norm is None or of == "all" or self.a.qk_norm_last else norm(x, used)
-        x = self._turned(x, window)
+        x = turned(x, self.a.rope, window)
         return norm(x) if norm is not None and of != "all" and self.a.qk_norm_last else x
 
     def _clipped(self, x):
         return x if self.a.clip is None else jnp.clip(x, -self.a.clip, self.a.clip)
 
-    def _turned(self, x, window):
-        """Return heads [B, W, heads, D] as [B, heads, W, D], rotated where there is a rope."""
-        if self.a.rope is None or window.rotation is None:
-            return jnp.swapaxes(x, 1, 2)
-        if self.a.rope.interleaved:
-            # Queries and keys are put in another order alike, which changes none of their products.
-            turned = 2 * len(self.a.rope.frequencies)
-            x = jnp.concatenate([x[..., 0:turned:2], x[..., 1:turned:2], x[..., turned:]], axis=-1)
-        return rotate(x, *window.rotation, window.used)
+
+def turned(x: jax.Array, rope: config.Rope | None, window: Window) -> jax.Array:
+    """Return heads [B, W, heads, D] as [B, heads, W, D], rotated where there is a rope."""
+    if rope is None or window.rotation is None:
+        return jnp.swapaxes(x, 1, 2)
+    if rope.interleaved:
+        # Queries and keys are put in another order alike, which changes none of their products.
+        size = 2 * len(rope.frequencies)
+        x = jnp.concatenate([x[..., 0:size:2], x[..., 1:size:2], x[..., size:]], axis=-1)
+    return rotate(x, *window.rotation, window.used)
 
 
-def _grown(q, positions, growth: config.Growth):
+def grown(q: jax.Array, positions: jax.Array, growth: config.Growth) -> jax.Array:
+    """Return queries [B, heads, W, D] at positions [B, W] times what is said of these."""
     factors = jnp.asarray(growth.factors, jnp.float32)[
         jnp.minimum((positions + growth.ahead) // growth.period, len(growth.factors) - 1)
     ]

@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 from mlspecqd_jax.errors import InputError
 from mlspecqd_jax.network import ops
 from mlspecqd_jax.network.attention import KVCache
-from mlspecqd_jax.network.config import Config
+from mlspecqd_jax.network.config import Config, LatentAttention
 from mlspecqd_jax.network.layers import ALONG_N, Linear
 from mlspecqd_jax.network.trunk import Trunk
 from mlspecqd_jax.weights.placement import cache_sharding
@@ -134,6 +134,8 @@ class Network:
             return jax.lax.with_sharding_constraint(buffer, cache_sharding(buffer.shape, self.mesh))
 
         def of(m):
+            if isinstance(m, LatentAttention):
+                return KVCache(zeros(1, m.latent + m.turned_dim), None)
             return None if m.kept_by is not None else KVCache(zeros(m.kv_heads, m.head_dim), zeros(m.kv_heads, m.value_dim))
 
         return [of(layer.mixer) for layer in self.config.layers]

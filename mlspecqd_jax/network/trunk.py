@@ -9,6 +9,7 @@ from flax import nnx
 
 from mlspecqd_jax.network import config
 from mlspecqd_jax.network.experts import Experts
+from mlspecqd_jax.network.latent_attention import LatentAttention
 from mlspecqd_jax.network.layers import MLP, Attention, Embedding, GatedMLP, Window, norm_of
 from mlspecqd_jax.network.ops import product, rotary, scaled
 from mlspecqd_jax.network.own_inputs import OwnInput, OwnInputs
@@ -21,7 +22,10 @@ class Block(nnx.Module):
         self.layer = layer
         for name in filter(None, layer.norms):
             setattr(self, name, norm_of(k, norm))
-        self.self_attn = Attention(layer.mixer, k, init=init, rngs=rngs)
+        if isinstance(layer.mixer, config.LatentAttention):
+            self.self_attn = LatentAttention(layer.mixer, k, init=init, rngs=rngs)
+        else:
+            self.self_attn = Attention(layer.mixer, k, init=init, rngs=rngs)
         if isinstance(layer.feed, config.GatedMLP):
             self.mlp = GatedMLP(layer.feed, k, init=init, rngs=rngs)
         elif isinstance(layer.feed, config.Experts):

@@ -49,7 +49,7 @@ def test_no_pass_reads_the_whole_table(model):
     assert np.isnan(np.asarray(compiled(poisoned, tokens, start, caches)[0])[0, 1:]).any()
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.usefixtures("compiled_quickly")
 def test_moments_are_those_of_what_each_weight_multiplies(model, monkeypatch):
     """Also where a layer reads another one's keys and values, and of what is before the layers."""

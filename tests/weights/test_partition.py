@@ -100,7 +100,7 @@ def found(tmp_path_factory):
     folders = CONFIGS | {"twin": TWIN}
     for name, config in folders.items():
         tiny.write_checkpoint(folder / name, config, tiny.weights(config, name))
-    of_families = {"experts": "qwen2_moe", "shared": "gemma4"}
+    of_families = {"experts": "qwen2_moe", "shared": "gemma4", "latents": "deepseek_v3"}
     folders = {name: family_files.write(folder / name, family) for name, family in of_families.items()} | folders
     environment = os.environ | quick_flags("--xla_force_host_platform_device_count=4")
     environment |= {
@@ -114,7 +114,7 @@ def found(tmp_path_factory):
     return json.loads(process.stdout)
 
 
-@pytest.mark.parametrize("name", [*CONFIGS, "experts", "shared"])
+@pytest.mark.parametrize("name", [*CONFIGS, "experts", "shared", "latents"])
 def test_greedy_tokens_are_those_of_one_device(found, name):
     assert found["devices"] == 4
     one = found[name]["one"]
@@ -123,7 +123,7 @@ def test_greedy_tokens_are_those_of_one_device(found, name):
     assert found[name]["four"] == one
 
 
-@pytest.mark.parametrize("name", [*CONFIGS, "experts", "shared"])
+@pytest.mark.parametrize("name", [*CONFIGS, "experts", "shared", "latents"])
 def test_weights_are_whole_together(found, name):
     assert found[name]["equal"]
     assert found[name]["converted"]

@@ -3,6 +3,7 @@
 from mlspecqd_jax.network.config import Config
 from mlspecqd_jax.network.families.apertus import apertus
 from mlspecqd_jax.network.families.cohere import cohere, cohere2
+from mlspecqd_jax.network.families.deepseek import deepseek_v2, deepseek_v3, glm4_moe_lite, mistral4, youtu
 from mlspecqd_jax.network.families.ernie4_5 import ernie4_5, ernie4_5_moe
 from mlspecqd_jax.network.families.exaone4 import exaone4
 from mlspecqd_jax.network.families.falcon import falcon
@@ -94,6 +95,11 @@ FAMILIES = {
     "llama4_text": llama4,
     "ernie4_5_moe": ernie4_5_moe,
     "hunyuan_v1_moe": hunyuan_moe,
+    "deepseek_v2": deepseek_v2,
+    "deepseek_v3": deepseek_v3,
+    "glm4_moe_lite": glm4_moe_lite,
+    "mistral4": mistral4,
+    "youtu": youtu,
     "qwen2_vl_text": qwen2,
     "qwen2_5_vl_text": qwen2,
     "qwen3_vl_text": qwen3,

@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 from mlspecqd_jax.network.config import Attention, Config, Experts, GatedMLP, Layer, Norm, OwnInput, Router
-from mlspecqd_jax.network.families.common import EXPERT, SANDWICH, Sources, attention, decoder, renamed, windows
+from mlspecqd_jax.network.families.common import EXPERT, SANDWICH, Sources, attention, decoder, renamed, stacked_experts, windows
 from mlspecqd_jax.weights.tensors import Source
 
 LAYER = "model.layers.*"
@@ -59,14 +59,6 @@ def _beside(c, norm: Norm, dense: GatedMLP) -> Experts:
 
 
 def _experts(c) -> Sources:
-    rows = zip(EXPERT, ("gate_up_proj", "gate_up_proj", "down_proj"), (0, 1, 0), (1, 2, None), strict=True)
-    size, number = c.moe_intermediate_size, c.num_experts
-    stacks = tuple(
-        (
-            f"{MLP}.experts.{name}.weight",
-            Source((f"{LAYER}.experts.{file}",), number, start * size, stop and stop * size, stack=number),
-        )
-        for name, file, start, stop in rows
-    )
     scales = {f"{MLP}.gate.norm.weight": "scale", f"{MLP}.gate.expert_factors": "per_expert_scale"}
-    return renamed(BESIDE) + stacks + tuple((own, Source((f"{LAYER}.router.{name}",))) for own, name in scales.items())
+    stacked = stacked_experts(c.num_experts, c.moe_intermediate_size, f"{LAYER}.experts")
+    return renamed(BESIDE) + stacked + tuple((own, Source((f"{LAYER}.router.{name}",))) for own, name in scales.items())
