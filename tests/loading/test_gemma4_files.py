@@ -6,6 +6,7 @@ import family_files
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import quantized_folders
 from configs import parse
 from refusals import refused
 
@@ -13,6 +14,8 @@ import mlspecqd_jax as mlsd
 from mlspecqd_jax.loading import config_file, huggingface
 from mlspecqd_jax.loading.description import describe
 from mlspecqd_jax.network.network import Network
+from mlspecqd_jax.stacks import is_twin
+from mlspecqd_jax.weights.quantized_array import QuantizedArray
 
 TABLE = "model.own_inputs.embed_tokens.weight"
 TINY, EXPERTS = family_files.CONFIGS["gemma4"], family_files.CONFIGS["gemma4_experts"]["text_config"]
@@ -132,3 +135,20 @@ def test_a_twin_casts_each_layer_s_own_part_and_shares_the_table(tmp_path):
     assert {"model.own_inputs.projection.weight", "model.layers.4.own.down_proj.weight"} <= cast
     assert twin.params[TABLE] is model.params[TABLE]
     assert model.nbytes - model.pass_bytes == model.params[TABLE].nbytes
+    found = describe(tmp_path)
+    assert found["parameters_per_token"] == model.pass_bytes // 2
+
+
+@pytest.mark.slow
+def test_a_dense_one_that_others_quantized_is_its_twin(tmp_path):
+    """Whose layers have no values of their own, and heads of two sizes."""
+    sizes = {"hidden_size": 64, "intermediate_size": 192, "head_dim": 16, "global_head_dim": 32, "tie_word_embeddings": False}
+    config = family_files.CONFIGS["gemma4_unified"]["text_config"] | sizes
+    tensors = Network(config_file.config_of(tmp_path / "config.json", config)).tensors()
+    plain = {name: family_files.drawn(name, t.shape).astype(np.float16).astype(np.float32) for name, t in tensors.items()}
+    target = mlsd.load(quantized_folders.write_plain(tmp_path / "plain", plain, config), dtype="float32")
+    quantization, _ = quantized_folders.LAYOUTS["nvfp4"]
+    folder = quantized_folders.write(tmp_path / "quantized", quantized_folders.quantized("nvfp4", plain)[0], quantization, config)
+    twin = mlsd.load(folder, twin_of=target)
+    assert is_twin(twin, target)
+    assert all(isinstance(twin.params[name], QuantizedArray) == name.endswith("_proj.weight") for name in plain)

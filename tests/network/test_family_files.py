@@ -24,7 +24,7 @@ families = pytest.mark.parametrize("family", list(family_files.CONFIGS))
 SOME = (
     *("gemma", "granite", "olmo", "smollm3", "phi3_long", "glm4", "cohere2", "olmo3", "exaone4_all", "granite_swa", "gpt2", "gptj"),
     *("falcon_heads", "stablelm_parallel", "nemotron", "apertus", "qwen2_moe", "gpt_oss", "glm4_moe", "llama4", "mistral3"),
-    "gemma4",
+    *("gemma4", "deepseek_v3"),
 )
 
 
