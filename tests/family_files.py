@@ -10,23 +10,24 @@ import pathlib
 import zlib
 from collections.abc import Callable
 
+import gemma4_configs
+import latent_configs
 import numpy as np
 import tiny
+from family_sizes import IDS as _IDS
+from family_sizes import VISION as _VISION
+from family_sizes import VOCAB
+from family_sizes import YARN as _YARN
+from family_sizes import text as _text
+from family_sizes import with_images as _with_images
 
 import mlspecqd_jax as mlsd
 from mlspecqd_jax.loading import config_file
 
 REFERENCE = pathlib.Path(__file__).parent / "reference" / "families"
-VOCAB, TOKENS = 61, 17
+TOKENS = 17
 
-_SIZES = {"vocab_size": VOCAB, "hidden_size": 48, "intermediate_size": 56, "num_hidden_layers": 2, "num_attention_heads": 4}
-_SIZES |= {"num_key_value_heads": 2, "max_position_embeddings": 640}
-# Older files name no padding token, and some classes' default lies beyond a small vocabulary.
-_IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-_YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
 _GROWING = _YARN | {"original_max_position_embeddings": 6, "llama_4_scaling_beta": 0.3}
-_VISION = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28}
-_VISION |= {"patch_size": 14}
 _QWEN_VISION = {"depth": 1, "hidden_size": 32, "intermediate_size": 40, "num_heads": 2, "patch_size": 14, "out_hidden_size": 48}
 _GRANITE = {"embedding_multiplier": 3.0, "logits_scaling": 4.0, "residual_multiplier": 0.3}
 _SPARSE = {"num_hidden_layers": 3, "decoder_sparse_step": 2}  # every other layer
@@ -34,18 +35,9 @@ _LLAMA4 = {"head_dim": 14, "num_local_experts": 5, "intermediate_size_mlp": 40, 
 _MROPE = {"rope_theta": 1e6, "rope_scaling": {"type": "mrope", "mrope_section": [2, 2, 2]}}
 
 
-def _text(model_type: str, **keys) -> dict:
-    return {"model_type": model_type} | _SIZES | _IDS | keys
-
-
 def _gpt(model_type: str, **keys) -> dict:
     sizes = {"vocab_size": VOCAB, "n_embd": 48, "n_layer": 2, "n_head": 4, "n_positions": 64}
     return {"model_type": model_type} | sizes | _IDS | keys
-
-
-def _with_images(model_type: str, text: dict | None, vision: dict = _VISION, **keys) -> dict:
-    within = {} if text is None else {"text_config": text}
-    return {"model_type": model_type, "vision_config": vision} | within | keys
 
 
 CONFIGS: dict[str, dict] = {
@@ -231,6 +223,7 @@ def text_type(config: dict) -> str:
     return config.get("text_config", {}).get("model_type", config_file.WRAPPERS.get(kind, (kind,))[0])
 
 
+CONFIGS |= gemma4_configs.CONFIGS | latent_configs.CONFIGS
 COMPARED = tiny.FAMILIES | CONFIGS  # config.json by name of every checkpoint whose logits are compared with transformers'
 
 
@@ -239,7 +232,8 @@ def _one_each(with_images: bool) -> dict[str, str]:
     return {text_type(config): name for name, config in reversed(COMPARED.items()) if ("vision_config" in config) == with_images}
 
 
-GENERATED = _one_each(True) | _one_each(False)  # what is generated from too, plainly and with each of STACKS
+# What is generated from too, plainly and with each of STACKS; of Gemma 4 also the one with experts.
+GENERATED = _one_each(True) | _one_each(False) | {"gemma4": "gemma4_experts"}
 STACKS: dict[str, Callable[[mlsd.Model], tuple[mlsd.Model, int]]] = {
     "its twin": lambda model: (model.quantized(), 3),  # whose products are rounded
     "itself": lambda model: (model, 3),  # all of whose drafts are accepted

@@ -20,7 +20,7 @@ from mlspecqd_jax.loading.native_mxfp4 import FORMAT as NATIVE
 from mlspecqd_jax.loading.native_mxfp4 import is_native
 from mlspecqd_jax.loading.origin import origin
 from mlspecqd_jax.loading.quantized.method import Quantization, quantization_of, reader_of
-from mlspecqd_jax.network.config import Config
+from mlspecqd_jax.network.config import Config, LatentAttention
 from mlspecqd_jax.network.network import Network
 from mlspecqd_jax.weights.formats import FORMATS, format_of
 from mlspecqd_jax.weights.quantization import default_policy, formats_of, with_head
@@ -41,15 +41,16 @@ def describe(model: str | os.PathLike, platform: str = "cpu") -> dict[str, Any]:
 
     Returns:
       By name: family, parameters; parameters_per_token, where a pass over one token reads less; bytes_in_bfloat16, pass_bytes (what
-      such a pass reads of the weights), cache_bytes_per_token (of a row); positions, vocabulary, layers, what else its small files
-      tell; and twins, by format: bytes, what a twin adds, and part_of_pass, what its pass reads of pass_bytes.
+      such a pass reads of the weights), cache_bytes_per_token (of a row); positions, vocabulary, layers, embedding_by_layer (where
+      there is one), what else its small files tell; and twins, by format: bytes, what a twin adds, and part_of_pass, what its pass
+      reads of pass_bytes.
 
     Raises:
       InputError: it is not supported; the sentence is what loading it would say.
     """
     config, told, native = _read(model)
     network = Network(config)
-    tensors, attention = network.tensors(), config.layers[0].mixer
+    tensors = network.tensors()
     sizes, part = _sizes(tensors, native), network.parts_read()
     size = parameters(tensors)
     read, pass_bytes = (round(sum(of[name] * part[name] for name in tensors)) for of in (_numbers(tensors), sizes))
@@ -63,8 +64,8 @@ def describe(model: str | os.PathLike, platform: str = "cpu") -> dict[str, Any]:
         "cache_bytes_per_token": _cache_bytes(network),
         "positions": config.max_positions,
         "vocabulary": config.vocab_size,
-        "layers": f"{len(config.layers)} x hidden {config.hidden_size}, {attention.heads} heads, "
-        f"{attention.kv_heads} key/value heads",
+        "layers": f"{len(config.layers)} x hidden {config.hidden_size}, {_heads(config)}",
+        **_own_inputs(config),
         **told,
         "twins": {name: twin for name in FORMATS if (twin := _twin(network, name, platform, native))},
     }
@@ -100,6 +101,27 @@ def _read(model: str | os.PathLike) -> tuple[Config, dict[str, Any], bool]:
         "recorded_sampling": recorded,
     }
     return found.config, told, is_native(raw)
+
+
+def _heads(config: Config) -> str:
+    mixers = [layer.mixer for layer in config.layers]
+    kept = dict.fromkeys(
+        f"latents of {m.latent} + {m.turned_dim}" if isinstance(m, LatentAttention) else str(m.kv_heads)
+        for m in mixers
+        if m.kept_by is None
+    )
+    what = "" if isinstance(mixers[0], LatentAttention) else " key/value heads"
+    sharing = sum(m.kept_by is not None for m in mixers)
+    return f"{mixers[0].heads} heads, {' or '.join(kept)}{what}" + f", {sharing} with those of earlier layers" * (sharing > 0)
+
+
+def _own_inputs(config: Config) -> dict[str, str]:
+    """Tell of an embedding that each layer has a part of."""
+    own = config.layers[0].own
+    if own is None:
+        return {}
+    row = own.layers * own.size
+    return {"embedding_by_layer": f"{own.vocab_size * row:,} of the parameters, of which a token reads {row:,}"}
 
 
 def _weights(raw: dict, quantization: Quantization | None) -> str:

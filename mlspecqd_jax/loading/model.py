@@ -17,7 +17,15 @@ from mlspecqd_jax.network.network import Network
 from mlspecqd_jax.text.card import Card
 from mlspecqd_jax.text.fast_tokenizer import FastTokenizer
 from mlspecqd_jax.weights.cast import check_scale_rule
-from mlspecqd_jax.weights.quantization import Policy, Recipe, bits_of, default_policy, formats_of, quantize_params, recipe_of_bits
+from mlspecqd_jax.weights.quantization import (
+    Policy,
+    Recipe,
+    bits_of,
+    default_policy,
+    formats_of,
+    quantize_params,
+    recipe_of_bits,
+)
 from mlspecqd_jax.weights.quantized_array import Leaf, QuantizedArray
 from mlspecqd_jax.weights.tensors import EMBEDDING, HEAD
 
@@ -52,7 +60,7 @@ class Model:
         return sum(leaf.nbytes for leaf in self.params.values())
 
     def bytes_read(self, rows: int | np.ndarray = 1) -> Any:
-        """Return what a pass over so many rows reads of the weights: all but an embedding that is not the head.
+        """Return what a pass over so many rows reads of the weights: all but tables, of which it reads some rows.
 
         Of experts it is those that rows hit which choose by chance (`Network.parts_read`).
         """

@@ -9,7 +9,7 @@ _MAMBA = "a model with recurrent layers (a state space)"
 _CONVOLUTION = "a model with short convolutions"
 _INDEXED = "a model whose attention is sparse by an index"
 _HYPER = "a model with hyper-connections"
-_GEMMA4 = "a model whose layers differ in the sizes of their heads and share keys and values"
+_ASSISTANT = "a model that drafts from what another model computes"
 NAMED = (
     dict.fromkeys(("bloom", "mpt"), _ALIBI)
     | dict.fromkeys(("qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_next", "olmo_hybrid"), _DELTA)
@@ -20,7 +20,7 @@ NAMED = (
     | dict.fromkeys(("lfm2", "lfm2_moe", "lfm2_vl", "lfm3", "lfm3_vl"), _CONVOLUTION)
     | dict.fromkeys(("deepseek_v32", "glm_moe_dsa", "glm5_next", "minimax_m3_vl", "minimax_m3_vl_text"), _INDEXED)
     | dict.fromkeys(("deepseek_v4", "qwen4_exp", "qwen4_exp_text", "hy_v4", "hy_v4_vl"), _HYPER)
-    | dict.fromkeys(("gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text"), _GEMMA4)
+    | dict.fromkeys(("gemma4_assistant", "gemma4_unified_assistant"), _ASSISTANT)
     | dict.fromkeys(("gemma3n", "gemma3n_text"), "a model whose layers predict and correct several streams (AltUp)")
     | dict.fromkeys(("mllama",), "a model whose text attends to images across (cross-attention)")
     | dict.fromkeys(("paligemma",), "a model that attends to its whole prompt in both directions")
@@ -28,7 +28,7 @@ NAMED = (
     | dict.fromkeys(("nanochat",), "a model that rotates in the other sense")
 )
 BY_KEY = (
-    (("kv_lora_rank",), "multi-head latent attention"),
+    (("kv_lora_rank",), "another model with multi-head latent attention"),
     (("num_experts", "num_local_experts", "n_routed_experts", "moe_intermediate_size"), "a mixture of experts"),
     (("is_encoder_decoder",), "an encoder-decoder"),
     (("vision_config", "audio_config", "text_config"), "a multimodal model"),

@@ -16,7 +16,7 @@ class KVCache(NamedTuple):
     """Keys and values of one layer, indexed by absolute position; it carries no length."""
 
     k: jax.Array  # [B, Hkv, S, D]
-    v: jax.Array  # [B, Hkv, S, Dv]
+    v: jax.Array | None  # [B, Hkv, S, Dv], None where the keys are the values too
 
 
 class ExpertsRead(NamedTuple):

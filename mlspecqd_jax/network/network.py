@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 from mlspecqd_jax.errors import InputError
 from mlspecqd_jax.network import ops
 from mlspecqd_jax.network.attention import ExpertsRead, KVCache
-from mlspecqd_jax.network.config import Config, Experts
+from mlspecqd_jax.network.config import Config, Experts, LatentAttention
 from mlspecqd_jax.network.layers import ALONG_N, Linear
 from mlspecqd_jax.network.trunk import Trunk
 from mlspecqd_jax.weights.placement import cache_sharding
@@ -130,7 +130,7 @@ class Network:
         return ops.narrower(whole, embedding.dtype.name, chip_of(next(iter(embedding.devices()))), self.mesh)
 
     def parts_read(self, rows: int | np.ndarray = 1) -> dict[str, Any]:
-        """Return what part of each parameter a pass over so many rows reads, by name: of an embedding that is no head nothing.
+        """Return what part of each parameter a pass over so many rows reads, by name: of tables next to nothing.
 
         Of experts it is those that rows hit which choose by chance, each for itself: 1 - (1 - C / E)^rows. Real ones choose more
         alike, and hit fewer.
@@ -141,16 +141,23 @@ class Network:
             assert isinstance(feed, Experts)
             return 1 - (1 - feed.router.chosen / feed.router.experts) ** rows
 
-        found = {name: 1.0 if tensor.experts is None else of_experts(name) for name, tensor in self.tensors().items()}
-        return found if self.config.tied else found | {EMBEDDING: 0.0}
+        def part(name, tensor):
+            if tensor.gathered and not (name == EMBEDDING and self.config.tied):
+                return 0.0
+            return 1.0 if tensor.experts is None else of_experts(name)
+
+        return {name: part(name, tensor) for name, tensor in self.tensors().items()}
 
     def experts_read(self, cache: list[KVCache | ExpertsRead]) -> jax.Array | None:
         """Return of how many experts a layer has read the weights so far, on average: f32 [], or None of a model without any."""
         last = cache[-1]
         return last.total if isinstance(last, ExpertsRead) else None
 
-    def init_cache(self, params: dict[str, jax.Array], batch: int, slots: int) -> list[KVCache | ExpertsRead]:
-        """Return zeroed caches of `slots` positions for every layer, in the dtype of the embedding; of a mixture, a count too."""
+    def init_cache(self, params: dict[str, jax.Array], batch: int, slots: int) -> list[KVCache | ExpertsRead | None]:
+        """Return zeroed caches of `slots` positions in the dtype of the embedding, None for a layer that reads an earlier one's.
+
+        Those of a mixture end with a count.
+        """
         dtype = params[EMBEDDING].dtype
 
         def zeros(heads, size):
@@ -159,9 +166,12 @@ class Network:
                 return buffer
             return jax.lax.with_sharding_constraint(buffer, cache_sharding(buffer.shape, self.mesh))
 
-        mixers = [layer.mixer for layer in self.config.layers]
-        caches: list[KVCache | ExpertsRead] = []
-        caches += [KVCache(zeros(m.kv_heads, m.head_dim), zeros(m.kv_heads, m.value_dim)) for m in mixers]
+        def of(m):
+            if isinstance(m, LatentAttention):
+                return KVCache(zeros(1, m.latent + m.turned_dim), None)
+            return None if m.kept_by is not None else KVCache(zeros(m.kv_heads, m.head_dim), zeros(m.kv_heads, m.value_dim))
+
+        caches: list[KVCache | ExpertsRead | None] = [of(layer.mixer) for layer in self.config.layers]
         mixture = any(isinstance(layer.feed, Experts) for layer in self.config.layers)
         return caches + [ExpertsRead(jnp.zeros((), jnp.float32))] * mixture
 
@@ -170,7 +180,7 @@ class Network:
         params,
         tokens: jax.Array,
         start: jax.Array,
-        cache: list[KVCache | ExpertsRead] | None,
+        cache: list[KVCache | ExpertsRead | None] | None,
         *,
         features: bool = False,
     ):
@@ -224,7 +234,7 @@ def _tensor(name: str, leaf: nnx.Param, sources: dict[str, Source]) -> Tensor:
     source = sources.get(anywhere, of_module._replace(names=tuple(f"{other}.{kind}" for other in of_module.names)))
     names = source.names if here is None else tuple(other.replace("*", here[1]) for other in source.names)
     known = facts.get("axes", ()), facts.get("linear", False), (source._replace(names=names),)
-    return Tensor(leaf.get_value().shape, *known, facts.get("dtype"), facts.get("experts"))
+    return Tensor(leaf.get_value().shape, *known, facts.get("dtype"), facts.get("experts"), facts.get("gathered", False))
 
 
 def _name(path) -> str:

@@ -116,7 +116,7 @@ def rule_of(format: str, scale_rule: str) -> str:
 
 def with_head(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return what the parameters of a twin are: where the embedding is the head too, it may be cast as a linear layer's weight."""
-    return dict(tensors) if HEAD in tensors else dict(tensors) | {HEAD: tensors[EMBEDDING]._replace(linear=True)}
+    return dict(tensors) if HEAD in tensors else dict(tensors) | {HEAD: tensors[EMBEDDING]._replace(linear=True, gathered=False)}
 
 
 def place_quantized(

@@ -51,7 +51,8 @@ def test_the_numbers_are_those_of_the_loaded_model(tmp_path, name):
         policy = default_policy(format, model.network.config.tied, "cpu")
         twin = quantize_params(model.params, model.network.tensors(), format, policy)
         own = sum(leaf.nbytes for name, leaf in twin.items() if leaf is not model.params.get(name))
-        read = sum(leaf.nbytes for name, leaf in twin.items() if name != EMBEDDING)
+        tables = {name for name, tensor in model.network.tensors().items() if tensor.gathered}
+        read = sum(leaf.nbytes for name, leaf in twin.items() if name not in tables)
         assert HEAD in twin
         assert found["twins"][format] == {"bytes": own, "part_of_pass": read / model.bytes_read()}
 
@@ -124,7 +125,8 @@ def test_every_model_type_of_transformers_is_described_or_refused_in_one_sentenc
     assert len(described) >= 50
     assert len(described) + len(refusals) > 250
     odd = [name for name, sentence in refusals.items() if "is not supported" not in sentence]
-    assert odd == ["glm4_moe"]  # whose default heads have 21 elements to rotate in pairs
+    # The one's default is no number of experts, the other's heads have 21 elements to rotate in pairs.
+    assert odd == ["deepseek_v2", "glm4_moe"]
     for sentence in refusals.values():
         assert "\n" not in sentence
         assert len(sentence) < 1200
