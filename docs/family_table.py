@@ -17,7 +17,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import family_files  # noqa: E402  (of the tests)
 
 from mlspecqd_jax.loading.config_file import WRAPPERS, config_of  # noqa: E402
-from mlspecqd_jax.network.config import MLP, ClampedSwish, Config, Experts  # noqa: E402
+from mlspecqd_jax.network.config import MLP, Attention, ClampedSwish, Config, Experts, ShortConv  # noqa: E402
 from mlspecqd_jax.network.families import FAMILIES  # noqa: E402
 
 PAGE = ROOT / "docs" / "models.md"
@@ -125,6 +125,7 @@ ROWS = (
         "chunks of positions; layers without; one expert chosen, whose input is scaled, and a shared one",
     ),
     Row(("apertus",), "Apertus", "an activation with parameters"),
+    Row(("lfm2", "lfm2_moe"), "LFM2, LFM2-8B-A1B", "short convolutions in place of most attention; experts chosen by sigmoids"),
 )
 
 
@@ -136,7 +137,8 @@ def described(raw: dict) -> Config:
 def features(raw: dict) -> list[str]:
     """Return what of a checkpoint's network is not as in the first Llama's, in words."""
     c = described(raw)
-    layers, mixers, feeds = c.layers, [layer.mixer for layer in c.layers], [layer.feed for layer in c.layers]
+    layers, feeds = c.layers, [layer.feed for layer in c.layers]
+    mixers = [layer.mixer for layer in c.layers if isinstance(layer.mixer, Attention)]
     ropes = [mixer.rope for mixer in mixers]
     sources = [source for _, source in c.sources]
     text = raw.get("text_config") or raw
@@ -154,6 +156,7 @@ def features(raw: dict) -> list[str]:
         "shared experts": any(feed.shared for feed in experts),
         "dense layers": 0 < len(experts) < len(feeds),
         "bounded swish": any(isinstance(feed.act, ClampedSwish) for feed in feeds),
+        "short convolutions": any(isinstance(layer.mixer, ShortConv) for layer in layers),
         "chunks": any(mixer.chunk for mixer in mixers),
         "no gate": any(isinstance(feed, MLP) for feed in feeds),
         ACTS.get(act, "GELU"): act != "silu" and not isinstance(act, ClampedSwish),

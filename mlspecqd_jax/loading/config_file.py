@@ -12,6 +12,7 @@ from mlspecqd_jax.arguments import brief
 from mlspecqd_jax.errors import InputError
 from mlspecqd_jax.json_files import read_json, read_json_if_there, reason
 from mlspecqd_jax.loading.config_keys import KEYS, ROPE_KEYS, check_numbers, check_table
+from mlspecqd_jax.loading.config_kinds import LAYER_TYPES, check_kinds, respelled
 from mlspecqd_jax.loading.unsupported import why
 from mlspecqd_jax.network.config import Config, Experts, Router
 from mlspecqd_jax.network.families import FAMILIES
@@ -33,6 +34,7 @@ WRAPPERS = {
     "smolvlm": ("llama",),
     "idefics3": ("llama",),
     "llama4": ("llama4_text",),
+    "lfm2_vl": ("lfm2",),
 }
 WITHOUT_TEXT_CONFIG = ("qwen2_vl", "qwen2_5_vl")  # whose first files hold the language model's keys beside vision_config
 # Families that may rotate a part of each head.
@@ -51,8 +53,6 @@ UNSUPPORTED = {
     "add_cross_attention": "only a decoder of text alone is",
     "qk_layernorm": "only models without these norms are",
 }
-LAYER_TYPES = ("full_attention", "sliding_attention")
-CHUNKED = ("full_attention", "chunked_attention")  # of Llama 4
 
 
 def read_config(folder: pathlib.Path) -> Config:
@@ -71,11 +71,9 @@ def config_of(path: pathlib.Path, raw: dict) -> Config:
     Raises:
       InputError: as `read_config`.
     """
-    _refuse(path, raw)
-    raw = _of_text(path, raw)
+    _refuse(path, respelled(raw))
+    raw = respelled(_of_text(path, raw))
     family = raw["model_type"]
-    if family == "qwen2_moe" and not raw.get("use_sliding_window"):  # then transformers writes a window of 0
-        raw = {key: value for key, value in raw.items() if key != "sliding_window"}
     _check_values(path, raw, family)
     c = _with_defaults(path, raw, family)
 
@@ -85,9 +83,10 @@ def config_of(path: pathlib.Path, raw: dict) -> Config:
     dim = head_dim(c)
     if dim < 2 or dim % 2:
         raise InputError(f"{path}: head_dim is {dim}, but rotary positions need an even one of at least 2; correct that key")
-    act = next(key for key in ("hidden_activation", "hidden_act", "activation_function", "activation") if hasattr(c, key))
+    acts = (key for key in ("hidden_activation", "hidden_act", "activation_function", "activation") if hasattr(c, key))
+    act = next(acts, None)  # one that has no such key has one activation
     known = (*ACTIVATIONS, *(("xielu",) if family == "apertus" else ()))
-    if getattr(c, act) not in known:
+    if act is not None and getattr(c, act) not in known:
         raise InputError(f"{path}: {act} {brief(getattr(c, act))} is not supported; supported: {', '.join(known)}")
     for key, instead in UNSUPPORTED.items():
         if getattr(c, key, False) and not (key == "qk_layernorm" and family == "phi"):
@@ -186,18 +185,13 @@ def _check_values(path: pathlib.Path, raw: dict, family: str) -> None:
     else:
         for kind, rope in ropes.items():
             _check_rope_keys(path, rope, f"rope_parameters: {kind}")
-    kinds = raw.get("layer_types")
-    layers = raw.get("num_hidden_layers", len(kinds or ()))  # text_config may leave it to the default
+    check_kinds(path, raw, family)
+    layers = raw.get("num_hidden_layers", len(raw.get("layer_types") or ()))  # text_config may leave it to the default
     for key in ("no_rope_layers", "layer_rope_theta", "moe_topk"):
         if isinstance(raw.get(key), list) and (
             raw[key] or family != "llama4_text"
         ):  # whose files say by none that it is the default
             check_numbers(path, key, raw[key], layers, least=0)
-    known = CHUNKED if family == "llama4_text" else LAYER_TYPES
-    if kinds is not None and (len(kinds) != layers or any(kind not in known for kind in kinds)):
-        raise InputError(
-            f"{path}: layer_types is {brief(kinds)}, but must name one of {', '.join(known)} for each of {layers} layers"
-        )
 
 
 def _check_rope_keys(path: pathlib.Path, rope: dict, name: str) -> None:

@@ -154,6 +154,14 @@ KEYS: dict[str, Rule] = {
     "attn_scale": _number(0, 1e3),
     "swiglu_alpha": SCALE,
     "swiglu_limit": SCALE,
+    "conv_L_cache": _whole(1, 1024),
+    "conv_bias": FLAG,
+    "block_multiple_of": _whole(1, 2**20),
+    "block_ffn_dim_multiplier": SCALE_OR_NULL,
+    "block_auto_adjust_ff_dim": FLAG,
+    "full_attn_idxs": LIST,
+    "num_dense_layers": _whole(0, 1024),
+    "use_expert_bias": FLAG,
 }
 ROPE_KEYS: dict[str, Rule] = {
     "rope_type": TEXT,

@@ -18,7 +18,7 @@ from mlspecqd_jax.loading.find import find_config
 from mlspecqd_jax.loading.native_mxfp4 import is_native
 from mlspecqd_jax.loading.origin import origin
 from mlspecqd_jax.loading.quantized.method import Quantization, quantization_of, reader_of
-from mlspecqd_jax.network.config import Config, Experts
+from mlspecqd_jax.network.config import Attention, Config, Experts
 from mlspecqd_jax.network.network import Network
 from mlspecqd_jax.weights.formats import FORMATS, format_of
 from mlspecqd_jax.weights.quantization import default_policy, formats_of, with_head
@@ -39,15 +39,17 @@ def describe(model: str | os.PathLike, platform: str = "cpu") -> dict[str, Any]:
 
     Returns:
       By name: family, parameters; parameters_per_token, where a pass over one token reads less; bytes_in_bfloat16, pass_bytes (what
-      such a pass reads of the weights), cache_bytes_per_token (of a row); positions, vocabulary, layers, what else its small files
-      tell; and twins, by format: bytes, what a twin adds, and part_of_pass, what its pass reads of pass_bytes.
+      such a pass reads of the weights), cache_bytes_per_token (of a row); where layers do not keep all positions, state_bytes (of a
+      row, however long its text) and replay_bytes_per_token (of those that may be fed again); positions, vocabulary, layers, what
+      else its small files tell; and twins, by format: bytes, what a twin adds, and part_of_pass, what its pass reads of pass_bytes.
 
     Raises:
       InputError: it is not supported; the sentence is what loading it would say.
     """
     config, told = _read(model)
     network = Network(config)
-    tensors, attention = network.tensors(), config.layers[0].mixer
+    tensors, mixers = network.tensors(), [layer.mixer for layer in config.layers]
+    attention = [mixer for mixer in mixers if isinstance(mixer, Attention)]
     size, read = parameters(tensors), _read_by_a_pass(network)
     return {
         "model": str(model),
@@ -56,11 +58,12 @@ def describe(model: str | os.PathLike, platform: str = "cpu") -> dict[str, Any]:
         **({} if read == size else {"parameters_per_token": read}),
         "bytes_in_bfloat16": BFLOAT16 * size,
         "pass_bytes": BFLOAT16 * read,
-        "cache_bytes_per_token": _cache_bytes(network),
+        **_cache_bytes(network),
         "positions": config.max_positions,
         "vocabulary": config.vocab_size,
-        "layers": f"{len(config.layers)} x hidden {config.hidden_size}, {attention.heads} heads, "
-        f"{attention.kv_heads} key/value heads",
+        "layers": f"{len(mixers)} x hidden {config.hidden_size}, "
+        + ("" if len(attention) == len(mixers) else f"{len(attention)} of them of attention, ")
+        + f"{attention[0].heads} heads, {attention[0].kv_heads} key/value heads",
         **told,
         "twins": {name: twin for name in FORMATS if (twin := _twin(network, name, platform))},
     }
@@ -124,15 +127,18 @@ def _part_read(network: Network, name: str, tensor: Tensor) -> float:
     return feed.router.chosen / tensor.experts
 
 
-def _cache_bytes(network: Network) -> int:
-    """Return by how many bytes one more token of a row makes the caches larger, in bfloat16."""
+def _cache_bytes(network: Network) -> dict[str, int]:
+    """Return the bytes of a row's caches in bfloat16: for each token, and whatever its text's length, where that is not all."""
     embedding = {EMBEDDING: jax.ShapeDtypeStruct((network.config.vocab_size, network.config.hidden_size), jnp.bfloat16)}
 
-    def size(slots: int) -> int:
-        caches = jax.eval_shape(lambda params: network.init_cache(params, 1, slots), embedding)
+    def size(slots: int, reach: int = 0) -> int:
+        caches = jax.eval_shape(lambda params: network.reaching(reach).init_cache(params, 1, slots), embedding)
         return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(caches))
 
-    return size(2) - size(1)
+    found = {"cache_bytes_per_token": size(2) - size(1)}
+    if network.reach is not None:
+        found |= {"state_bytes": size(0), "replay_bytes_per_token": size(0, 2) - size(0, 1)}
+    return found
 
 
 def _twin(network: Network, format: str, platform: str) -> dict[str, Any] | None:

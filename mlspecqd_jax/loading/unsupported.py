@@ -17,7 +17,7 @@ NAMED = (
     | dict.fromkeys(("mamba", "mamba2", "falcon_mamba", "falcon_h1", "bamba", "zamba", "zamba2", "jamba"), _MAMBA)
     | dict.fromkeys(("nemotron_h", "nemotron_h_omni", "granitemoehybrid"), _MAMBA)
     | dict.fromkeys(("recurrent_gemma", "rwkv", "xlstm", "minimax"), "a model with recurrent layers")
-    | dict.fromkeys(("lfm2", "lfm2_moe", "lfm2_vl", "lfm3", "lfm3_vl"), _CONVOLUTION)
+    | dict.fromkeys(("lfm3", "lfm3_vl"), _CONVOLUTION)
     | dict.fromkeys(("deepseek_v32", "glm_moe_dsa", "glm5_next", "minimax_m3_vl", "minimax_m3_vl_text"), _INDEXED)
     | dict.fromkeys(("deepseek_v4", "qwen4_exp", "qwen4_exp_text", "hy_v4", "hy_v4_vl"), _HYPER)
     | dict.fromkeys(("gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text"), _GEMMA4)

@@ -62,6 +62,14 @@ class Attention:
 
 
 @dataclasses.dataclass(frozen=True)
+class ShortConv:
+    """out(c * conv(b * u)) with b, c and u the thirds of in(x); conv sums so many positions of a channel, its own the last."""
+
+    length: int
+    bias: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
 class GatedMLP:
     """down(act(gate(x)) * up(x))."""
 
@@ -123,7 +131,7 @@ class Experts:
 class Layer:
     """h = n0(x); x = x + n1(mixer(h)); x = x + n3(feed(n2(x))), each norm by its name in the file, None being the identity."""
 
-    mixer: Attention
+    mixer: Attention | ShortConv
     feed: GatedMLP | MLP | Experts
     norms: tuple[str | None, str | None, str | None, str | None]
     parallel: bool = False  # x = x + n1(mixer(h)) + n3(feed(n2(x))), or feed(h) without n2

@@ -22,14 +22,16 @@ from jax.sharding import Mesh
 from mlspecqd_jax.errors import InputError
 from mlspecqd_jax.network import ops
 from mlspecqd_jax.network.attention import KVCache
-from mlspecqd_jax.network.config import Config
+from mlspecqd_jax.network.config import Attention, Config, ShortConv
 from mlspecqd_jax.network.layers import ALONG_N, Linear
+from mlspecqd_jax.network.short_conv import ConvCache
 from mlspecqd_jax.network.trunk import Trunk
 from mlspecqd_jax.weights.placement import cache_sharding
 from mlspecqd_jax.weights.quantized_array import Leaf
 from mlspecqd_jax.weights.tensors import EMBEDDING, HEAD, Source, Tensor
 from pallas_kernels import chip_of
 
+Cache = KVCache | ConvCache
 FIRST = ".layers.0."  # in the names of a first layer's parameters
 
 
@@ -67,6 +69,16 @@ class Network:
 
     config: Config
     mesh: Mesh | None = None
+    kept: int = 0  # of `reach`, in layers that do not keep all positions
+
+    @property
+    def reach(self) -> int | None:
+        """How many positions at the end of what was fed may be fed again; None is all (contract C15)."""
+        return None if all(isinstance(layer.mixer, Attention) for layer in self.config.layers) else self.kept
+
+    def reaching(self, positions: int) -> "Network":
+        """Return the same network with caches in which so many positions may be fed again."""
+        return self if self.reach is None else dataclasses.replace(self, kept=positions)
 
     @property
     def vocab_size(self) -> int:
@@ -123,8 +135,8 @@ class Network:
         embedding = cast(jax.Array, params[EMBEDDING])
         return ops.narrower(whole, embedding.dtype.name, chip_of(next(iter(embedding.devices()))), self.mesh)
 
-    def init_cache(self, params: dict[str, jax.Array], batch: int, slots: int) -> list[KVCache]:
-        """Return zeroed caches of `slots` positions for every layer, in the dtype of the embedding."""
+    def init_cache(self, params: dict[str, jax.Array], batch: int, slots: int) -> list[Cache]:
+        """Return zeroed caches of every layer, in the dtype of the embedding: of `slots` positions, or of the last few."""
         dtype = params[EMBEDDING].dtype
 
         def zeros(heads, size):
@@ -133,10 +145,16 @@ class Network:
                 return buffer
             return jax.lax.with_sharding_constraint(buffer, cache_sharding(buffer.shape, self.mesh))
 
-        mixers = [layer.mixer for layer in self.config.layers]
-        return [KVCache(zeros(m.kv_heads, m.head_dim), zeros(m.kv_heads, m.value_dim)) for m in mixers]
+        def empty(mixer):
+            match mixer:
+                case Attention():
+                    return KVCache(zeros(mixer.kv_heads, mixer.head_dim), zeros(mixer.kv_heads, mixer.value_dim))
+                case ShortConv():
+                    return ConvCache(jnp.zeros((batch, mixer.length - 1 + self.kept, self.config.hidden_size), dtype))
 
-    def __call__(self, params, tokens: jax.Array, start: jax.Array, cache: list[KVCache] | None, *, features: bool = False):
+        return [empty(layer.mixer) for layer in self.config.layers]
+
+    def __call__(self, params, tokens: jax.Array, start: jax.Array, cache: list[Cache] | None, *, features: bool = False):
         """Score a window and write it to the cache.
 
         Args:

@@ -39,6 +39,7 @@ __all__ = [
     "rms_norm",
     "rotary",
     "rotate",
+    "rounded",
     "row_multiple",
     "rows",
     "scaled",
@@ -101,6 +102,12 @@ def product(x: jax.Array, y: jax.Array) -> jax.Array:
     """
     most = jnp.finfo(x.dtype).max
     return jnp.clip(x * y, -most, most)
+
+
+def rounded(x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """Return x f32 in `dtype`, and no more of it: XLA may drop a cast and the one back, in one program and not in another."""
+    kind = jnp.finfo(dtype)
+    return jax.lax.reduce_precision(x, kind.nexp, kind.nmant).astype(dtype)
 
 
 def rotary(positions: jax.Array, rotation: Rope) -> tuple[jax.Array, jax.Array]:

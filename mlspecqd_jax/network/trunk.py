@@ -11,16 +11,19 @@ from mlspecqd_jax.network import config
 from mlspecqd_jax.network.experts import Experts
 from mlspecqd_jax.network.layers import MLP, Attention, Embedding, GatedMLP, Window, norm_of
 from mlspecqd_jax.network.ops import rotary, scaled
+from mlspecqd_jax.network.short_conv import ShortConv
+
+MIXERS: dict[type, str] = {config.Attention: "self_attn", config.ShortConv: "conv"}  # what they are called in a file
 
 
 class Block(nnx.Module):
-    """A decoder layer: attention and MLP between norms, which are named as in the file (`config.Layer`)."""
+    """A decoder layer: attention, or what stands for it, and MLP between norms, named as in the file (`config.Layer`)."""
 
     def __init__(self, layer: config.Layer, norm: config.Norm, k: int, *, init, rngs: nnx.Rngs):
         self.layer = layer
         for name in filter(None, layer.norms):
             setattr(self, name, norm_of(k, norm))
-        self.self_attn = Attention(layer.mixer, k, init=init, rngs=rngs)
+        setattr(self, MIXERS[type(layer.mixer)], _mixer(layer.mixer, k, init=init, rngs=rngs))
         if isinstance(layer.feed, config.GatedMLP):
             self.mlp = GatedMLP(layer.feed, k, init=init, rngs=rngs)
         elif isinstance(layer.feed, config.Experts):
@@ -33,12 +36,20 @@ class Block(nnx.Module):
         before, after, before_feed, after_feed = (getattr(self, name) if name else _identity for name in self.layer.norms)
         used, scale = window.used, self.layer.scale
         h = before(x, used)
-        mixed, cache = self.self_attn(h, window, cache)
+        mixed, cache = getattr(self, MIXERS[type(self.layer.mixer)])(h, window, cache)
         y = x + scaled(after(mixed, used), scale)
         if not self.layer.parallel:
             return y + scaled(after_feed(self.mlp(before_feed(y, used), used), used), scale), cache
         fed = self.mlp(h if self.layer.norms[2] is None else before_feed(x, used), used)
         return y + scaled(after_feed(fed, used), scale), cache
+
+
+def _mixer(mixer, k, **how):
+    match mixer:
+        case config.Attention():
+            return Attention(mixer, k, **how)
+        case config.ShortConv():
+            return ShortConv(mixer, k, **how)
 
 
 def _identity(x, used):
@@ -49,7 +60,7 @@ class Trunk(nnx.Module):
     """Embedding, layers and final norm: tokens [B, W], of which `used` are such (see `ops`), to hidden states [B, W, K]."""
 
     def __init__(self, c: config.Config, *, init, rngs: nnx.Rngs):
-        self.ropes = tuple(layer.mixer.rope for layer in c.layers)
+        self.ropes = tuple(getattr(layer.mixer, "rope", None) for layer in c.layers)
         self.embed_tokens = Embedding(c.vocab_size, c.hidden_size, c.embed_scale, init=init, rngs=rngs)
         positions = c.max_positions if c.learned_positions else 0
         self.embed_positions = Embedding(positions, c.hidden_size, 1.0, init=init, rngs=rngs) if positions else None

@@ -33,6 +33,8 @@ from mlspecqd_jax.loading import config_file
         ({"model_type": "qwen3_5", "text_config": {}, "vision_config": {}}, ("qwen3_5", "recurrent layers (gated delta nets)")),
         ({"model_type": "pixtral_9", "text_config": {"vocab_size": 9}, "vision_config": {}}, ("pixtral_9", "a multimodal model")),
         ({"model_type": "bloom", "n_layer": 2}, ("bloom", "ALiBi")),
+        ({"model_type": "lfm2", "layer_types": ["conv"]} | MINIMAL, ("is ['conv']", "full_attention, conv for each of 3")),
+        ({"model_type": "lfm2", "block_ff_dim": "x"} | MINIMAL, ("intermediate_size is 'x'", "a whole number")),
         ({"model_type": "gemma3", "vision_config": {}}, ("'text_config'", "add it")),
         ({"model_type": "gemma3", "text_config": [1]}, ("text_config is [1]", "an object of model_type gemma3_text")),
         ({"model_type": "gemma3", "text_config": {"model_type": "llama"} | MINIMAL}, ("text_config", "model_type gemma3_text")),

@@ -24,6 +24,7 @@ families = pytest.mark.parametrize("family", list(family_files.CONFIGS))
 SOME = (
     *("gemma", "granite", "olmo", "smollm3", "phi3_long", "glm4", "cohere2", "olmo3", "exaone4_all", "granite_swa", "gpt2", "gptj"),
     *("falcon_heads", "stablelm_parallel", "nemotron", "apertus", "qwen2_moe", "gpt_oss", "glm4_moe", "llama4", "mistral3"),
+    *("lfm2",),
 )
 
 
@@ -54,7 +55,8 @@ def apply(network, params, tokens, start, cache):
 
 def windows(network, params, width, starts):
     """Return the logits [T, V] last given at each position by windows of a width, some of which go back."""
-    tokens, cache = family_files.tokens(), network.init_cache(params, 1, family_files.TOKENS + 4)
+    network, tokens = network.reaching(9), family_files.tokens()
+    cache = network.init_cache(params, 1, family_files.TOKENS + 4)
     logits = np.full((family_files.TOKENS, family_files.VOCAB), np.nan, np.float32)
     for start in starts:
         out, cache = apply(network, params, tokens[:, start : start + width], np.array([start], np.int32), cache)

@@ -20,6 +20,7 @@ from mlspecqd_jax.loading.gguf.reader import GGUF, Entry, raw
 from mlspecqd_jax.loading.gguf.rope import DIVISORS
 from mlspecqd_jax.loading.huggingface import place_finite
 from mlspecqd_jax.loading.weight_files import some
+from mlspecqd_jax.network.config import Attention
 from mlspecqd_jax.network.network import Network
 from mlspecqd_jax.weights import tensors
 from mlspecqd_jax.weights.quantized_array import QuantizedArray
@@ -43,6 +44,7 @@ def locate(file: GGUF, model: Network) -> dict[str, Stored]:
       InputError: tensors missing, unknown, or of another shape.
     """
     kind, mixer = architecture(file), model.config.layers[0].mixer
+    assert isinstance(mixer, Attention), "as in all that are read of this kind of file"
     expected = tensors.stored_shapes(model.tensors())
     theirs = {name: gguf_name(name, kind) for name in expected}
     unknown = file.tensors.keys() - {*theirs.values(), DIVISORS}
