@@ -17,7 +17,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import family_files  # noqa: E402  (of the tests)
 
 from mlspecqd_jax.loading.config_file import WRAPPERS, config_of  # noqa: E402
-from mlspecqd_jax.network.config import MLP, Attention, ClampedSwish, Config, Experts, ShortConv  # noqa: E402
+from mlspecqd_jax.network.config import MLP, Attention, ClampedSwish, Config, DeltaNet, Experts, ShortConv  # noqa: E402
 from mlspecqd_jax.network.families import FAMILIES  # noqa: E402
 
 PAGE = ROOT / "docs" / "models.md"
@@ -125,6 +125,11 @@ ROWS = (
         "chunks of positions; layers without; one expert chosen, whose input is scaled, and a shared one",
     ),
     Row(("apertus",), "Apertus", "an activation with parameters"),
+    Row(
+        ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"),
+        "Qwen3-Next, Qwen3.5, Qwen3.6",
+        "gated delta nets in three of four layers, gates of what attention returns; experts beside a shared one",
+    ),
     Row(("lfm2", "lfm2_moe"), "LFM2, LFM2-8B-A1B", "short convolutions in place of most attention; experts chosen by sigmoids"),
 )
 
@@ -157,6 +162,8 @@ def features(raw: dict) -> list[str]:
         "dense layers": 0 < len(experts) < len(feeds),
         "bounded swish": any(isinstance(feed.act, ClampedSwish) for feed in feeds),
         "short convolutions": any(isinstance(layer.mixer, ShortConv) for layer in layers),
+        "delta nets": any(isinstance(layer.mixer, DeltaNet) for layer in layers),
+        "gated attention": any(mixer.gate for mixer in mixers),
         "chunks": any(mixer.chunk for mixer in mixers),
         "no gate": any(isinstance(feed, MLP) for feed in feeds),
         ACTS.get(act, "GELU"): act != "silu" and not isinstance(act, ClampedSwish),

@@ -236,8 +236,8 @@ def _scorer(draft: Model, target: Model, translations: dict[Any, _Translation]) 
             ) from error
         if draft.network.reach is not None:
             raise InputError(
-                f"{draft.card.name} has layers that do not keep all positions and another tokenizer than {target.card.name}, which is "
-                "not supported; draft with a model of the target's tokenizer, or one of attention alone"
+                f"{draft.card.name} has layers that do not keep all positions and another tokenizer than {target.card.name}, which "
+                "is not supported; draft with a model of the target's tokenizer, or one of attention alone"
             )
         console.say(
             f"{draft.card.name}: a draft of another tokenizer; {found.shared:,} of its {found.tokens:,} tokens are tokens of "

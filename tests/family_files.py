@@ -10,6 +10,7 @@ import pathlib
 import zlib
 from collections.abc import Callable
 
+import hybrid_files
 import numpy as np
 import tiny
 
@@ -193,20 +194,6 @@ CONFIGS: dict[str, dict] = {
         moe_topk=[2, 3],
         rope_scaling={"type": "dynamic", "alpha": 50.0, "factor": 1.0},
     ),
-    "lfm2": _text(
-        "lfm2", num_hidden_layers=3, layer_types=["conv", "full_attention", "conv"], conv_bias=True, block_multiple_of=20
-    ),
-    "lfm2_wide": _text("lfm2", full_attn_idxs=[1], conv_L_cache=5, block_auto_adjust_ff_dim=False, tie_word_embeddings=False),
-    "lfm2_moe": _text(
-        "lfm2_moe",
-        num_hidden_layers=3,
-        layer_types=["conv", "full_attention", "conv"],
-        num_dense_layers=1,
-        num_experts=5,
-        num_experts_per_tok=2,
-        moe_intermediate_size=36,
-        routed_scaling_factor=1.7,
-    ),
     "gemma3_images": _with_images(
         "gemma3", _text("gemma3_text", head_dim=14, sliding_window=5, layer_types=["sliding_attention", "full_attention"])
     ),
@@ -230,7 +217,6 @@ CONFIGS: dict[str, dict] = {
         _QWEN_VISION | {"deepstack_visual_indexes": [0]},
         tie_word_embeddings=True,
     ),
-    "lfm2_vl": _with_images("lfm2_vl", _text("lfm2", full_attn_idxs=[1]), _VISION | {"num_patches": 4}),
     "llava": _with_images("llava", _text("llama"), _VISION | {"model_type": "clip_vision_model"}),
     "llava_next": _with_images("llava_next", _text("mistral"), _VISION | {"model_type": "clip_vision_model"}),
     "llava_onevision": _with_images("llava_onevision", _text("qwen2"), _VISION | {"model_type": "siglip_vision_model"}),
@@ -238,6 +224,8 @@ CONFIGS: dict[str, dict] = {
     "smolvlm": _with_images("smolvlm", _text("llama", rms_norm_eps=1e-5)),
     "idefics3": _with_images("idefics3", _text("llama", rms_norm_eps=1e-5)),
 }
+
+CONFIGS |= hybrid_files.configs(_text, _with_images, _QWEN_VISION, _VISION)
 
 
 def text_type(config: dict) -> str:
@@ -271,7 +259,7 @@ def drawn(name: str, shape: tuple[int, ...]) -> np.ndarray:
     noise = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape)
     if name.endswith("bias"):
         return (0.3 * noise).astype(np.float32)
-    if name.endswith("sinks"):
+    if name.endswith(("sinks", "A_log")):
         return noise.astype(np.float32)
     if name.endswith(("act_fn.beta", "act_fn.eps")):  # constants
         return np.full(shape, 0.5 if name.endswith("beta") else -1e-6, np.float32)

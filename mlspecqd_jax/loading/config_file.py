@@ -12,7 +12,7 @@ from mlspecqd_jax.arguments import brief
 from mlspecqd_jax.errors import InputError
 from mlspecqd_jax.json_files import read_json, read_json_if_there, reason
 from mlspecqd_jax.loading.config_keys import KEYS, ROPE_KEYS, check_numbers, check_table
-from mlspecqd_jax.loading.config_kinds import LAYER_TYPES, check_kinds, respelled
+from mlspecqd_jax.loading.config_kinds import DELTA_NETS, LAYER_TYPES, check_kinds, respelled
 from mlspecqd_jax.loading.unsupported import why
 from mlspecqd_jax.network.config import Config, Experts, Router
 from mlspecqd_jax.network.families import FAMILIES
@@ -35,10 +35,12 @@ WRAPPERS = {
     "idefics3": ("llama",),
     "llama4": ("llama4_text",),
     "lfm2_vl": ("lfm2",),
+    "qwen3_5": ("qwen3_5_text",),
+    "qwen3_5_moe": ("qwen3_5_moe_text",),
 }
 WITHOUT_TEXT_CONFIG = ("qwen2_vl", "qwen2_5_vl")  # whose first files hold the language model's keys beside vision_config
 # Families that may rotate a part of each head.
-PARTIAL = ("phi3", "glm", "glm4", "phi", "gpt_neox", "stablelm", "nemotron", "glm4_moe", "minimax_m2")
+PARTIAL = ("phi3", "glm", "glm4", "phi", "gpt_neox", "stablelm", "nemotron", "glm4_moe", "minimax_m2", *DELTA_NETS)
 PATTERNED = ("gemma3_text", "cohere2", "exaone4")  # families that know sliding_window_pattern
 # What older files call a kind of rope; on a text, positions along three axes are the plain ones.
 ROPE_NAMES = {"su": "longrope", "mrope": "default"}
@@ -77,9 +79,10 @@ def config_of(path: pathlib.Path, raw: dict) -> Config:
     _check_values(path, raw, family)
     c = _with_defaults(path, raw, family)
 
-    heads, kv_heads = c.num_attention_heads, getattr(c, "num_key_value_heads", None) or c.num_attention_heads
-    if heads % kv_heads:
-        raise InputError(f"{path}: num_attention_heads {heads} must be a multiple of num_key_value_heads {kv_heads}")
+    for many, few in (("num_attention_heads", "num_key_value_heads"), ("linear_num_value_heads", "linear_num_key_heads")):
+        heads = getattr(c, many, None), getattr(c, few, None) or getattr(c, many, None)
+        if heads[0] is not None and heads[0] % heads[1]:
+            raise InputError(f"{path}: {many} {heads[0]} must be a multiple of {few} {heads[1]}")
     dim = head_dim(c)
     if dim < 2 or dim % 2:
         raise InputError(f"{path}: head_dim is {dim}, but rotary positions need an even one of at least 2; correct that key")
@@ -215,6 +218,7 @@ def _with_defaults(path: pathlib.Path, raw: dict, family: str):
         known |= {"rope_theta", "rope_scaling", "partial_rotary_factor", "rotary_pct", "rotary_emb_base"}
     if family in ROPE_BY_KIND:
         known |= {"rope_local_base_freq"}
+    known |= {"full_attention_interval"} if family in DELTA_NETS else set()
     if family in PATTERNED:
         known |= {"sliding_window_pattern"}
     spelled = CONFIG_MAPPING[family].attribute_map

@@ -6,8 +6,10 @@ from mlspecqd_jax.arguments import brief
 from mlspecqd_jax.errors import InputError
 
 LAYER_TYPES = ("full_attention", "sliding_attention")
+DELTA_NETS = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")
 OTHER_LAYER_TYPES = {
     "llama4_text": ("full_attention", "chunked_attention"),
+    **dict.fromkeys(DELTA_NETS, ("full_attention", "linear_attention")),
     "lfm2": ("full_attention", "conv"),
     "lfm2_moe": ("full_attention", "conv"),
 }

@@ -63,7 +63,7 @@ def describe(model: str | os.PathLike, platform: str = "cpu") -> dict[str, Any]:
         "vocabulary": config.vocab_size,
         "layers": f"{len(mixers)} x hidden {config.hidden_size}, "
         + ("" if len(attention) == len(mixers) else f"{len(attention)} of them of attention, ")
-        + f"{attention[0].heads} heads, {attention[0].kv_heads} key/value heads",
+        + (f"{attention[0].heads} heads, {attention[0].kv_heads} key/value heads" if attention else "without heads"),
         **told,
         "twins": {name: twin for name in FORMATS if (twin := _twin(network, name, platform))},
     }

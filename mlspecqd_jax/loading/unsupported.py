@@ -12,7 +12,7 @@ _HYPER = "a model with hyper-connections"
 _GEMMA4 = "a model whose layers differ in the sizes of their heads and share keys and values"
 NAMED = (
     dict.fromkeys(("bloom", "mpt"), _ALIBI)
-    | dict.fromkeys(("qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_next", "olmo_hybrid"), _DELTA)
+    | dict.fromkeys(("olmo_hybrid",), _DELTA)
     | dict.fromkeys(("kimi_linear", "bailing_hybrid"), "a model with recurrent layers (linear attention)")
     | dict.fromkeys(("mamba", "mamba2", "falcon_mamba", "falcon_h1", "bamba", "zamba", "zamba2", "jamba"), _MAMBA)
     | dict.fromkeys(("nemotron_h", "nemotron_h_omni", "granitemoehybrid"), _MAMBA)

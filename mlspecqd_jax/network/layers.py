@@ -21,7 +21,7 @@ from flax import nnx
 
 from mlspecqd_jax.network import config
 from mlspecqd_jax.network.attention import KVCache, finite
-from mlspecqd_jax.network.ops import attend, layer_norm, linear, product, rms_norm, rotate, rows, scaled, write
+from mlspecqd_jax.network.ops import attend, layer_norm, linear, product, rms_norm, rotate, rounded, rows, scaled, write
 from mlspecqd_jax.weights.tensors import AXIS
 
 ACTIVATIONS = {
@@ -152,6 +152,8 @@ class Attention(nnx.Module):
         self.o_proj = make(k, a.heads * a.value_dim, bias=a.output_bias, axes=ALONG_K)
         self.q_norm, self.k_norm = _norm_of_heads(a, a.heads), _norm_of_heads(a, a.kv_heads)
         self.sinks = nnx.Param(jnp.zeros((a.heads,)), axes=(AXIS,)) if a.sinks else None
+        gates = a.heads * {None: 0, "head": 1, "element": a.value_dim}[a.gate]
+        self.g_proj = make(gates, k, bias=a.bias and a.gate == "element", axes=ALONG_N) if gates else None
 
     def __call__(self, x: jax.Array, window: Window, cache: KVCache | None):
         """Return (output [B, W, K], updated cache) of x [B, W, K]; without a cache the window attends to itself alone."""
@@ -182,10 +184,15 @@ class Attention(nnx.Module):
         first = first if self.a.chunk is None else jnp.maximum(first, last - window.positions % self.a.chunk)
         sinks = None if self.sinks is None else self.sinks.get_value()
         out = attend(q, k, v, first, last, sinks, scale=self.a.scale, cap=self.a.cap, used=used)  # [B, W, H * Dv]
+        out = out if self.g_proj is None else self._gated(out, self.g_proj(x, used))
         return self.o_proj(out, used), cache
 
     def _normed(self, q, k, used=None):
         return (q, k) if self.q_norm is None or self.k_norm is None else (self.q_norm(q, used), self.k_norm(k, used))
+
+    def _gated(self, out, gates):
+        gates = jnp.repeat(jax.nn.sigmoid(gates.astype(jnp.float32)), out.shape[-1] // gates.shape[-1], axis=-1)
+        return rounded(out.astype(jnp.float32) * gates, out.dtype)
 
     def _turned(self, x, window):
         """Return heads [B, W, heads, D] as [B, heads, W, D], rotated where there is a rope."""

@@ -20,9 +20,9 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from mlspecqd_jax.errors import InputError
-from mlspecqd_jax.network import ops
+from mlspecqd_jax.network import delta_net, ops
 from mlspecqd_jax.network.attention import KVCache
-from mlspecqd_jax.network.config import Attention, Config, ShortConv
+from mlspecqd_jax.network.config import Attention, Config, DeltaNet, ShortConv
 from mlspecqd_jax.network.layers import ALONG_N, Linear
 from mlspecqd_jax.network.short_conv import ConvCache
 from mlspecqd_jax.network.trunk import Trunk
@@ -31,7 +31,7 @@ from mlspecqd_jax.weights.quantized_array import Leaf
 from mlspecqd_jax.weights.tensors import EMBEDDING, HEAD, Source, Tensor
 from pallas_kernels import chip_of
 
-Cache = KVCache | ConvCache
+Cache = KVCache | ConvCache | delta_net.DeltaCache
 FIRST = ".layers.0."  # in the names of a first layer's parameters
 
 
@@ -151,6 +151,8 @@ class Network:
                     return KVCache(zeros(mixer.kv_heads, mixer.head_dim), zeros(mixer.kv_heads, mixer.value_dim))
                 case ShortConv():
                     return ConvCache(jnp.zeros((batch, mixer.length - 1 + self.kept, self.config.hidden_size), dtype))
+                case DeltaNet():
+                    return delta_net.empty(mixer, batch, self.kept, dtype)
 
         return [empty(layer.mixer) for layer in self.config.layers]
 

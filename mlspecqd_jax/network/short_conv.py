@@ -31,15 +31,18 @@ class CausalConv(nnx.Module):
         """Return (y f32 [B, W, K], updated cache) of x [B, W, K]; without a cache nothing lies before the window."""
         weight = self.weight.get_value().astype(jnp.float32)
         behind, start = weight.shape[-1] - 1, window.positions[:, 0]
-        before = jnp.zeros_like(x, shape=(len(x), behind, x.shape[-1]))
-        if cache is not None:
+        if cache is None:
+            seen = jnp.pad(x, ((0, 0), (behind, 0), (0, 0)))
+        else:
             assert window.used is not None, "what a pass over a cache leaves there is told by it"
-            before = rings.read(cache.inputs, start - behind, behind)
-            cache = ConvCache(rings.write(cache.inputs, x, start, window.used))
-        seen = jnp.concatenate([before, x], axis=1).astype(jnp.float32)
+            seen = rings.seen(cache.inputs, x, start)
+            cache = ConvCache(rings.kept(seen, cache.inputs.shape[1], start, window.used))
+            positions = start[:, None] + jnp.arange(-cache.inputs.shape[1], x.shape[1], dtype=jnp.int32)[None]
+            seen = jnp.where((positions >= 0)[..., None], seen, 0)
+        first = seen.shape[1] - x.shape[1] - behind
         total = jnp.zeros(x.shape, jnp.float32)
-        for j in range(behind + 1):  # one order of additions, whatever the window
-            total = total + product(seen[:, j : j + x.shape[1]], weight[None, None, :, 0, j])
+        for j in range(first, first + behind + 1):  # one order of additions, whatever the window
+            total = total + product(seen[:, j : j + x.shape[1]].astype(jnp.float32), weight[None, None, :, 0, j - first])
         return total if self.bias is None else total + self.bias.get_value().astype(jnp.float32)[None, None], cache
 
 

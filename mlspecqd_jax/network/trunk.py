@@ -8,12 +8,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mlspecqd_jax.network import config
+from mlspecqd_jax.network.delta_net import DeltaNet
 from mlspecqd_jax.network.experts import Experts
 from mlspecqd_jax.network.layers import MLP, Attention, Embedding, GatedMLP, Window, norm_of
 from mlspecqd_jax.network.ops import rotary, scaled
 from mlspecqd_jax.network.short_conv import ShortConv
 
-MIXERS: dict[type, str] = {config.Attention: "self_attn", config.ShortConv: "conv"}  # what they are called in a file
+# What they are called in a file.
+MIXERS: dict[type, str] = {config.Attention: "self_attn", config.ShortConv: "conv", config.DeltaNet: "linear_attn"}
 
 
 class Block(nnx.Module):
@@ -50,6 +52,8 @@ def _mixer(mixer, k, **how):
             return Attention(mixer, k, **how)
         case config.ShortConv():
             return ShortConv(mixer, k, **how)
+        case config.DeltaNet():
+            return DeltaNet(mixer, k, **how)
 
 
 def _identity(x, used):

@@ -241,7 +241,8 @@ def test_a_head_size_is_honoured_by_every_family(tmp_path):
     of_their_own = [family for family in FAMILIES if "head_dim" in fields[family]]
     assert len(of_their_own) > 15
     for family in ["llama", "mistral", "qwen2", "qwen3", *of_their_own]:
-        config = parse(tmp_path, {"model_type": family, "num_key_value_heads": 4, "head_dim": 16} | MINIMAL)
+        given = {"model_type": family, "num_key_value_heads": 4, "head_dim": 16, "full_attention_interval": 1} | MINIMAL
+        config = parse(tmp_path, given)
         assert mixer(config).head_dim == 16
 
 

@@ -18,7 +18,7 @@ from mlspecqd_jax.network.network import Network
 
 B, T, REACH = 3, 40, 9
 WIDTHS = (1, 7, 3, 20)
-HYBRIDS = ("lfm2_wide",)
+HYBRIDS = ("lfm2_wide", "qwen3_5")
 
 
 def apply(network, params, tokens, start, cache):
@@ -70,6 +70,16 @@ WIDE = {"vocab_size": 512, "hidden_size": 320, "intermediate_size": 640, "num_hi
 WIDE |= {"num_key_value_heads": 1, "max_position_embeddings": 2048, "pad_token_id": 0}
 SHAPES = {
     "lfm2": config_of("lfm2", **WIDE, full_attn_idxs=[1]),
+    "qwen3_5": config_of(
+        "qwen3_5_text",
+        **WIDE,
+        head_dim=64,
+        layer_types=["linear_attention", "full_attention"],
+        linear_num_key_heads=2,
+        linear_num_value_heads=6,
+        linear_key_head_dim=64,
+        linear_value_head_dim=40,
+    ),
 }
 
 

@@ -32,6 +32,7 @@ from mlspecqd_jax.network.families.phi import phi
 from mlspecqd_jax.network.families.phi3 import phi3
 from mlspecqd_jax.network.families.qwen2 import qwen2
 from mlspecqd_jax.network.families.qwen3 import qwen3
+from mlspecqd_jax.network.families.qwen3_next import qwen3_5, qwen3_5_moe, qwen3_next
 from mlspecqd_jax.network.families.qwen_moe import qwen2_moe, qwen3_moe
 from mlspecqd_jax.network.families.seed_oss import seed_oss
 from mlspecqd_jax.network.families.smollm3 import smollm3
@@ -92,6 +93,9 @@ FAMILIES = {
     "llama4_text": llama4,
     "ernie4_5_moe": ernie4_5_moe,
     "hunyuan_v1_moe": hunyuan_moe,
+    "qwen3_next": qwen3_next,
+    "qwen3_5_text": qwen3_5,
+    "qwen3_5_moe_text": qwen3_5_moe,
     "lfm2": lfm2,
     "lfm2_moe": lfm2_moe,
     "qwen2_vl_text": qwen2,
