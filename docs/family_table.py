@@ -130,7 +130,11 @@ ROWS = (
         "Qwen3-Next, Qwen3.5, Qwen3.6",
         "gated delta nets in three of four layers, gates of what attention returns; experts beside a shared one",
     ),
-    Row(("lfm2", "lfm2_moe"), "LFM2, LFM2-8B-A1B", "short convolutions in place of most attention; experts chosen by sigmoids"),
+    Row(
+        ("lfm2", "lfm2_moe", "lfm3"),
+        "LFM2, LFM2-8B-A1B, LFM3",
+        "short convolutions in place of most attention; experts chosen by sigmoids; windows, norms after each part",
+    ),
 )
 
 

@@ -10,24 +10,23 @@ import pathlib
 import zlib
 from collections.abc import Callable
 
-import hybrid_files
+import hybrid_configs
 import numpy as np
 import tiny
+from family_sizes import IDS as _IDS
+from family_sizes import VISION as _VISION
+from family_sizes import VOCAB
+from family_sizes import YARN as _YARN
+from family_sizes import text as _text
+from family_sizes import with_images as _with_images
 
 import mlspecqd_jax as mlsd
 from mlspecqd_jax.loading import config_file
 
 REFERENCE = pathlib.Path(__file__).parent / "reference" / "families"
-VOCAB, TOKENS = 61, 17
+TOKENS = 17
 
-_SIZES = {"vocab_size": VOCAB, "hidden_size": 48, "intermediate_size": 56, "num_hidden_layers": 2, "num_attention_heads": 4}
-_SIZES |= {"num_key_value_heads": 2, "max_position_embeddings": 640}
-# Older files name no padding token, and some classes' default lies beyond a small vocabulary.
-_IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-_YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
 _GROWING = _YARN | {"original_max_position_embeddings": 6, "llama_4_scaling_beta": 0.3}
-_VISION = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28}
-_VISION |= {"patch_size": 14}
 _QWEN_VISION = {"depth": 1, "hidden_size": 32, "intermediate_size": 40, "num_heads": 2, "patch_size": 14, "out_hidden_size": 48}
 _GRANITE = {"embedding_multiplier": 3.0, "logits_scaling": 4.0, "residual_multiplier": 0.3}
 _SPARSE = {"num_hidden_layers": 3, "decoder_sparse_step": 2}  # every other layer
@@ -35,18 +34,9 @@ _LLAMA4 = {"head_dim": 14, "num_local_experts": 5, "intermediate_size_mlp": 40, 
 _MROPE = {"rope_theta": 1e6, "rope_scaling": {"type": "mrope", "mrope_section": [2, 2, 2]}}
 
 
-def _text(model_type: str, **keys) -> dict:
-    return {"model_type": model_type} | _SIZES | _IDS | keys
-
-
 def _gpt(model_type: str, **keys) -> dict:
     sizes = {"vocab_size": VOCAB, "n_embd": 48, "n_layer": 2, "n_head": 4, "n_positions": 64}
     return {"model_type": model_type} | sizes | _IDS | keys
-
-
-def _with_images(model_type: str, text: dict | None, vision: dict = _VISION, **keys) -> dict:
-    within = {} if text is None else {"text_config": text}
-    return {"model_type": model_type, "vision_config": vision} | within | keys
 
 
 CONFIGS: dict[str, dict] = {
@@ -224,8 +214,7 @@ CONFIGS: dict[str, dict] = {
     "smolvlm": _with_images("smolvlm", _text("llama", rms_norm_eps=1e-5)),
     "idefics3": _with_images("idefics3", _text("llama", rms_norm_eps=1e-5)),
 }
-
-CONFIGS |= hybrid_files.configs(_text, _with_images, _QWEN_VISION, _VISION)
+CONFIGS |= hybrid_configs.CONFIGS
 
 
 def text_type(config: dict) -> str:

@@ -40,11 +40,11 @@ WRAPPERS = {
 }
 WITHOUT_TEXT_CONFIG = ("qwen2_vl", "qwen2_5_vl")  # whose first files hold the language model's keys beside vision_config
 # Families that may rotate a part of each head.
-PARTIAL = ("phi3", "glm", "glm4", "phi", "gpt_neox", "stablelm", "nemotron", "glm4_moe", "minimax_m2", *DELTA_NETS)
+PARTIAL = ("phi3", "glm", "glm4", "phi", "gpt_neox", "stablelm", "nemotron", "glm4_moe", "minimax_m2", "lfm3", *DELTA_NETS)
 PATTERNED = ("gemma3_text", "cohere2", "exaone4")  # families that know sliding_window_pattern
 # What older files call a kind of rope; on a text, positions along three axes are the plain ones.
 ROPE_NAMES = {"su": "longrope", "mrope": "default"}
-ROPE_BY_KIND = ("gemma3_text", "olmo3")  # whose rope_parameters are one set for each of LAYER_TYPES
+ROPE_BY_KIND = ("gemma3_text", "olmo3", "lfm3")  # whose rope_parameters are one set for each of LAYER_TYPES
 REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
 

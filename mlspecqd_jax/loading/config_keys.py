@@ -166,6 +166,8 @@ KEYS: dict[str, Rule] = {
     "block_ffn_dim_multiplier": SCALE_OR_NULL,
     "block_auto_adjust_ff_dim": FLAG,
     "full_attn_idxs": LIST,
+    "use_sandwich_norm": FLAG,
+    "use_attention_gate": FLAG,
     "num_dense_layers": _whole(0, 1024),
     "use_expert_bias": FLAG,
 }

@@ -12,6 +12,7 @@ OTHER_LAYER_TYPES = {
     **dict.fromkeys(DELTA_NETS, ("full_attention", "linear_attention")),
     "lfm2": ("full_attention", "conv"),
     "lfm2_moe": ("full_attention", "conv"),
+    "lfm3": (*LAYER_TYPES, "conv"),
 }
 # By family, older names of keys, which transformers' config class takes for the ones that they are here.
 OLDER = {

@@ -6,7 +6,6 @@ from typing import Any
 _ALIBI = "a model that knows positions by biases of its scores (ALiBi)"
 _DELTA = "a model with recurrent layers (gated delta nets)"
 _MAMBA = "a model with recurrent layers (a state space)"
-_CONVOLUTION = "a model with short convolutions"
 _INDEXED = "a model whose attention is sparse by an index"
 _HYPER = "a model with hyper-connections"
 _GEMMA4 = "a model whose layers differ in the sizes of their heads and share keys and values"
@@ -17,7 +16,7 @@ NAMED = (
     | dict.fromkeys(("mamba", "mamba2", "falcon_mamba", "falcon_h1", "bamba", "zamba", "zamba2", "jamba"), _MAMBA)
     | dict.fromkeys(("nemotron_h", "nemotron_h_omni", "granitemoehybrid"), _MAMBA)
     | dict.fromkeys(("recurrent_gemma", "rwkv", "xlstm", "minimax"), "a model with recurrent layers")
-    | dict.fromkeys(("lfm3", "lfm3_vl"), _CONVOLUTION)
+    | dict.fromkeys(("lfm3_vl",), "a multimodal model")
     | dict.fromkeys(("deepseek_v32", "glm_moe_dsa", "glm5_next", "minimax_m3_vl", "minimax_m3_vl_text"), _INDEXED)
     | dict.fromkeys(("deepseek_v4", "qwen4_exp", "qwen4_exp_text", "hy_v4", "hy_v4_vl"), _HYPER)
     | dict.fromkeys(("gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text"), _GEMMA4)

@@ -22,12 +22,15 @@ ROPE_TYPES = {
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
     "yarn": ("factor", "original_max_position_embeddings"),
+    "proportional": (),
     "longrope": ("short_factor", "long_factor", "original_max_position_embeddings"),
 }
 
 
 def rotated(parameters: Mapping[str, Any], head_dim: int) -> int:
-    """Return how many of a head's elements are rotated, R."""
+    """Return how many of a head's elements are rotated, R; some of them perhaps by nothing."""
+    if parameters.get("rope_type") == "proportional":
+        return head_dim
     return int(head_dim * (parameters.get("partial_rotary_factor") or 1.0))
 
 
@@ -45,6 +48,10 @@ def rope_of(parameters: Mapping[str, Any], head_dim: int, max_positions: int = 0
     match kind:
         case "default":
             return Rope(tuple(plain), interleaved=interleaved)
+        case "proportional":  # the first pairs of the whole head, at the frequencies that they would have if all turned
+            turning = int((parameters.get("partial_rotary_factor") or 1.0) * head_dim // 2)
+            by = parameters.get("factor") or 1.0
+            return Rope(tuple(f / by if i < turning else 0.0 for i, f in enumerate(plain)), interleaved=interleaved)
         case "linear":
             return Rope(tuple(f / parameters["factor"] for f in plain), interleaved=interleaved)
         case "llama3":

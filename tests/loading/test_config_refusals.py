@@ -54,8 +54,8 @@ from mlspecqd_jax.loading import config_file
             ("rope_parameters", "full_attention"),
         ),
         (
-            {"model_type": "gemma3_text", "rope_parameters": {"full_attention": {"rope_type": "proportional"}}} | MINIMAL,
-            ("proportional", "supported: default, linear, llama3"),
+            {"model_type": "gemma3_text", "rope_parameters": {"full_attention": {"rope_type": "axial"}}} | MINIMAL,
+            ("axial", "supported: default, linear, llama3"),
         ),
         ({"model_type": "gemma3_text", "rope_scaling": {"rope_type": "linear"}} | MINIMAL, ("linear", "'factor'")),
         ({"model_type": "bert", "type_vocab_size": 2} | MINIMAL, ("bert", "an encoder")),

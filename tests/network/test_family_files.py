@@ -83,13 +83,14 @@ def test_logits_of_one_pass_and_of_other_windows(models, family):
 
 
 # What holds a language model beside what sees images is that language model once it is read.
+LONG = ("qwen3_next", "qwen3_5_moe", "lfm2_moe")  # to compile, and of parts that others have
 OF_TEXT_ALONE = [name for name in family_files.GENERATED.values() if "vision_config" not in family_files.COMPARED[name]]
 
 
 @pytest.mark.parametrize(
     "family",
     [
-        name if name in OF_TEXT_ALONE else pytest.param(name, marks=pytest.mark.exhaustive)
+        name if name in OF_TEXT_ALONE and name not in LONG else pytest.param(name, marks=pytest.mark.exhaustive)
         for name in family_files.GENERATED.values()
     ],
 )

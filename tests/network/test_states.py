@@ -18,7 +18,6 @@ from mlspecqd_jax.network.network import Network
 
 B, T, REACH = 3, 40, 9
 WIDTHS = (1, 7, 3, 20)
-HYBRIDS = ("lfm2_wide", "qwen3_5")
 
 
 def apply(network, params, tokens, start, cache):
@@ -52,7 +51,7 @@ def folder(tmp_path_factory):
     return functools.cache(lambda family: family_files.write(root / family, family))
 
 
-@pytest.mark.parametrize("family", HYBRIDS)
+@pytest.mark.parametrize("family", ["qwen3_5", pytest.param("lfm2_wide", marks=pytest.mark.slow)])
 def test_windows_of_rows_at_different_positions(folder, family):
     """Against one pass without caches, in float32: windows that go back over several, prompts in pieces, padding."""
     network = Network(config_file.read_config(folder(family))).reaching(REACH)
@@ -84,7 +83,8 @@ SHAPES = {
 
 
 @pytest.mark.skipif(not cpu_kernels.isas("matmul"), reason="needs a C++ compiler")
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["qwen3_5", pytest.param("lfm2", marks=pytest.mark.exhaustive)])
 def test_bits_do_not_depend_on_the_windows(name):
     """C7, in bfloat16: logits are those of single steps of one row alone, bit for bit, wherever windows were cut."""
     network = Network(SHAPES[name])
@@ -108,21 +108,39 @@ def test_bits_do_not_depend_on_the_windows(name):
     assert len(seen) == B * T
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("family", HYBRIDS)
+def test_a_position_that_was_folded_is_not_fed_again(folder):
+    """What lies further back than was asked for is no number, by which a row ends, and no other row's concern."""
+    network = Network(config_file.read_config(folder("qwen3_5"))).reaching(2)
+    params = huggingface.read_params(folder("qwen3_5"), network, jnp.dtype("float32"), None)
+    tokens, run = np.full((3, 7), 5, np.int32), quick_jit(apply, static_argnums=0)
+    _, cache = run(network, params, tokens, np.zeros(3, np.int32), network.init_cache(params, 3, T))
+    for start, reached in (([5, 6, 7], [True] * 3), ([7, 4, 6], [True, False, True]), ([7, 7, 8], [True, True, False])):
+        logits = np.asarray(run(network, params, tokens, np.array(start, np.int32), cache)[0])
+        assert np.isfinite(logits).all(axis=(1, 2)).tolist() == reached
+        assert np.isfinite(logits).any(axis=(1, 2)).tolist() == reached
+
+
+OTHERS = [("qwen3_5", False), ("lfm2_wide", True), ("lfm2_wide", False)]
+
+
+@pytest.mark.parametrize(
+    ("family", "share"),
+    [
+        pytest.param("qwen3_5", True, marks=pytest.mark.slow),
+        *(pytest.param(*case, marks=pytest.mark.exhaustive) for case in OTHERS),
+    ],
+)
 @pytest.mark.usefixtures("compiled_quickly")
-def test_nested_drafts_change_no_token(folder, family):
-    """Law 5, over prompts of different lengths: a twin on the target's cache, one on a cache of its own, look-up below."""
+def test_nested_drafts_change_no_token(folder, family, share):
+    """Law 5, over prompts of different lengths: a twin, another that drafts for it, and look-up below, or the model itself."""
     model = mlsd.load(folder(family), dtype="float32")
     settings = {"max_new_tokens": 24, "stop_token_ids": [], "frequency_penalty": 0.5}
     prompts = [[3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5], [2, 7], [31, 41, 59]]
     plain = mlsd.generate(mlsd.stack(model), prompts, **settings)
-    twin = model.quantized("mxfp8_e4m3")
-    for share in (True, False):
-        stack = mlsd.stack(model, (twin, 5), (model.quantized(), 2), (mlsd.prompt_lookup(), 2), share_cache=share)
-        nested = mlsd.generate(stack, prompts, **settings)
-        assert nested.tokens == plain.tokens
-        assert nested.report["levels"][0]["accepted"] > 0
-    same = mlsd.generate(mlsd.stack(model, (model, 6), (model, 2)), prompts, **settings)
+    drafts = (model.quantized("mxfp8_e4m3"), 5), (model.quantized(), 2), (mlsd.prompt_lookup(), 2)
+    nested = mlsd.generate(mlsd.stack(model, *drafts, share_cache=share), prompts, **settings)
+    assert nested.tokens == plain.tokens
+    assert nested.report["levels"][0]["accepted"] > 0
+    same = mlsd.generate(mlsd.stack(model, (model, 6), (model, 2), share_cache=share), prompts, **settings)
     assert same.tokens == plain.tokens
     assert all(level["acceptance_rate"] == 1 for level in same.report["levels"][:2])  # law 4

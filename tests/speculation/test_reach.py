@@ -58,7 +58,7 @@ def furthest(state):
     return own + (furthest(state.below) if hasattr(state, "below") else [])
 
 
-MARKS = {"shared>ngram": [], "own>shared": [pytest.mark.slow], "shared>shared": [pytest.mark.slow]}
+MARKS = {"shared>ngram": [], "own>shared": [pytest.mark.slow]}
 NAMES = [pytest.param(name, marks=MARKS.get(name, pytest.mark.exhaustive)) for name in CHAINS]
 
 

@@ -18,7 +18,7 @@ from mlspecqd_jax.network.families.gptj import gptj
 from mlspecqd_jax.network.families.granite import granite, granite_swa, granitemoe, hyperclovax
 from mlspecqd_jax.network.families.helium import helium
 from mlspecqd_jax.network.families.hunyuan import hunyuan, hunyuan_moe
-from mlspecqd_jax.network.families.lfm2 import lfm2, lfm2_moe
+from mlspecqd_jax.network.families.lfm2 import lfm2, lfm2_moe, lfm3
 from mlspecqd_jax.network.families.llama import llama
 from mlspecqd_jax.network.families.llama4 import llama4
 from mlspecqd_jax.network.families.ministral3 import ministral3
@@ -98,6 +98,7 @@ FAMILIES = {
     "qwen3_5_moe_text": qwen3_5_moe,
     "lfm2": lfm2,
     "lfm2_moe": lfm2_moe,
+    "lfm3": lfm3,
     "qwen2_vl_text": qwen2,
     "qwen2_5_vl_text": qwen2,
     "qwen3_vl_text": qwen3,
