@@ -78,7 +78,7 @@ def stack(target: Model, *drafters: Any, exact: bool = True, share_cache: bool =
     if auto and len(models) > 2:  # a draft of a draft's draft costs next to nothing
         innermost, pairs = None, pairs[:-1]
     draft_lens = [draft_len for _, draft_len in pairs] + [0] * (len(models) > len(pairs))
-    scorers = [scorer.reaching(reach(draft_lens, len(models))) for scorer in scorers]
+    scorers = [scorer.reaching(reach(draft_lens, len(models)), outermost=i == 0) for i, scorer in enumerate(scorers)]
 
     def level(i: int) -> Level:
         model, last = models[i], i + 1 == len(models)
@@ -211,8 +211,8 @@ class _Scorer(NamedTuple):
     model: Scorer
     params: Any
 
-    def reaching(self, positions: int) -> "_Scorer":
-        return self._replace(model=self.model.reaching(positions)) if isinstance(self.model, Network) else self
+    def reaching(self, positions: int, outermost: bool) -> "_Scorer":
+        return self._replace(model=self.model.reaching(positions, outermost)) if isinstance(self.model, Network) else self
 
 
 class _Translation(NamedTuple):

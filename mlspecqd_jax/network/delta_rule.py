@@ -89,7 +89,9 @@ def run(added: Added, of: Asked) -> jax.Array:
     return jnp.swapaxes(jax.lax.scan(lambda state, at: step(state, *at), state, along)[1], 0, 1)
 
 
-def replay(added: Added, of: Asked, cache: DeltaState, start: jax.Array, used: jax.Array) -> tuple[jax.Array, DeltaState]:
+def replay(
+    added: Added, of: Asked, cache: DeltaState, start: jax.Array, used: jax.Array, outermost: bool
+) -> tuple[jax.Array, DeltaState]:
     """Return what the state says at a window's positions, f32 [B, W, G, E], and the updated cache.
 
     Args:
@@ -97,10 +99,12 @@ def replay(added: Added, of: Asked, cache: DeltaState, start: jax.Array, used: j
       cache: whose position and ring cover what lies before the window.
       start: int32 [B], the position of each row's first; NaN is what is said of rows whose start the cache does not reach.
       used: int32 [B], how many of the window's positions hold a token; the others change nothing.
+      outermost: static, whether no later window begins before this one, so that the checkpoint may go on to its start.
     """
     (batch, reach), width, row = cache.ring.keys.shape[:2], added.keys.shape[1], jnp.arange(len(start))
     end = jnp.where(used > 0, start + used, cache.position)
-    until = jnp.maximum(cache.position, end - reach)  # where the checkpoint goes
+    taken_back = jnp.minimum(used, reach) if outermost else reach
+    until = jnp.maximum(cache.position, end - taken_back)  # where the checkpoint goes
     seen = jax.tree.map(lambda ring, new: rings.seen(ring, new, start), cache.ring, added)  # [B, R + W, ...]
 
     def fold(at, stop, state):
@@ -117,14 +121,15 @@ def replay(added: Added, of: Asked, cache: DeltaState, start: jax.Array, used: j
 
         return jax.lax.fori_loop(begun, jnp.max(stop - first), body, (state, said))
 
+    longest = max(width, reach)  # of what is folded before the checkpoint
     shape = (batch, *added.values.shape[2:])
-    state, said = fold_all(cache.position, until, cache.state, jnp.zeros((width, *shape), jnp.float32))
+    state, said = fold_all(cache.position, until, cache.state, jnp.zeros((longest, *shape), jnp.float32))
     if reach:  # the first step leaves the checkpoint where it is, so that no loop begins with a copy of it
         working, first = fold(until, end, state)
         later = jnp.zeros((reach, *shape), jnp.float32).at[0].set(first)
         said = jnp.concatenate([said, fold_all(until, end, working, later, begun=1)[1]])
     at = start[:, None] + jnp.arange(width, dtype=jnp.int32)[None]
-    nth = jnp.where(at < until[:, None], at - cache.position[:, None], width + at - until[:, None])
+    nth = jnp.where(at < until[:, None], at - cache.position[:, None], longest + at - until[:, None])
     said = said.at[nth, row[:, None]].get(mode="clip")  # [B, W, G, E]
     reached = (start >= cache.position) & (start <= cache.position + reach)
     said = jnp.where(reached[:, None, None, None], said, jnp.nan)

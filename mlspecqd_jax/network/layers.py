@@ -73,6 +73,7 @@ class Window(NamedTuple):
     positions: jax.Array  # int32 [B, W], absolute
     rotation: tuple[jax.Array, jax.Array] | None  # cos and sin of the rope's angles at them, f32 [B, W, D / 2]; None without one
     used: jax.Array | None = None  # int32 [B], how many of them, from the first on, hold a token (see `ops`); None is all
+    outermost: bool = False  # static, whether no later one begins before it
 
 
 class Linear(nnx.Module):

@@ -49,9 +49,9 @@ class Transformer(nnx.Module):
         self.lm_head = Linear(config.vocab_size, config.hidden_size, axes=ALONG_N, bias=config.head_bias, init=init, rngs=rngs)
         self.scale, self.cap = config.logit_scale, config.logit_cap
 
-    def __call__(self, tokens, start, caches):
+    def __call__(self, tokens, start, caches, outermost=False):
         used = None if caches is None else _in_use(tokens)
-        x, caches = self.model(tokens, start, caches, used)
+        x, caches = self.model(tokens, start, caches, used, outermost)
         with jax.named_scope("lm_head"):
             logits = self.lm_head(x, used, jnp.float32)
             logits = logits if self.scale == 1 else self.scale * logits
@@ -70,15 +70,24 @@ class Network:
     config: Config
     mesh: Mesh | None = None
     kept: int = 0  # of `reach`, in layers that do not keep all positions
+    outermost: bool = False  # whether no window later begins before one that it runs, as a target's
 
     @property
     def reach(self) -> int | None:
         """How many positions at the end of what was fed may be fed again; None is all (contract C15)."""
         return None if all(isinstance(layer.mixer, Attention) for layer in self.config.layers) else self.kept
 
-    def reaching(self, positions: int) -> "Network":
-        """Return the same network with caches in which so many positions may be fed again."""
-        return self if self.reach is None else dataclasses.replace(self, kept=positions)
+    def reaching(self, positions: int, outermost: bool = False) -> "Network":
+        """Return the same network with caches in which so many positions may be fed again.
+
+        With `outermost` it is a target's: no window, of its own or of twins on its cache, begins before one that it ran.
+        """
+        return self if self.reach is None else dataclasses.replace(self, kept=positions, outermost=outermost)
+
+    @property
+    def of_a_draft(self) -> "Network":
+        """The same network, to draft on the same cache."""
+        return dataclasses.replace(self, outermost=False)
 
     @property
     def vocab_size(self) -> int:
@@ -171,7 +180,7 @@ class Network:
           (logits f32 [B, W, V], updated cache or None, features [B, W, K] or None).
         """
         with self.module(params) as module:
-            logits, cache, hidden = module(tokens, start, cache)
+            logits, cache, hidden = module(tokens, start, cache, self.outermost)
         return logits, cache, hidden if features else None
 
     @contextlib.contextmanager

@@ -79,10 +79,10 @@ class Trunk(nnx.Module):
         last = self.embed_positions.weight.get_value().shape[0] - 1  # beyond which there is only padding
         return x + self.embed_positions(jnp.minimum(positions, last))
 
-    def __call__(self, tokens, start, caches, used=None):
+    def __call__(self, tokens, start, caches, used=None, outermost=False):
         positions = start[:, None] + jnp.arange(tokens.shape[1])[None, :]  # [B, W]
         ropes = dict.fromkeys(self.ropes)
-        windows = {rope: Window(positions, None if rope is None else rotary(positions, rope), used) for rope in ropes}
+        windows = {rope: Window(positions, None if rope is None else rotary(positions, rope), used, outermost) for rope in ropes}
         x = self.embed(tokens, positions)
         updated = []
         for i, (layer, rope) in enumerate(zip(self.layers, self.ropes, strict=True)):

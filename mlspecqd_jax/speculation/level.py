@@ -84,7 +84,7 @@ class Level:
                     f"{asked}; build the stack with mlsd.stack, or give its model as Network.reaching({asked}) returns it"
                 )
         below = level_of(self.drafter)
-        if below is not None and below.share_cache and below.model != self.model:
+        if below is not None and below.share_cache and _as_draft(below.model) != _as_draft(self.model):
             raise InputError("a drafter can share its verifier's cache only if it is the same model with other weights")
 
     @property
@@ -249,6 +249,10 @@ class Level:
 
         found = jax.eval_shape(one_pass)
         return jnp.zeros(found.shape, found.dtype)
+
+
+def _as_draft(model: Scorer) -> Scorer:
+    return getattr(model, "of_a_draft", model)
 
 
 def reach(draft_lens: Sequence[int], levels: int) -> int:

@@ -29,7 +29,8 @@ class Scorer(Protocol):
     last fed in earlier ones. Entries of the cache beyond them, other rows, and rows of `PADDING` change nothing. The latter come
     last in a window, and nobody reads their logits and features.
 
-    One whose cache does not hold all positions has a `reach`: how many at the end of what was fed may be fed again (C15).
+    One whose cache does not hold all positions has a `reach`: how many at the end of what was fed may be fed again (C15). It may be
+    told that it is the outermost, and is then `of_a_draft` the same scorer as a twin on its cache.
     """
 
     @property

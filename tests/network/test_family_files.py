@@ -83,7 +83,7 @@ def test_logits_of_one_pass_and_of_other_windows(models, family):
 
 
 # What holds a language model beside what sees images is that language model once it is read.
-LONG = ("qwen3_next", "qwen3_5_moe", "lfm2_moe")  # to compile, and of parts that others have
+LONG = ("qwen3_next", "qwen3_5", "qwen3_5_moe", "lfm2_moe", "lfm3")  # to compile; test_states.py drafts for what they are made of
 OF_TEXT_ALONE = [name for name in family_files.GENERATED.values() if "vision_config" not in family_files.COMPARED[name]]
 
 

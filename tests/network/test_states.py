@@ -28,18 +28,22 @@ def walk(run, network, params, tokens, seed=0):
     """Yield (row, position, logits [V]) of a text fed in windows of all WIDTHS to rows at different positions.
 
     Each window may begin up to REACH positions before the end of what a row was fed, and may hold fewer tokens than it is wide.
+    Every other one may be an outermost network's, before which none begins later.
     """
+    settled = np.zeros(len(tokens), np.int64)
     random, rows = np.random.default_rng(seed), np.arange(len(tokens))[:, None]
     cache, end = network.init_cache(params, len(tokens), T + max(WIDTHS)), np.zeros(len(tokens), np.int64)
     for step in range(100):
         if end.min() == T:
             return
         width = WIDTHS[step % len(WIDTHS)]
-        start = np.maximum(end - np.where(random.random(len(end)) < 0.5, 0, random.integers(0, REACH + 1, len(end))), 0)
+        start = np.maximum(end - np.where(random.random(len(end)) < 0.5, 0, random.integers(0, REACH + 1, len(end))), settled)
         used = np.minimum(np.where(random.random(len(end)) < 0.5, width, random.integers(0, width + 1, len(end))), T - start)
         at = np.minimum(start[:, None] + np.arange(width)[None], T - 1)
         window = np.where(np.arange(width)[None] < used[:, None], tokens[rows, at], -1)
-        logits, cache = run(network, params, window.astype(np.int32), start.astype(np.int32), cache)
+        here = network if network.outermost and step % 2 else network.of_a_draft
+        settled = np.where((used > 0) & here.outermost, start, settled)
+        logits, cache = run(here, params, window.astype(np.int32), start.astype(np.int32), cache)
         for r in range(len(end)):
             yield from ((r, start[r] + w, np.asarray(logits[r, w])) for w in range(used[r]))
         end = np.maximum(end, start + used)
@@ -51,10 +55,13 @@ def folder(tmp_path_factory):
     return functools.cache(lambda family: family_files.write(root / family, family))
 
 
-@pytest.mark.parametrize("family", ["qwen3_5", pytest.param("lfm2_wide", marks=pytest.mark.slow)])
-def test_windows_of_rows_at_different_positions(folder, family):
+@pytest.mark.parametrize(
+    ("family", "outermost"),
+    [("qwen3_5", True), *(pytest.param(name, False, marks=pytest.mark.slow) for name in ("qwen3_5", "lfm2_wide"))],
+)
+def test_windows_of_rows_at_different_positions(folder, family, outermost):
     """Against one pass without caches, in float32: windows that go back over several, prompts in pieces, padding."""
-    network = Network(config_file.read_config(folder(family))).reaching(REACH)
+    network = Network(config_file.read_config(folder(family))).reaching(REACH, outermost)
     params = huggingface.read_params(folder(family), network, jnp.dtype("float32"), None)
     tokens = np.random.default_rng(1).integers(3, family_files.VOCAB, (B, T)).astype(np.int32)
     run = quick_jit(apply, static_argnums=0)
