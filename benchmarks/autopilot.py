@@ -21,8 +21,8 @@ from machine import describe, publish, spread
 
 import mlspecqd_jax as mlsd
 from mlspecqd_jax import specs
-from mlspecqd_jax.pass_measurement import measure
-from mlspecqd_jax.plans import Plan, keep, key_of
+from mlspecqd_jax.planning import encoded, plan_of
+from mlspecqd_jax.plans import keep
 
 DEMO_PROMPTS = (
     "def read_file(path):\n",
@@ -47,13 +47,15 @@ def planned(model) -> dict[str, dict]:
     found = {}
     for drafts in AUTO:
         stack = specs.stack_of(specs.parse(drafts), model, mlsd.load)
-        measured = measure(stack, model.tokenizer.encode("a")[:1] or [0])
-        keep(Plan(key_of(stack.level), tuple(card.name for card in stack.cards), measured.times, measured.plain, {}))
+        began = time.perf_counter()
+        plan = plan_of(stack, encoded(model, []))
+        seconds = time.perf_counter() - began
+        keep(plan)
         times = {
             Path(card.name).name: [round(float(each[n]), 3) for n in (1, 2, 4, 8, 16)]
-            for card, each in zip(stack.cards, measured.times, strict=True)
+            for card, each in zip(stack.cards, plan.times, strict=True)
         }
-        found[" ".join(drafts)] = {"passes": times, "plain_seconds": measured.plain, "seconds": measured.seconds}
+        found[" ".join(drafts)] = {"passes": times, "asking": plan.asking, "plain_seconds": plan.plain, "seconds": seconds}
     return found
 
 

@@ -16,6 +16,7 @@ import autopilot_tables
 import cpu_tables
 import headlines
 import predictions
+import startup_tables
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -23,12 +24,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 def startup(result: dict) -> str:
     """Return the table of start-up times."""
-    lines = ["| default run | to the first text | to the end |", "|---|---|---|"]
-    names = {"cold": "first ever (compiles programs and C++)", "warm": "later (both kept)"}
-    for kind, name in names.items():
-        first, total = result["first_text_seconds"][kind], result["total_seconds"][kind]
-        lines.append(f"| {name} | {spread(first)} | {spread(total)} |")
-    return "\n".join([*lines, "", source(result)])
+    return f"{startup_tables.startup(result, spread)}\n\n{source(result)}"
 
 
 def loading(result: dict) -> str:
@@ -141,6 +137,8 @@ def spread(seconds: dict) -> str:
 
 TABLES = {
     "startup-cpu": startup,
+    "startup-SmolLM2-135M-cpu": startup,
+    "compile": with_source(startup_tables.compiling),
     "loading-cpu": loading,
     "acceptance-stories260K": acceptance,
     "acceptance-SmolLM2-135M": acceptance,

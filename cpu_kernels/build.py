@@ -75,8 +75,9 @@ def compile_library(compiler: tuple[str, ...], unit: str, output: pathlib.Path, 
     return next((line for line in lines if "error" in line), lines[0] if lines else f"exit code {process.returncode}")
 
 
+@functools.cache
 def say(text: str) -> None:
-    """Print one line to stderr."""
+    """Print one line to stderr, once."""
     print(f"mlspecqd: {text}", file=sys.stderr, flush=True)
 
 

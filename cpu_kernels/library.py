@@ -13,14 +13,14 @@ from cpu_kernels.build import library_paths
 
 DTYPES = ("bfloat16", "float16", "float32")
 OF_ANY_DTYPE = ("matmul", "rms_norm", "layer_norm", "attention", "rotate")  # for each of DTYPES
-OF_BFLOAT16 = ("mxfp4_matmul", "mxfp6_matmul", "mx8_matmul")
+OF_MX = ("mxfp4_matmul", "mx8_matmul")
 # Of scales that are no powers of two.
 OF_NUMBERS = ("nvfp4_matmul", "int4_matmul", "uint4_matmul", "int8_matmul", "int8_groups_matmul", "uint8_matmul")
 OF_POSITIONS = ("angles", "put_window")
 # What each library holds, as `build` names them.
 UNITS = {dtype: tuple(f"{product}_{dtype}" for product in OF_ANY_DTYPE) for dtype in DTYPES}
-UNITS |= {"mx": OF_BFLOAT16, "grouped": OF_NUMBERS, "positions": OF_POSITIONS}
-TOGETHER = ("bfloat16", "mx", "positions")  # what a model in bfloat16 and its twin run is compiled side by side
+UNITS["bfloat16"] += OF_POSITIONS  # which need no library of their own: most of a small one is XLA's interface
+UNITS |= {"mx": OF_MX, "six_bits": ("mxfp6_matmul",), "grouped": OF_NUMBERS}
 
 
 @functools.cache
@@ -93,11 +93,10 @@ def _registered(name):
 
 @functools.cache
 def _library(unit):
-    units = TOGETHER if unit in TOGETHER else (unit,)
-    paths = library_paths(units)
+    paths = library_paths((unit,))
     if paths is None:
         return None
-    library = ctypes.CDLL(str(paths[units.index(unit)]))
+    library = ctypes.CDLL(str(paths[0]))
     for name in UNITS[unit]:
         jax.ffi.register_ffi_target(_registered(name), jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
     return library

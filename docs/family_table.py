@@ -17,12 +17,14 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import family_files  # noqa: E402  (of the tests)
 
 from mlspecqd_jax.loading.config_file import WRAPPERS, config_of  # noqa: E402
-from mlspecqd_jax.network.config import MLP, Attention, ClampedSwish, Config, DeltaNet, Experts, ShortConv  # noqa: E402
+from mlspecqd_jax.network.config import MLP, Attention, ClampedSwish, Config, DeltaNet, Experts, LatentAttention, ShortConv  # noqa: E402
 from mlspecqd_jax.network.families import FAMILIES  # noqa: E402
 
 PAGE = ROOT / "docs" / "models.md"
 
-BY_ITS_TEXT = {"llama4"}  # multimodal types through which transformers runs no text alone: their language models are compared
+# Multimodal types whose language models alone are compared: transformers runs no text through the one, and writes the other under
+# names that no published file has.
+BY_ITS_TEXT = {"llama4", "kimi_k25"}
 ROPES = {"yarn": "YaRN", "longrope": "LongRoPE"}
 ACTS = {"silu": "SiLU", "relu2": "squared ReLU", "xielu": "xIELU"}  # all others are ways to compute GELU
 
@@ -44,6 +46,12 @@ ROWS = (
         ("gemma", "gemma2", "gemma3_text", "vaultgemma"),
         "Gemma 1 to 3, VaultGemma",
         "norms of 1 + weight, scaled embeddings; norms after each part, caps, windows",
+    ),
+    Row(
+        ("gemma4_text", "gemma4_unified_text"),
+        "Gemma 4: E2B, E4B, 12B, 26B-A4B, 31B",
+        "heads of two sizes, normed values, values that are keys, layers with earlier ones' keys and values, an embedding by "
+        "layer, experts beside an MLP",
     ),
     Row(("phi3",), "Phi-3, Phi-3.5, Phi-4, Phi-4-mini", "fused products in the file, LongRoPE, a part of each head rotated"),
     Row(("phi",), "Phi-1, Phi-1.5, Phi-2", "layer norms, attention and MLP side by side, MLP without a gate"),
@@ -109,6 +117,11 @@ ROWS = (
         "experts by groups beside a shared one, behind dense layers; a part of each head rotated",
     ),
     Row(
+        ("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "mistral4", "youtu"),
+        "DeepSeek-V2, V2-Lite, V3, R1, Kimi K2.5, GLM-4.7-Flash, Mistral Small 4, Youtu-LLM",
+        "latents for keys and values, which are all that is kept; experts by groups beside shared ones, behind dense layers",
+    ),
+    Row(
         ("granitemoe", "granitemoeshared"),
         "Granite 3 MoE",
         "Granite's scales; experts in one tensor, and a shared one",
@@ -147,13 +160,20 @@ def features(raw: dict) -> list[str]:
     """Return what of a checkpoint's network is not as in the first Llama's, in words."""
     c = described(raw)
     layers, feeds = c.layers, [layer.feed for layer in c.layers]
-    mixers = [layer.mixer for layer in c.layers if isinstance(layer.mixer, Attention)]
+    mixers = [layer.mixer for layer in layers if isinstance(layer.mixer, Attention | LatentAttention)]
     ropes = [mixer.rope for mixer in mixers]
     sources = [source for _, source in c.sources]
     text = raw.get("text_config") or raw
     stretched = text.get("rope_scaling") or text.get("rope_parameters") or {}
     experts = [feed for feed in feeds if isinstance(feed, Experts)]
-    kind, act = stretched.get("rope_type", stretched.get("type")), feeds[0].act
+    kinds = [each.get("rope_type", each.get("type")) for each in (stretched, *stretched.values()) if isinstance(each, dict)]
+    kind, act = next((kind for kind in kinds if kind), None), feeds[0].act
+    # Of what is multiplied and turned, and of no latent.
+    sizes = [m.key_dim + m.turned_dim if isinstance(m, LatentAttention) else m.head_dim for m in mixers]
+
+    def having(what: str) -> bool:
+        return any(getattr(mixer, what, None) for mixer in mixers)
+
     found = {
         "layer norm": c.norm.centered,
         "1 + weight": c.norm.offset,
@@ -161,35 +181,42 @@ def features(raw: dict) -> list[str]:
         "norms after parts": any(layer.norms[1] or layer.norms[3] for layer in layers),
         "no norms before parts": any(layer.norms[0] is None for layer in layers),
         "side by side": any(layer.parallel for layer in layers),
+        "latents": any(isinstance(mixer, LatentAttention) for mixer in mixers),
+        "latents of queries": any(getattr(mixer, "query_latent", None) for mixer in mixers),
         "experts": experts,
         "shared experts": any(feed.shared for feed in experts),
         "dense layers": 0 < len(experts) < len(feeds),
         "bounded swish": any(isinstance(feed.act, ClampedSwish) for feed in feeds),
         "short convolutions": any(isinstance(layer.mixer, ShortConv) for layer in layers),
         "delta nets": any(isinstance(layer.mixer, DeltaNet) for layer in layers),
-        "gated attention": any(mixer.gate for mixer in mixers),
-        "chunks": any(mixer.chunk for mixer in mixers),
+        "gated attention": having("gate"),
+        "chunks": having("chunk"),
         "no gate": any(isinstance(feed, MLP) for feed in feeds),
         ACTS.get(act, "GELU"): act != "silu" and not isinstance(act, ClampedSwish),
         "biases": any(mixer.bias or mixer.output_bias for mixer in mixers) or any(feed.bias for feed in feeds),
         "head's bias": c.head_bias,
-        "windows": any(mixer.window for mixer in mixers),
+        "windows": having("window"),
         "learned positions": c.learned_positions,
         "layers without positions": not c.learned_positions and None in ropes,
         "neighbouring pairs": any(rope and rope.interleaved for rope in ropes),
-        "part of a head rotated": any(
-            rope and 2 * len(rope.frequencies) < m.head_dim for rope, m in zip(ropes, mixers, strict=True)
-        ),
+        "part of a head rotated": any(rope and 2 * len(rope.frequencies) < size for rope, size in zip(ropes, sizes, strict=True)),
+        "pairs that do not turn": any(rope and 0.0 in rope.frequencies for rope in ropes),
         "ropes by layer": len({rope for rope in ropes if rope}) > 1,
         f"{ROPES.get(kind, kind)} rope": kind not in (None, "default", "mrope"),
-        "query and key norms": any(mixer.qk_norm for mixer in mixers),
-        "growing queries": any(mixer.growth for mixer in mixers),
-        "clipped": any(mixer.clip for mixer in mixers),
-        "capped scores": any(mixer.cap for mixer in mixers),
+        "query and key norms": having("qk_norm"),
+        "value norms": having("value_norm"),
+        "values that are keys": having("values_of_keys"),
+        "earlier layers' keys and values": any(mixer.kept_by is not None for mixer in mixers),
+        "sizes of heads by layer": len(set(sizes)) > 1,
+        "an embedding by layer": any(layer.own for layer in layers),
+        "layers' scalars": any(layer.scalar for layer in layers),
+        "growing queries": having("growth"),
+        "clipped": having("clip"),
+        "capped scores": having("cap"),
         "capped logits": c.logit_cap is not None,
-        "sinks": any(mixer.sinks for mixer in mixers),
+        "sinks": having("sinks"),
         "scaled": c.embed_scale != 1 or c.logit_scale != 1 or any(layer.scale != 1 for layer in layers),
-        "scores' scale": any(abs(mixer.scale * mixer.head_dim**0.5 - 1) > 1e-6 for mixer in mixers),
+        "scores' scale": any(abs(mixer.scale * size**0.5 - 1) > 1e-6 for mixer, size in zip(mixers, sizes, strict=True)),
         "fused": any(source.groups > 1 or source.start or source.stop for source in sources),
         "transposed": any(source.transpose for source in sources),
         "tied": c.tied,

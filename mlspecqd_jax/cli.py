@@ -16,6 +16,7 @@ import warnings
 from mlspecqd_jax import console, options, prompt_files
 from mlspecqd_jax.arguments import ARGUMENTS
 from mlspecqd_jax.errors import InputError
+from mlspecqd_jax.stopwatch import Stopwatch, since_the_process_began, table
 
 INTERRUPTED = 130
 
@@ -63,20 +64,26 @@ def _generate(a: argparse.Namespace) -> None:
     if "logit_bias" in arguments:
         arguments["logit_bias"] = options.biases(arguments["logit_bias"])
 
+    before, watch = since_the_process_began(), Stopwatch()
     from mlspecqd_jax import generation, planner, specs
     from mlspecqd_jax.loading import models
 
+    watch.lap("imports")
     load = functools.cache(functools.partial(models.load, dtype=a.dtype))
     if specs.AUTO in a.draft and len(a.draft) > 1:
         raise InputError("--draft auto chooses all drafts and stands alone; leave the others out")
     a.draft = [] if a.draft == [specs.AUTO] else a.draft
     specs.parse(a.draft, a.calibrate)  # refused before anything is loaded
     target = load(a.model, dequantize=True) if a.dequantize else load(a.model)  # as drafts are: one name is loaded once
+    watch.lap("load the model")
     drafts = a.draft or planner.default_drafts(target)
     settings = {"exact": not a.inexact, "share_cache": not a.own_cache}
     stack = specs.stack_of(specs.parse(drafts, a.calibrate), target, load, a.calibrate, **settings)
+    watch.lap("drafts: quantize or load")
     if a.json or a.compare or len(prompts) > 1:
         out = (generation.compare if a.compare else generation.generate)(stack, prompts, **arguments)
+        watch.lap("programs, prefill and decode")
+        _print_profile(a, stack, before, watch)
         if a.json:
             keys = ["text", "tokens", "prompt_tokens", "finish_reason", "report"] + ["logprobs"] * ("logprobs" in arguments)
             console.put(json.dumps({key: _finite(getattr(out, key)) for key in keys}, allow_nan=False) + "\n")
@@ -86,12 +93,16 @@ def _generate(a: argparse.Namespace) -> None:
             console.put(text + "\n")
     else:
         stream = generation.stream(stack, prompts[0], **arguments)
+        watch.lap("programs")
         _print_prompt(prompts[0])
         try:
             for piece in stream:
                 console.put(piece)
+                watch.lap("decode" if "prefill, to the first text" in watch.spent else "prefill, to the first text")
         finally:
             console.put("\n")
+        watch.lap("decode")
+        _print_profile(a, stack, before, watch)
         out = stream.generation
         assert out is not None  # since the stream has ended
     _print_summary(out.report)
@@ -133,6 +144,19 @@ def _print_summary(r: dict) -> None:
     if r["synthetic_acceptance"]:
         lines.append("synthetic acceptance: coins accepted the drafts, and the text is meaningless")
     console.say("\n".join(f"[{line}]" for line in lines))
+
+
+def _print_profile(a: argparse.Namespace, stack, before: tuple[float, float], watch: Stopwatch) -> None:
+    from mlspecqd_jax.programs import preparing
+
+    if not a.profile:
+        return
+    rows = {"python, jax": before}
+    for name, spent in watch.spent.items():
+        rows[name] = spent
+        if name.startswith("programs"):
+            rows |= {f"  {step}": of_step for step, of_step in preparing(stack).items()}
+    console.say(table(rows))
 
 
 def _finite(value):

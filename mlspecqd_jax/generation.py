@@ -122,7 +122,7 @@ def _run(stack: Stack, prompts, most_rounds: int, arguments: Mapping[str, Any]):
     state = prefilled(stack, state, batch)
     prefill_seconds = time.perf_counter() - began
     decoders = [Detokenizer(stack.card.tokenizer, prompt, stops) if stack.card.tokenizer else None for prompt in prompt_tokens]
-    length, rounds = begin, 1
+    length, rounds = begin, _first(prefill_seconds, most_rounds) if begin.max() > 1 else 1
     while True:
         seen, sliced = length, time.perf_counter()
         state, (tokens, length, ended, broken) = _slice(stack, state, limit, sampling, rounds)
@@ -173,7 +173,7 @@ def compiled(stack: Stack, asked: Request) -> tuple[State, float]:
 def prefilled(stack: Stack, state: State, batch: Batch) -> State:
     """Feed the prompts, some pieces a call."""
     width = piece_width(batch.prefill_width, batch.tokens.shape[1])
-    total = -(-(int(np.max(batch.length)) - 1) // width)
+    total = -(-(int(np.asarray(batch.length).max()) - 1) // width)
     first, pieces, feed = 0, 1, programs(stack).feed
     while first < total:
         began = time.perf_counter()
@@ -188,6 +188,11 @@ def _slice(stack: Stack, state: State, limit: np.ndarray, sampling: Sampling, ro
     """Run some rounds; return the state, and what the host looks at of it: tokens, length, ended, broken."""
     state = programs(stack).advance(stack, state, limit, sampling, np.int32(rounds))
     return state, jax.device_get((state.tokens, state.length, state.ended, state.broken))
+
+
+def _first(seconds: float, most: int) -> int:
+    """Return how many rounds to begin with where prompts were fed in `seconds`: a pass takes no longer, nor do most drafts."""
+    return max(1, min(int(SLICE_SECONDS / max(2 * seconds, 1e-9)), most))
 
 
 def _next(n: int, seconds: float, most: int) -> int:

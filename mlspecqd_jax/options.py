@@ -58,6 +58,7 @@ def parser() -> Parser:
         g.add_argument(option, dest=name, default=argparse.SUPPRESS, **form)
     g.add_argument("--compare", action="store_true", help="also decode plainly and report the ratio")
     g.add_argument("--json", action="store_true", help="print one JSON object with text, tokens and report")
+    g.add_argument("--profile", action="store_true", help="say where the seconds went, from the start of the process on")
 
     c = commands.add_parser("convert", help="write an orbax checkpoint, which loads faster", allow_abbrev=False)
     c.add_argument("model", metavar="MODEL", help=f"{MODEL_HELP}, demo or demo-small")

@@ -2,9 +2,9 @@
 
 A round's seconds are those of its passes, so that rounds of several lengths give the time of a pass of each level by rows in use,
 by least squares: piecewise linear in the rows, and never less for more of them. Drafts of look-up tell a verifier's passes from
-those of a model that drafts for it. Of several tries the shortest counts: whatever else the machine does only adds to it; and a
-call of one plain round is taken off, since calls take time of their own. Tokens are sampled, which takes its time in each row, so
-that greedy runs are a little faster than by the table.
+those of a model that drafts for it, and rounds in which nothing that is found seems to pay what asking takes. Of several tries the
+shortest counts: whatever else the machine does only adds to it; and a call of one plain round is taken off, since calls take time
+of their own. Tokens are sampled, which takes its time in each row, so that greedy runs are a little faster than by the table.
 
 Notation: L levels, D levels that draft.
 """
@@ -30,9 +30,10 @@ from mlspecqd_jax.speculation.state import State, counts_of
 
 KNOTS = (1, 2, 4, 8, 16)  # rows
 OUTER, INNER = (1, 3, 7, 15), (3, 7)  # forced lengths; inner ones under the longest
-ROUNDS, PLAIN_ROUNDS = 2, 16  # of a length at once, and of none
+ROUNDS, PLAIN_ROUNDS = 2, 15  # of a length at once, and of none; after more of these a model is tried whatever seems to pay
+SLOW = 0.02  # seconds of a plain round
 PERIOD = 16  # tokens that repeat, so that look-up finds as many
-LEAST, MOST = 3, 9  # times that each is tried
+LEAST, MOST = 3, 30  # times that each is tried
 CERTAIN = 0.999 * 1e6, 1e6  # accepted and judged: so many that what rounds add says nothing
 
 
@@ -40,6 +41,7 @@ class Measured(NamedTuple):
     """What was measured."""
 
     times: np.ndarray  # f64 [L, SLACK + 1], in passes of the target over one row
+    asking: float  # what a round takes beyond a plain one if a draft is asked for and there is none, in the same
     plain: float  # seconds of a round of plain decoding
     seconds: float  # that measuring took, compilation apart
 
@@ -59,21 +61,25 @@ def measure(stack: Stack, prompt: list[int], *, budget: float = 2.0, **arguments
     state, _ = compiled(stack, asked)
     state = jax.block_until_ready(prefilled(stack, state, asked.batch))
     began = time.perf_counter()
-    forced = [each for each in _forced(stack) if each.caps[0] <= min(7, stack.level.draft_len) or _is_quick(stack, asked, state)]
+    once, plain, *others = _forced(stack)
+    if _rounds(stack, asked, state, once)[1] > SLOW:  # the longest drafts would take more than the budget
+        others = [each for each in others if each.caps[0] <= min(7, stack.level.draft_len)]
+    in_vain = plain._replace(caps=others[0].caps, pays=False)
     passes: dict[_Forced, np.ndarray] = {}
     seconds: dict[_Forced, float] = {}
     for i in range(MOST):
         if i >= LEAST and time.perf_counter() - began > budget:
             break
-        for each in forced:  # in turn, so that what else the machine does falls on all of them
+        for each in (once, plain, in_vain, *others):  # in turn, so that what else the machine does falls on all of them
             passes[each], spent = _rounds(stack, asked, state, each)
             seconds[each] = min(spent, seconds.get(each, np.inf))
-    first, *others = forced
+    solved = (plain, *others)
     times = _solved(
-        np.array([passes[each] - passes[first] for each in others]),
-        np.maximum([seconds[each] - seconds[first] for each in others], 1e-9),
+        np.array([passes[each] - passes[once] for each in solved]),
+        np.maximum([seconds[each] - seconds[once] for each in solved], 1e-9),
     )
-    return Measured(times / times[0, 1], float(times[0, 1]), time.perf_counter() - began)
+    asking = max(seconds[in_vain] - seconds[plain], 0) / (PLAIN_ROUNDS * times[0, 1])
+    return Measured(times / times[0, 1], float(asking), float(times[0, 1]), time.perf_counter() - began)
 
 
 class _Forced(NamedTuple):
@@ -82,6 +88,7 @@ class _Forced(NamedTuple):
     source: int
     caps: tuple[int, ...]  # outermost first
     rounds: int
+    pays: bool = True  # else nothing is drafted, although it is asked for
 
 
 def _forced(stack: Stack) -> list[_Forced]:
@@ -97,10 +104,12 @@ def _forced(stack: Stack) -> list[_Forced]:
 
 
 def _forced_control(stack: Stack, forced: _Forced, batch: int) -> Autopilot:
-    """Return an autopilot to which drafts are free, so that it drafts all that the caps allow."""
+    """Return an autopilot to which drafts are free, so that it drafts all that the caps allow, or too dear to draft any."""
     levels = len(stack.levels)
     times = np.zeros((levels, SLACK + 1))
     times[:, 1:] = 1e-3 ** np.arange(levels)[:, None]  # whatever its length, a draft takes next to nothing of its verifier's pass
+    if not forced.pays:
+        times[0, 2:] = 1e3
     prior = np.full((levels, 2, CLASSES, 2), CERTAIN)
     prior[0, MODEL if forced.source == LOOKUP else LOOKUP, :, 0] = 0
     control = Autopilot.create(times, prior, len(forced.caps), rate=1.0, allowance=np.inf)
@@ -122,11 +131,6 @@ def _rounds(stack: Stack, asked: Request, state: State, forced: _Forced) -> tupl
     )
     seconds = time.perf_counter() - began
     return np.stack([np.asarray(each.by_rows) for each in counts_of(end)]), seconds
-
-
-def _is_quick(stack: Stack, asked: Request, state: State) -> bool:
-    """Return whether long drafts can be tried within a budget of seconds."""
-    return _rounds(stack, asked, state, _forced(stack)[0])[1] < 0.02
 
 
 def _repeating(prompt: list[int], vocab_size: int) -> list[int]:

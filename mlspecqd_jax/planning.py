@@ -1,31 +1,44 @@
 """`plan`: measure what passes take here and how fast drafts are on the target's own text, and keep it for the next start.
 
-Without drafters it also chooses what drafts. Look-up is always tried. Twins in several formats are played on text that the target
-wrote (`replay`), with times guessed from bytes; those that promise most are built and measured. If nothing is faster than plain
-decoding, plain decoding it is.
+Without drafters it also chooses what drafts. Look-up is always tried. Twins in several formats read text that the target wrote
+(`replay`), which tells what they accept and what a pass of theirs takes; those that promise most are built and measured. What
+gains too little to be told from noise is not chosen: look-up needs no weights, and plain decoding nothing at all.
 """
 
+import dataclasses
 import statistics
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
+import jax.numpy as jnp
+import numpy as np
 from tqdm.auto import tqdm
 
-from mlspecqd_jax import pass_measurement, plans, replay, stacks
+from mlspecqd_jax import pass_measurement, plans, replay, report, stacks
 from mlspecqd_jax.arguments import texts
 from mlspecqd_jax.errors import InputError
-from mlspecqd_jax.generation import generate
+from mlspecqd_jax.generation import Generation, generate
 from mlspecqd_jax.loading.model import Model
-from mlspecqd_jax.pass_times import guessed
 from mlspecqd_jax.planner import LOOKUP, choice_key, twins_for
 from mlspecqd_jax.plans import Plan, Tried
+from mlspecqd_jax.speculation.autopilot import Autopilot
 from mlspecqd_jax.speculation.stack import Stack
+from mlspecqd_jax.text.detokenizer import encode
 
+# What a target with a tokenizer continues where no prompts are given, as conversations where it has a template for them.
+PROMPTS = (
+    "Write a function in Python that returns the longest line of a file, and explain it step by step.",
+    "A train leaves at 9:40 and arrives at 13:05. How long does it take, and how far does it get at 84 km an hour?",
+    "Tell a short story of a fisherman who finds a letter in a bottle.",
+    "Summarize in a list what one should know before planting an apple tree.",
+)
 PAIRS = 3  # of runs that are compared
 NEW_TOKENS = 64  # of each
+WRITING = 5.0  # seconds of plain decoding that texts may take, but for the first
 CHOICES = {"greedy": 0.0, "T = 0.8": 0.8}  # temperatures
 MEASURED = 2  # twins that are built, of those that promise to pay
-PROMISING = 1.03  # times plain decoding
+PROMISING, NEAR = 1.03, 0.9  # times plain decoding, and times the most that is promised
+GAIN, GAIN_OF_WEIGHTS = 1.02, 1.05  # that is asked of look-up over plain decoding, and of a twin over the best without one
 
 
 class _Asked(NamedTuple):
@@ -43,14 +56,43 @@ def plan(target: Model, *drafters: Any, prompts: str | Sequence[str] | None = No
     Args:
       target: the model.
       *drafters: as for `stack`; without any, what drafts is chosen too, and `stack(target, "auto")` takes it from then on.
-      prompts: to generate from; None is the target's first token, which says less about what users ask.
+      prompts: to generate from, as users ask; None is a few of our own, or the target's first token where it has no tokenizer.
       **options: of `stack`.
     """
     given = texts("prompts", prompts)
-    if given and target.tokenizer is None:
+    if given and target.card.tokenizer is None:
         raise InputError(f"{target.card.name} has no tokenizer, which prompts need; leave them out")
-    asked = _Asked(target, [target.tokenizer.encode(text) for text in given] if given else [[target.first_token]], options)
+    asked = _Asked(target, encoded(target, given), options)
     return _chosen(asked) if drafters in ((), ("auto",)) else _measured(asked, drafters)
+
+
+def encoded(target: Model, given: Sequence[str]) -> list[list[int]]:
+    """Return prompts as token ids, or where none are given some of ours, or the first token of a target that has no tokenizer."""
+    if target.card.tokenizer is None:
+        return [[target.first_token]]
+    return encode(target.card, list(given or PROMPTS), chat=not given and bool(target.card.tokenizer.chat_template))
+
+
+def plan_of(stack: Stack, prompts: list[list[int]]) -> Plan:
+    """Measure what the passes of a stack with lengths="auto" take, and see what is accepted where it continues some prompts.
+
+    Speeds are yet to be measured.
+    """
+    measured = pass_measurement.measure(stack, prompts[0])
+    times = {"times": jnp.asarray(measured.times, jnp.float32), "asking": jnp.float32(measured.asking)}
+    control = dataclasses.replace(cast(Autopilot, stack.control), allowance=jnp.float32(jnp.inf), **times)
+    trial = dataclasses.replace(stack, control=control)
+    seen = sum(
+        report.seen_by_class(_run(trial, prompt, temperature).report, len(stack.levels))
+        for temperature in CHOICES.values()
+        for prompt in _some(prompts, measured.plain)
+    )
+    names = tuple(card.name for card in stack.cards)
+    return Plan(plans.key_of(stack.level), names, measured.times, measured.asking, measured.plain, np.asarray(seen), {})
+
+
+def _run(stack: Stack, prompt: list[int], temperature: float, seed: int = 0) -> Generation:
+    return generate(stack, [prompt], max_new_tokens=NEW_TOKENS, temperature=temperature, seed=seed, stop_token_ids=())
 
 
 class _Found(NamedTuple):
@@ -61,52 +103,54 @@ class _Found(NamedTuple):
 def _measured(asked: _Asked, drafters: tuple[Any, ...]) -> _Found:
     """Measure passes and speeds of a stack, and keep that."""
     stack = stacks.stack(asked.target, *drafters, **asked.options, lengths="auto")
-    measured = pass_measurement.measure(stack, asked.prompts[0])
-    plan = Plan(plans.key_of(stack.level), tuple(card.name for card in stack.cards), measured.times, measured.plain, {})
+    plan = plan_of(stack, asked.prompts)
     stack = stacks.stack(asked.target, *drafters, **asked.options, lengths=plan)
-    plan = plan._replace(speedups=_speedups(asked, stack))
+    plan = plan._replace(speedups=_speedups(asked, plan, stack))
     plans.keep(plan)
     return _Found(stack, plan)
 
 
-def _speedups(asked: _Asked, stack: Stack) -> dict[str, float]:
+def _speedups(asked: _Asked, found: Plan, stack: Stack) -> dict[str, float]:
     """Return how much faster a stack is than plain decoding, by how tokens are chosen: the median of pairs of runs, in turn."""
     plain = stacks.stack(asked.target, exact=stack.exact)
-    found = {}
+    prompts, speedups = _some(asked.prompts, found.plain), {}
     for name, temperature in CHOICES.items():
 
-        def seconds(stack, seed, temperature=temperature):
-            runs = (
-                generate(stack, [prompt], max_new_tokens=NEW_TOKENS, temperature=temperature, seed=seed, stop_token_ids=())
-                for prompt in asked.prompts
-            )
-            return sum(run.report["seconds"] for run in runs)
+        def seconds(stack, seed, prompts, temperature=temperature):
+            return sum(_run(stack, prompt, temperature, seed).report["seconds"] for prompt in prompts)
 
-        ratios = [seconds(plain, pair) / seconds(stack, pair) for pair in range(PAIRS + 1)]  # the first compiles
-        found[name] = statistics.median(ratios[1:])
-    return found
+        for each in (plain, stack):
+            seconds(each, 0, prompts[:1])  # which compiles
+        speedups[name] = statistics.median(seconds(plain, pair, prompts) / seconds(stack, pair, prompts) for pair in range(PAIRS))
+    return speedups
+
+
+def _some(prompts: list[list[int]], plain: float) -> list[list[int]]:
+    """Return as many prompts as are continued plainly in WRITING seconds, given those of a pass; one at least."""
+    return prompts[: max(1, int(WRITING / (NEW_TOKENS * plain)))]
 
 
 def _chosen(asked: _Asked) -> _Found:
     """Measure look-up and the twins that promise most, and keep which of them, or plain decoding, is the fastest."""
     target = asked.target
     lookup = _measured(asked, (stacks.prompt_lookup(),))
-    best, tried = lookup, [Tried((), {}, dict.fromkeys(CHOICES, 1.0)), Tried(LOOKUP, {}, lookup.plan.speedups)]
-    best = best._replace(plan=best.plan._replace(drafts=LOOKUP))
+    lookup = lookup._replace(plan=lookup.plan._replace(drafts=LOOKUP))
+    tried = [Tried((), {}, dict.fromkeys(CHOICES, 1.0)), Tried(LOOKUP, {}, lookup.plan.speedups)]
+    nothing = lookup._replace(
+        stack=stacks.stack(target, **asked.options), plan=lookup.plan._replace(drafts=(), speedups=tried[0].measured)
+    )
+    best = lookup if _mean(lookup.plan.speedups) >= GAIN else nothing
+    least = GAIN_OF_WEIGHTS * _mean(best.plan.speedups)
     predicted = _predicted(asked, lookup.plan)
     ranked = sorted(predicted, key=lambda name: -_mean(predicted[name]))
     for rank, name in enumerate(ranked):
         speedups = {}
-        if rank < MEASURED and _mean(predicted[name]) >= PROMISING:
+        if rank < MEASURED and _mean(predicted[name]) >= max(PROMISING, NEAR * _mean(predicted[ranked[0]])):
             found = _measured(asked, (stacks.twin(target, name),))
             speedups = found.plan.speedups
-            if _mean(speedups) > _mean(best.plan.speedups):
+            if _mean(speedups) >= max(least, _mean(best.plan.speedups)):
                 best = found._replace(plan=found.plan._replace(drafts=(name,)))
         tried.append(Tried((name,), predicted[name], speedups))
-    if _mean(best.plan.speedups) < 1:
-        best = best._replace(
-            stack=stacks.stack(target, **asked.options), plan=best.plan._replace(drafts=(), speedups=tried[0].measured)
-        )
     choice = best.plan._replace(key=choice_key(target), tried=tuple(tried))
     plans.keep(choice)
     return best._replace(plan=choice)
@@ -119,16 +163,16 @@ def _predicted(asked: _Asked, lookup: Plan) -> dict[str, dict[str, float]]:
     if not names:
         return found
     plain = stacks.stack(target, exact=asked.options.get("exact", True))
-    written = {
-        name: [replay.write(plain, prompt, NEW_TOKENS, temperature=temperature) for prompt in asked.prompts]
-        for name, temperature in CHOICES.items()
-    }
+    prompts = _some(asked.prompts, lookup.plain)
+    written = [
+        replay.write(plain, prompt, NEW_TOKENS, temperature=temperature) for temperature in CHOICES.values() for prompt in prompts
+    ]
     for name in tqdm(names, desc="Trying drafts", unit="draft", disable=None, leave=False):
-        twin = stacks.twin(target, name)
-        draft = guessed([target.pass_bytes, twin.pass_bytes], target.runs_on)[1, 1]
+        drafts, own = (replay.read(model, written) for model in (stacks.twin(target, name), target))
+        pieces = [drafts.agreements[i : i + len(prompts)] for i in range(0, len(written), len(prompts))]
         found[name] = {
-            choice: replay.best_fixed([replay.agreement(twin, text) for text in texts], lookup.times[0], draft)
-            for choice, texts in written.items()
+            choice: replay.best_fixed(agreements, lookup.times[0], drafts.seconds / own.seconds)
+            for choice, agreements in zip(CHOICES, pieces, strict=True)
         }
     return found
 

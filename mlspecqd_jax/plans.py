@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import pathlib
-import platform
 import tempfile
 from typing import Any, NamedTuple
 
@@ -21,13 +20,15 @@ import numpy as np
 
 from mlspecqd_jax import console
 from mlspecqd_jax.errors import InputError
+from mlspecqd_jax.fingerprints import processor_name
 from mlspecqd_jax.json_files import read_json
 from mlspecqd_jax.speculation.buffers import SLACK
 from mlspecqd_jax.speculation.counts import Counts
+from mlspecqd_jax.speculation.guide import CLASSES
 from mlspecqd_jax.speculation.level import Level
 from mlspecqd_jax.user_cache import cache_folder
 
-SCHEMA = 2
+SCHEMA = 3
 REFINING, MOST_REFINED = 0.1, 0.25  # what a run's error changes of times, and the most it may
 ENOUGH, SETTLED = 64, 0.1  # passes of the target from which a run says something, and an error below which it says nothing new
 
@@ -46,7 +47,9 @@ class Plan(NamedTuple):
     key: str  # of `key_of`
     names: tuple[str, ...]  # of the levels
     times: np.ndarray  # f64 [L, SLACK + 1], of passes by level and rows in use, in those of the target over one row
+    asking: float  # what a round takes beyond a plain one if a draft is asked for and there is none, in the same
     plain: float  # seconds of such a pass
+    seen: np.ndarray  # int [L, 2, 8, 2], accepted and judged by level, source and class (`guide`) of the texts that were written
     speedups: dict[str, float]  # over plain decoding, by how tokens are chosen, median of pairs
     drafts: tuple[str, ...] = ()  # as `--draft` takes them, where it chose
     tried: tuple[Tried, ...] = ()  # what it chose from
@@ -72,7 +75,7 @@ def key_of(level: Level) -> str:
         "schema": SCHEMA,
         "jax": [jax.__version__, jaxlib.__version__],
         "device": [device.platform, device.device_kind, jax.device_count()],
-        "processor": [_processor(), len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()],
+        "processor": [processor_name(), len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()],
         "levels": [
             [repr(each.model), str(jax.tree.structure(each.params)), each.draft_len, each.window_multiple, each.share_cache]
             + [[leaf.shape, str(leaf.dtype)] for leaf in jax.tree.leaves(each.params)]
@@ -121,7 +124,11 @@ def _read(value: dict[str, Any]) -> Plan:
     names, tried = tuple(value["names"]), tuple(Tried(tuple(drafts), *speeds) for drafts, *speeds in value["tried"])
     if value["schema"] != SCHEMA or times.shape != (len(names), SLACK + 1) or not np.all(np.isfinite(times) & (times >= 0)):
         raise ValueError
-    return Plan(value["key"], names, times, float(value["plain"]), dict(value["speedups"]), tuple(value["drafts"]), tried)
+    seen = np.array(value["seen"], np.int64)
+    if seen.shape != (len(names), 2, CLASSES, 2) or np.any(seen < 0):
+        raise ValueError
+    asking, plain = float(value["asking"]), float(value["plain"])
+    return Plan(value["key"], names, times, asking, plain, seen, dict(value["speedups"]), tuple(value["drafts"]), tried)
 
 
 def keep(plan: Plan, path: pathlib.Path | None = None) -> pathlib.Path:
@@ -162,18 +169,12 @@ def learn(level: Level, counts: tuple[Counts, ...], seconds: float) -> None:
     path = path_of(key_of(level))
     with contextlib.suppress(InputError, OSError):  # what cannot be used is said where it is to be used
         plan = loaded(path, path.stem)
+        seconds -= plan.plain * plan.asking * int(counts[0].in_vain)
         if abs(seconds / seconds_of(plan, passes).sum() - 1) > SETTLED:  # else the plan stays, and texts under rejection with it
             keep(refined(plan, passes, seconds))
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
     """Return what is kept of a plan."""
-    return plan._asdict() | {"schema": SCHEMA, "times": [[round(x, 5) for x in row] for row in plan.times.tolist()]}
-
-
-def _processor() -> str:
-    try:
-        lines = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor()
+    times = [[round(x, 5) for x in row] for row in plan.times.tolist()]
+    return plan._asdict() | {"schema": SCHEMA, "times": times, "seen": plan.seen.tolist()}

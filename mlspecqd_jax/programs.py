@@ -5,8 +5,12 @@ from typing import Any, NamedTuple
 
 import jax
 
+from mlspecqd_jax.kept_programs import Kept
+from mlspecqd_jax.kept_values import keeping
 from mlspecqd_jax.speculation import loop
+from mlspecqd_jax.speculation.protocols import depends_of
 from mlspecqd_jax.speculation.stack import Stack, outermost
+from mlspecqd_jax.stopwatch import Stopwatch
 
 # Else XLA:GPU times several algorithms for each product whenever it compiles, and two programs may get two for the same product:
 # 7 of 64 rows of a real model differed on an H200, and none of 192 with cuBLAS alone, which takes one algorithm for a shape. XLA
@@ -24,7 +28,19 @@ class Programs(NamedTuple):
 
 def programs(stack: Stack) -> Programs:
     """Return the functions that run a stack."""
-    return _jitted(tuple(compiler_options(stack).items()))
+    options = tuple(compiler_options(stack).items())
+    return _kept(options) if keeping() else _jitted(options)
+
+
+def preparing(stack: Stack) -> dict[str, tuple[float, float]]:
+    """Return how long it took, in seconds and the processors' seconds, to trace, lower, compile or load a stack's programs so far.
+
+    It is known of programs that are kept alone.
+    """
+    watches = [getattr(program, "watch", Stopwatch()) for program in programs(stack)]
+    names = dict.fromkeys(name for watch in watches for name in watch.spent)
+    spent = {name: [watch.spent.get(name, (0.0, 0.0)) for watch in watches] for name in names}
+    return {name: (sum(s for s, _ in pairs), sum(p for _, p in pairs)) for name, pairs in spent.items()}
 
 
 def compiler_options(stack: Stack) -> dict[str, Any]:
@@ -42,3 +58,22 @@ def _jitted(options: tuple[tuple[str, Any], ...]) -> Programs:
         feed=jit(loop.feed, static_argnames="prefill_width", donate_argnames="state"),
         advance=jit(loop.advance, donate_argnames="state"),
     )
+
+
+@functools.cache
+def _kept(options: tuple[tuple[str, Any], ...]) -> Programs:
+    kept = functools.partial(Kept, depends=_depends, compiler_options=dict(options))
+    begin = functools.partial(jax.eval_shape, loop.begin)
+    return Programs(
+        begin=kept("begin", loop.begin, begin),
+        feed=kept("feed", loop.feed, _state, static="prefill_width", donate_argnames="state"),
+        advance=kept("advance", loop.advance, _state, donate_argnames="state"),
+    )
+
+
+def _state(stack, state, *others, **more):
+    return state
+
+
+def _depends(stack, *others, **more):
+    return [depends_of(level.model, level.params) for level in outermost(stack).levels]

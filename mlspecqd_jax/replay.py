@@ -1,4 +1,4 @@
-"""What drafts of a twin would be worth, from one look at text that the target wrote: no program of a loop is compiled for it.
+"""What drafts of a twin would be worth, from one look at text that the target wrote: no more than a pass is compiled for it.
 
 A draft is accepted up to its first token that is not what the target wrote, under the greedy and the coupled rule alike. So it is
 enough to know, of each place of a text, whether the twin would choose the same there: rounds of any length can be played on that.
@@ -7,6 +7,7 @@ Notation: N tokens of a text, R rows of a pass.
 """
 
 import functools
+import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -27,7 +28,7 @@ from mlspecqd_jax.speculation.stack import Stack
 from mlspecqd_jax.speculation.state import State
 
 LONGEST = 15  # tokens of a draft, as where lengths are chosen
-WINDOW = LONGEST + 1  # tokens that are judged in a pass, each on the twin's own keys and values of those before it, as in a draft
+WINDOW = LONGEST + 1  # tokens that are judged in a row, each on the twin's own keys and values of those before it, as in a draft
 
 
 class Written(NamedTuple):
@@ -36,6 +37,13 @@ class Written(NamedTuple):
     state: State
     sampling: Sampling
     level: Level | None = None  # that wrote it; needed where its cache does not hold all positions
+
+
+class Read(NamedTuple):
+    """What a model made of texts."""
+
+    agreements: list[np.ndarray]  # bool [N] each, whether it would have chosen what the target wrote
+    seconds: float  # of a pass over one row, the least of all tries, so that no compilation counts
 
 
 @jax_settings.held
@@ -48,17 +56,23 @@ def write(plain: Stack, prompt: list[int], tokens: int, **arguments) -> Written:
 
 
 @jax_settings.held
-def agreement(twin: Model, written: Written) -> np.ndarray:
-    """Return whether a twin of the target would have chosen each new token, bool [N]."""
-    state, sampling, _ = written
-    begin, end = int(state.begin[0]), int(state.length[0])
-    text = np.asarray(state.tokens)[0]
-    found = []
-    places = range(begin, end, WINDOW)
-    for first, cache in zip(places, _caches(written, places), strict=True):
-        choice = _choices(twin.network, twin.params, cache, state.tokens, jnp.asarray([first - 1], jnp.int32), sampling)
-        found.append(np.asarray(choice)[0] == text[first : first + WINDOW])
-    return np.concatenate(found)[: end - begin]
+def read(model: Model, written: list[Written]) -> Read:
+    """Let the target or a twin choose the new tokens of texts that are as long, each after those before it, and time its passes."""
+    agreements, seconds = [], np.inf
+    for text_of in written:
+        state, sampling, _ = text_of
+        begin, end = int(state.begin[0]), int(state.length[0])
+        text = np.asarray(state.tokens)[0]
+        found = []
+        places = range(begin, end, WINDOW)
+        for first, cache in zip(places, _caches(text_of, places), strict=True):
+            start = jnp.asarray([first - 1], jnp.int32)
+            began = time.perf_counter()
+            choice = jax.block_until_ready(_choices(model.network, model.params, cache, state.tokens, start, sampling))
+            seconds = min(seconds, (time.perf_counter() - began) / WINDOW)
+            found.append(np.asarray(choice)[0] == text[first : first + WINDOW])
+        agreements.append(np.concatenate(found)[: end - begin])
+    return Read(agreements, float(seconds))
 
 
 def _caches(written: Written, places: range) -> Iterator[Any]:
@@ -71,11 +85,10 @@ def _caches(written: Written, places: range) -> Iterator[Any]:
     for place in places:
         while fed < place - 1:
             until = min(fed + WINDOW, place - 1)
-            cache = _fed(
-                level.model, level.params, cache, state.tokens, jnp.asarray([fed], jnp.int32), jnp.asarray([until], jnp.int32)
-            )
+            bounds = (jnp.asarray([at], jnp.int32) for at in (fed, until))
+            cache = _fed(level.model, level.params, cache, state.tokens, *bounds)
             fed = until
-        yield cache
+        yield jax.block_until_ready(cache)
 
 
 @functools.partial(jax.jit, static_argnames="scorer")
@@ -87,18 +100,23 @@ def _fed(scorer, params, cache, tokens, start, until):
 
 @functools.partial(jax.jit, static_argnames="network")
 def _choices(network, params, cache, tokens, start, sampling):
-    """Return the choices for the places after `start` [1], int32 [1, WINDOW]."""
-    window = jax.lax.dynamic_slice_in_dim(tokens, start[0], WINDOW, axis=1)
-    logits, _, _ = network(params, window, start, cache)
-    place = start[:, None] + 1 + jnp.arange(WINDOW)[None, :]
-    return choosing.draw(logits, choosing.noise(sampling.seed, place, 0, choosing.DRAW), sampling)
+    """Return the choices for the places after `start` [1], int32 [1, WINDOW], by as many passes over one row."""
+
+    def choose(i, carry):
+        chosen, cache = carry
+        place = start + i
+        logits, cache, _ = network(params, jax.lax.dynamic_slice_in_dim(tokens, place[0], 1, axis=1), place, cache)
+        noise = choosing.noise(sampling.seed, place[:, None] + 1, 0, choosing.DRAW)
+        return jax.lax.dynamic_update_slice_in_dim(chosen, choosing.draw(logits, noise, sampling), i, axis=1), cache
+
+    return jax.lax.fori_loop(0, WINDOW, choose, (jnp.zeros((1, WINDOW), jnp.int32), cache))[0]
 
 
 def best_fixed(agreements: list[np.ndarray], target: np.ndarray, draft: float) -> float:
     """Return the speed over plain decoding of drafts of the best fixed length, 0 included.
 
     Args:
-      agreements: bool [N] each, of `agreement`.
+      agreements: bool [N] each, of `read`.
       target: f64 [R], the times of the target's passes by rows.
       draft: the time of the draft's pass over one row.
     """

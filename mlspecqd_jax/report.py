@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mlspecqd_jax.speculation.autopilot import Autopilot
 from mlspecqd_jax.speculation.counts import Counts
@@ -15,6 +16,7 @@ from mlspecqd_jax.speculation.stack import Stack
 from mlspecqd_jax.speculation.state import State, counts_of
 from mlspecqd_jax.speculation.theory import tokens_per_round
 
+SOURCES = {LOOKUP: "lookup", MODEL: "model"}
 JUDGED, COLLAPSED = 64, 0.2  # a token acceptance below this, among at least so many judged, is warned of
 DRIFTED = 0.25  # and rounds, of as many, that take so much more or less than by the plan
 
@@ -60,14 +62,30 @@ def summarize(counts: Counts, row: int | None = None) -> dict[str, Any]:
 
 
 def passes_of(counts: Counts) -> dict[str, Any]:
-    """Return the passes of a level, also by how many rows were in use, and its verdicts by source, where drafts told theirs."""
-    by_source = counts.by_class.sum(axis=(1, 2))
-    return {
+    """Return a level's passes, also by rows in use, and its verdicts by source and class (`guide`), where drafts told theirs.
+
+    experts_per_pass: of how many different experts a layer read the weights, on average; None of a model without experts.
+    """
+    found = {
         "passes": int(counts.by_rows.sum()),
         "passes_by_rows": {str(rows): int(n) for rows, n in enumerate(counts.by_rows) if n},
-        "judged_by_source": {name: int(by_source[i, 1]) for i, name in ((LOOKUP, "lookup"), (MODEL, "model"))},
-        "accepted_by_source": {name: int(by_source[i, 0]) for i, name in ((LOOKUP, "lookup"), (MODEL, "model"))},
+        "experts_per_pass": None if counts.experts is None else _ratio(counts.experts, counts.by_rows.sum()),
     }
+    by_class = counts.by_class.sum(axis=1)  # [2, 8, 2]
+    for word, of in (("accepted", 0), ("judged", 1)):
+        found[f"{word}_by_source"] = {name: int(by_class[source, :, of].sum()) for source, name in SOURCES.items()}
+        found[f"{word}_by_class"] = {name: by_class[source, :, of].tolist() for source, name in SOURCES.items()}
+    return found
+
+
+def seen_by_class(report: dict[str, Any], levels: int) -> np.ndarray:
+    """Return what the levels of a stack accepted and judged in a run, by source and class (`guide`), int [L, 2, CLASSES, 2]."""
+    return np.array(
+        [
+            [[level[f"{word}_by_class"][SOURCES[source]] for word in ("accepted", "judged")] for source in sorted(SOURCES)]
+            for level in report["levels"][:levels]
+        ]
+    ).swapaxes(-1, -2)
 
 
 def autopilot_of(state: State, seconds: float) -> dict[str, float | None] | None:
@@ -98,7 +116,8 @@ def build(stack: Stack, state: State, sampling: Sampling, new_tokens: list[int],
     ]
     innermost = stack.levels[-1].drafter
     if innermost is not None:  # drafts without a model, so that there is nothing to count
-        nothing = jax.device_get(Counts.zeros(len(new_tokens), 0))
+        zeros = jax.eval_shape(lambda: Counts.zeros(len(new_tokens), 0))
+        nothing = jax.tree.map(lambda count: np.zeros(count.shape, count.dtype), zeros)
         levels.append({"name": innermost.name, "draft_len": 0} | summarize(nothing) | passes_of(nothing))
     total = sum(new_tokens)
     rates = sampling.synthetic_acceptance

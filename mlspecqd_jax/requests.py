@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from mlspecqd_jax import jax_settings
@@ -87,7 +86,7 @@ def prepare(
     for r, row in enumerate(rows):
         tokens[r, : len(row)] = row
     width = next((w for w in PREFILL_WIDTHS if w >= length.max() - 1), PREFILL_WIDTHS[-1])
-    return Batch(jnp.asarray(tokens), jnp.asarray(length, jnp.int32), jnp.asarray(limit, jnp.int32), width)
+    return Batch(*jax.device_put((tokens, length.astype(np.int32), limit.astype(np.int32))), width)
 
 
 def card_of(stack: Stack) -> Card:

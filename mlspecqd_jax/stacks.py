@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import statistics
 from typing import Any, NamedTuple
 
 from jax.sharding import NamedSharding, PartitionSpec
@@ -11,10 +12,10 @@ from mlspecqd_jax.arguments import brief, choice, flag, instance
 from mlspecqd_jax.errors import InputError
 from mlspecqd_jax.loading.model import Model
 from mlspecqd_jax.network.network import Network
-from mlspecqd_jax.pass_times import guessed
+from mlspecqd_jax.pass_times import ASKING, ROWS, guessed
 from mlspecqd_jax.planner import default_drafts
 from mlspecqd_jax.plans import Plan, kept, key_of
-from mlspecqd_jax.speculation.autopilot import Autopilot
+from mlspecqd_jax.speculation.autopilot import RATE, Autopilot
 from mlspecqd_jax.speculation.drafters.either import Either
 from mlspecqd_jax.speculation.drafters.prompt_lookup import PromptLookup
 from mlspecqd_jax.speculation.level import Level, reach
@@ -187,12 +188,14 @@ def _autopilot(models: list[Model], level: Level, plan: Plan | None) -> Autopilo
     twins = [is_twin(draft, verifier) for verifier, draft in itertools.pairwise(models)]
     plan = kept(key_of(level)) if plan is None else plan
     if plan is None:
-        times, plain = guessed([model.pass_bytes for model in models], models[0].runs_on), math.nan
+        times, asking, plain = guessed([model.bytes_read(ROWS) for model in models], models[0].runs_on), ASKING, math.nan
     elif len(plan.times) != len(models):
         raise InputError(f"the plan is of {len(plan.times)} levels, {', '.join(plan.names)}, but the stack has {len(models)}")
     else:
-        times, plain = plan.times, plan.plain
-    return Autopilot.create(times, prior([*twins, False]), len(level.draft_lens), plain=plain)
+        times, asking, plain = plan.times, plan.asking, plan.plain
+    known = prior([*twins, False], None if plan is None else plan.seen)
+    rate = statistics.geometric_mean(plan.speedups.values()) if plan is not None and plan.speedups else RATE
+    return Autopilot.create(times, known, len(level.draft_lens), rate=rate, asking=asking, plain=plain)
 
 
 def _check_fits(draft: Model, target: Model) -> None:
@@ -225,7 +228,7 @@ def _scorer(draft: Model, target: Model, translations: dict[Any, _Translation]) 
     difference = first_difference(draft.card, target.card)
     if difference is None:
         return _Scorer(draft.network, draft.params)
-    if draft.tokenizer not in translations:
+    if draft.card.tokenizer not in translations:
         try:
             found = token_map(target.card, draft.card)
         except InputError as error:
@@ -243,8 +246,8 @@ def _scorer(draft: Model, target: Model, translations: dict[Any, _Translation]) 
             f"{draft.card.name}: a draft of another tokenizer; {found.shared:,} of its {found.tokens:,} tokens are tokens of "
             f"{target.card.name}"
         )
-        translations[draft.tokenizer] = _placed(found, draft)
-    dictionary, stretch = translations[draft.tokenizer]
+        translations[draft.card.tokenizer] = _placed(found, draft)
+    dictionary, stretch = translations[draft.card.tokenizer]
     scorer = Translated(draft.network, target.network.vocab_size, stretch, draft.card.max_positions)
     return _Scorer(scorer, TranslatedParams(draft.params, dictionary))
 

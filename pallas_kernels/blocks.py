@@ -27,6 +27,15 @@ def tpu_block_n(n: int, tiles: int) -> int:
     return min(whole, fitting[0] if fitting else TPU_BLOCKS_N[-1])
 
 
+TPU_ROWS_BYTES = 2**22  # of a plain weight at once, at most
+
+
+def tpu_rows(n: int, k: int) -> int:
+    """Return how many rows of plain weights [n, k] a TPU kernel takes at once: a part of n in whole 16s, or 0 where none fits."""
+    most = max(TPU_ROWS_BYTES // (2 * k), 16)
+    return max((rows for rows in range(16, min(n, most) + 1, 16) if n % rows == 0), default=0)
+
+
 # Outputs of a program, warps and pipeline stages of the GPU kernel by chip, and how many programs keep its memory busy: nearly four
 # for each of its processors (A100 has 108, L4 58, H200 132). Measured on an H200 alone.
 GPU_BLOCKS = {"sm_80": (64, 2, 4, 400), "sm_89": (64, 2, 3, 215), "sm_90": (64, 2, 4, 490)}
@@ -34,13 +43,17 @@ GPU_DEFAULT = "sm_90"
 GPU_SMALL = 16, 1  # outputs and warps of a program of a weight that makes fewer than GPU_FEW programs of the size above
 GPU_FEW = 128
 GPU_CHUNKS = 2  # at least, that a program goes through
+GPU_EXPERT_PARTS = 4  # of K at most, where the sums of all that rows chose are added up
 
 
-def gpu_blocks(chip: str, n: int, chunks: int) -> tuple[int, int, int, int]:
-    """Return (outputs of a program, parts of K, warps, stages): K is split where the outputs alone are too few programs."""
+def gpu_blocks(chip: str, n: int, chunks: int, most: int | None = None) -> tuple[int, int, int, int]:
+    """Return (outputs of a program, parts of K, warps, stages): K is split where the outputs alone are too few programs.
+
+    At most so many parts, if that is given.
+    """
     block, warps, stages, programs = GPU_BLOCKS.get(chip, GPU_BLOCKS[GPU_DEFAULT])
     splits = 1
-    while n // block * splits < programs and chunks // (2 * splits) >= GPU_CHUNKS:
+    while n // block * splits < programs and chunks // (2 * splits) >= GPU_CHUNKS and splits != most:
         splits *= 2
     if n // block * splits < GPU_FEW:
         block, warps = GPU_SMALL

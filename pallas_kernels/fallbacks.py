@@ -3,6 +3,8 @@
 Notation: M rows of activations, N outputs, K contracted, G = K/32 MX blocks (the elements that share a scale).
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -13,7 +15,9 @@ from pallas_kernels.xla import decoded_matmul
 ROWS = 16  # up to this many; with more, a decoded weight costs less than decoding for every row
 
 
-def arrange_groups(codes: jax.Array, scales: jax.Array, along_n: int = 1, along_k: int = 1) -> dict[str, jax.Array]:
+def arrange_groups(
+    codes: jax.Array, scales: jax.Array, along_n: int = 1, along_k: int = 1, format: Any = None
+) -> dict[str, jax.Array]:
     """Return an MXFP4 weight as `grouped_matmul` reads it: K before N, element i of an MX block beside element i + 16.
 
     Args:

@@ -10,13 +10,13 @@ multiplied by it in the end.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.blocks import gpu_blocks
+from pallas_kernels.pallas import pl, plgpu
 from pallas_kernels.product import ONE_WIDTH, Product
 
 CHUNK = 128  # elements of a row in 16 words, one 16-byte load for each of four threads
@@ -29,7 +29,7 @@ GREATEST = 254 - BIAS  # the scale byte, 2, whose product with 2^BIAS is the gre
 SHIFTS = ((0, 0), (3, 3), (6, 1), (-3, 2))
 
 
-def arrange(codes: jax.Array, scales: jax.Array, along_n: int = 1, along_k: int = 1) -> dict[str, jax.Array]:
+def arrange(codes: jax.Array, scales: jax.Array, along_n: int = 1, along_k: int = 1, format: Any = None) -> dict[str, jax.Array]:
     """Return an MXFP4 weight as the kernel reads it: chunks of 128 along K, one row after the other within a chunk.
 
     Words 2i and 2i + 1 of a row's 16 in a chunk hold elements 16 s + 2i (lower halves) and 16 s + 2i + 1 (upper halves): the first

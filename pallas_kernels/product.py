@@ -6,7 +6,7 @@ Notation: M rows of activations, N outputs, K contracted.
 """
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -23,7 +23,11 @@ class Product(NamedTuple):
     why_not: Callable[[str, str, int, int, int, int], str | None]
     """(chip, dtype, n, k, along_n, along_k) to why it cannot be had, as the end of a sentence, or None if it can."""
     arrange: Callable[..., dict[str, jax.Array]]
-    """(**stored, along_n=1, along_k=1) to its own arrays; so many equal parts of N and of K will lie on different devices."""
+    """(**stored, format=None, along_n=1, along_k=1) to its own arrays.
+
+    format is how the weight is stored; so many equal parts of N and of K will lie on different devices.
+    With `by_experts` it takes experts=1 too, of how many these are the weights, one's rows after another's.
+    """
     axes: Mapping[str, tuple[str | None, ...]]
     """Which dimensions of the weight, "n" or "k", those of its arrays are."""
     run: Callable[..., jax.Array]
@@ -39,8 +43,12 @@ class Product(NamedTuple):
     1: every row by itself. 2: at all even numbers of rows. 16: one padded width, beyond which nothing is known. None: no such
     number is known.
     """
-    by_experts: bool = False
-    """Whether `run` also takes `experts`, int32 [M]: whose n rows of the arrays each row of x is multiplied by, -1 for none."""
+    by_experts: Callable[..., jax.Array] | None = None
+    """(x [T, C or 1, K], experts int32 [T, C], arrays, *, e, n, chip, format, interpret) to f32 [T, C, N], if it can.
+
+    Each row is multiplied by the weights of its C experts of e, each of n outputs; -1 is none, whose result is not defined. Of the
+    others' weights not one is read.
+    """
 
 
 def reads(product: Product, format: str) -> bool:
@@ -53,7 +61,9 @@ def anywhere(chip: str, dtype: str, n: int, k: int, along_n: int, along_k: int) 
     return None
 
 
-def as_stored(*, along_n: int = 1, along_k: int = 1, **stored: jax.Array) -> dict[str, jax.Array]:
+def as_stored(
+    *, format: Any = None, experts: int = 1, along_n: int = 1, along_k: int = 1, **stored: jax.Array
+) -> dict[str, jax.Array]:
     """`arrange` of a product that reads what is stored."""
     return stored
 

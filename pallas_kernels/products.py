@@ -5,12 +5,28 @@ Support is a function of names, dtypes and shapes alone. Notation: N outputs, K 
 
 import jax
 
-from pallas_kernels import fallbacks, gpu, tpu, xla
+from pallas_kernels import fallbacks, gpu, gpu_experts, gpu_tables, tpu, tpu_experts, tpu_tables, xla
+from pallas_kernels.blocks import GPU_DEFAULT
 from pallas_kernels.product import PLAIN, Product, reads
 from pallas_kernels.reference import BLOCK
 
-# The best first. What a device does with subnormal numbers is not told by its name, so nothing chooses the second (`tpu`).
-PRODUCTS = (tpu.DECODE, tpu.DECODE_WITHOUT_SUBNORMALS, gpu.DECODE, fallbacks.GROUPED, fallbacks.REDUCED, xla.DECODED, xla.DOT)
+# The best first. What a device does with subnormal numbers is not told by its name: those that rely on them are left out where a
+# device is found not to honour them.
+PRODUCTS = (
+    tpu.DECODE,
+    tpu.DECODE_WITHOUT_SUBNORMALS,
+    tpu_tables.TABLE,
+    tpu_tables.TABLE_WITHOUT_SUBNORMALS,
+    gpu.DECODE,
+    gpu_tables.TABLE,
+    fallbacks.GROUPED,
+    fallbacks.REDUCED,
+    xla.DECODED,
+    xla.DOT,
+)
+RELYING_ON_SUBNORMALS = (tpu.DECODE, tpu_tables.TABLE)
+OF_EXPERTS = tuple(product for product in PRODUCTS if product.by_experts)  # of quantized weights
+OF_PLAIN_EXPERTS = (tpu_experts.EXPERTS, gpu_experts.EXPERTS)
 
 
 def chip_of(device: jax.Device) -> str:
@@ -18,6 +34,18 @@ def chip_of(device: jax.Device) -> str:
     if device.platform == "gpu" and "." in getattr(device, "compute_capability", ""):
         return "sm_" + device.compute_capability.replace(".", "")
     return device.device_kind if device.platform == "tpu" else device.platform
+
+
+def chip_in_use() -> str:
+    """Return the chip for which a program is traced: that of this process's devices, or one that a mesh describes.
+
+    Of an NVIDIA GPU that is only described the compute capability is not told; it is taken for a recent one's.
+    """
+    described = jax.sharding.get_abstract_mesh().abstract_device
+    here = jax.devices()[0]
+    if described is None or described.platform == here.platform:
+        return chip_of(here)
+    return described.device_kind if described.platform == "tpu" else GPU_DEFAULT
 
 
 def named(name: str) -> Product:

@@ -12,31 +12,33 @@ multiplied by their blocks' scales. With more rows it is cheaper to scale the we
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.blocks import ROWS, tpu_block_n, tpu_tile
+from pallas_kernels.pallas import pl, pltpu
 from pallas_kernels.product import Product
 
 PALLAS_TPUS = ("TPU v5 lite", "TPU v5", "TPU v5p", "TPU v5e", "TPU v6 lite", "TPU v6e", "TPU7x")
 MOST_K = 2**17  # the activations of all of K are kept on the chip
 CONTRACTED = 128  # by the matrix unit at once
+LANES = 128  # outputs, of which arrays hold whole ones
 GROUPS = CONTRACTED // 32  # MX blocks among them
 
 
-def arrange(codes: jax.Array, scales: jax.Array, along_n: int = 1, along_k: int = 1) -> dict[str, jax.Array]:
+def arrange(codes: jax.Array, scales: jax.Array, along_n: int = 1, along_k: int = 1, format: Any = None) -> dict[str, jax.Array]:
     """Return an MXFP4 weight as the kernels read it: K before N, in tiles, two codes a byte.
 
     A byte of row r of a tile holds code r of its first half in bits 6 to 4 (magnitude) and 0 (sign), and code r of its second half
-    in bits 3 to 1 and 7. Zeros fill the last tile.
+    in bits 3 to 1 and 7. Zeros fill the last tile, and N up to whole 128s: XLA would store other sizes with K last, and copy all of
+    it for the kernels.
 
     Args:
       codes: uint8 [N, K/2], element 2i in the low half of byte i.
       scales: uint8 [N, K/32].
-      along_n: number of equal parts of N that will lie on different devices, which changes nothing.
+      along_n: number of equal parts of N that will lie on different devices, each filled up by itself.
       along_k: likewise of K, each in tiles of its own.
 
     Returns:
@@ -45,17 +47,27 @@ def arrange(codes: jax.Array, scales: jax.Array, along_n: int = 1, along_k: int 
     n, blocks = scales.shape
     k = 32 * blocks // along_k
     tile = tpu_tile(k)
-    padding = ((0, 0), (0, 0), (0, -k % tile))
-    codes = jnp.stack([codes & 15, codes >> 4], axis=-1).reshape(n, along_k, k)
-    codes = jnp.pad(codes, padding).reshape(n, -1, 2, tile // 2)
-    first, second = codes[:, :, 0], codes[:, :, 1]
+
+    def filled(array, wide):
+        array = array.reshape(along_n, n // along_n, along_k, -1)
+        array = jnp.pad(array, ((0, 0), (0, -array.shape[1] % LANES), (0, 0), (0, -array.shape[3] % wide)))
+        return array.reshape(along_n * array.shape[1], -1, wide)
+
+    codes = filled(jnp.stack([codes & 15, codes >> 4], axis=-1).reshape(n, -1), tile)
+    first, second = codes[:, :, : tile // 2], codes[:, :, tile // 2 :]
     joined = (first & 7) << 4 | first >> 3 | (second & 7) << 1 | second >> 3 << 7
-    scales = jnp.pad(scales.reshape(n, along_k, -1), ((0, 0), (0, 0), (0, -k % tile // 32))).reshape(n, -1, tile // 32)
+    scales = filled(scales, tile // 32)
     return {"codes": jnp.transpose(joined, (1, 2, 0)), "scales": jnp.transpose(scales, (1, 2, 0))}
 
 
 def mxfp4_matmul(
-    x: jax.Array, codes: jax.Array, scales: jax.Array, *, subnormals: bool = True, interpret: bool | pltpu.InterpretParams = False
+    x: jax.Array,
+    codes: jax.Array,
+    scales: jax.Array,
+    *,
+    n: int,
+    subnormals: bool = True,
+    interpret: "bool | pltpu.InterpretParams" = False,
 ) -> jax.Array:
     """x @ w.T for a weight arranged by `arrange`, with f32 accumulation and an f32 result.
 
@@ -66,6 +78,7 @@ def mxfp4_matmul(
       x: bfloat16 [M, K].
       codes: uint8 [T, tile/2, N].
       scales: uint8 [T, tile/32, N].
+      n: N before it was filled up.
       subnormals: whether the matrix unit honours subnormal E5M2 numbers; without them decoding takes more operations.
       interpret: run by an interpreter, on any platform.
 
@@ -73,22 +86,23 @@ def mxfp4_matmul(
       f32 [M, N].
     """
     m, k = x.shape
-    tiles, half, n = codes.shape
-    if tiles * 2 * half != k + -k % (2 * half) or scales.shape != (tiles, half // 16, n):
+    tiles, half, filled = codes.shape
+    if tiles * 2 * half != k + -k % (2 * half) or scales.shape != (tiles, half // 16, filled) or filled != n + -n % LANES:
         raise ValueError(
             f"x {list(x.shape)} does not belong to codes {list(codes.shape)} and scales {list(scales.shape)}; "
-            "give x [M, K], codes [T, tile/2, N] and scales [T, tile/32, N], K filling all tiles but the last"
+            f"give x [M, K], codes [T, tile/2, N] and scales [T, tile/32, N], N being {n} filled up to whole {LANES}s and K "
+            "filling all tiles but the last"
         )
     rows = next((rows for rows in ROWS if m <= rows), m + -m % 128)
     x = jnp.pad(x, ((0, rows - m), (0, tiles * 2 * half - k)))
     if subnormals:
         x = x * 2.0**14
     run = _scale_on_outputs if rows in ROWS else _scale_on_weights
-    return run(x, codes, scales, subnormals, interpret)[:m]
+    return run(x, codes, scales, subnormals, interpret)[:m, :n]
 
 
 def honours_subnormals(run) -> bool:
-    """Return whether `run(x, codes, scales)`, a product on the device, gets all 16 codes right with E5M2 subnormals.
+    """Return whether `run(x, codes, scales)`, a product of 16 outputs on the device, gets all 16 codes right with E5M2 subnormals.
 
     On a matrix unit that flushes them, 0.5 and -0.5 would be read as zero.
     """
@@ -135,7 +149,7 @@ def _decode_kernel(x_ref, codes_ref, scales_ref, out_ref, *, subnormals):
     rows, half = out_ref.shape[0], codes_ref.shape[1]
     scales = _scales(scales_ref)
     total = jnp.zeros(out_ref.shape, jnp.float32)
-    for i, weight in enumerate(_float8(codes_ref, subnormals)):
+    for i, weight in enumerate(float8(codes_ref[0], subnormals)):
         for j in range(0, half, CONTRACTED):
             at = i * half + j
             partial = jnp.dot(x_ref[t, :, at : at + CONTRACTED], weight[j : j + CONTRACTED], preferred_element_type=jnp.float32)
@@ -174,7 +188,7 @@ def _wide_kernel(x_ref, codes_ref, scales_ref, out_ref, *, subnormals):
     half, n = codes_ref.shape[1:]
     scales = _scales(scales_ref)
     total = jnp.zeros(out_ref.shape, jnp.float32)
-    for i, weight in enumerate(_float8(codes_ref, subnormals)):
+    for i, weight in enumerate(float8(codes_ref[0], subnormals)):
         for j in range(0, half, CONTRACTED):
             at = i * half + j
             scale = scales[at // 32 : at // 32 + GROUPS, None]  # [4, 1, N]
@@ -184,23 +198,24 @@ def _wide_kernel(x_ref, codes_ref, scales_ref, out_ref, *, subnormals):
     out_ref[...] += total
 
 
-def _float8(codes_ref, subnormals):
-    """Return the two halves of a tile as E5M2 [tile/2, N], times 2^-14 if subnormals may be used."""
-    words = pltpu.bitcast(codes_ref[0], jnp.int32)
-    first = words >> 3 & _each(0x0E) | words << 7 & _each(0x80)
-    second = words & _each(0x8E)
+def float8(codes: jax.Array, subnormals: bool) -> list[jax.Array]:
+    """Return the two halves of a tile, uint8 [tile/2, N], as E5M2 [tile/2, N], times 2^-14 if subnormals may be used."""
+    words = pltpu.bitcast(codes, jnp.int32)
+    first = words >> 3 & each_byte(0x0E) | words << 7 & each_byte(0x80)
+    second = words & each_byte(0x8E)
     return [pltpu.bitcast(half if subnormals else _normal(half), jnp.float8_e5m2) for half in (first, second)]
 
 
 def _normal(words):
     """Turn bytes s000eem0 into E5M2 of the value itself, never subnormal: 0x38 + 4 ee + 2 m, and where ee is 0, 0x38 m."""
-    magnitude = words & _each(0x0E)
-    normal = (magnitude >> 2 | magnitude >> 3) & _each(0x01)  # ee > 0
-    half = magnitude >> 1 & ~normal & _each(0x01)  # 0.5
-    return magnitude + 0x38 * normal + 0x36 * half | words & _each(0x80)
+    magnitude = words & each_byte(0x0E)
+    normal = (magnitude >> 2 | magnitude >> 3) & each_byte(0x01)  # ee > 0
+    half = magnitude >> 1 & ~normal & each_byte(0x01)  # 0.5
+    return magnitude + 0x38 * normal + 0x36 * half | words & each_byte(0x80)
 
 
-def _each(byte):
+def each_byte(byte: int) -> int:
+    """Return a word of four such bytes, as an int32."""
     word = 0x01010101 * byte
     return word if byte < 0x80 else word - 2**32
 
@@ -215,6 +230,11 @@ def _cost(rows, k, n, *arrays):
     return pl.CostEstimate(flops=2 * rows * k * n, bytes_accessed=moved, transcendentals=0)
 
 
+def left_in_hbm(array: jax.Array) -> jax.Array:
+    """Return an array of all experts, of which a kernel reads a part: XLA might else fetch it whole before the kernel runs."""
+    return pltpu.with_memory_space_constraint(array, pltpu.HBM)
+
+
 def why_not(chip: str, dtype: str, n: int, k: int, along_n: int, along_k: int) -> str | None:
     """Return why these kernels cannot be had, as the end of a sentence."""
     if chip not in PALLAS_TPUS:
@@ -225,11 +245,11 @@ def why_not(chip: str, dtype: str, n: int, k: int, along_n: int, along_k: int) -
 
 
 def _run(x, arrays, *, n, chip, format, interpret, used=None):
-    return mxfp4_matmul(x, **arrays, interpret=interpret)
+    return mxfp4_matmul(x, **arrays, n=n, interpret=interpret)
 
 
 def _run_without_subnormals(x, arrays, *, n, chip, format, interpret, used=None):
-    return mxfp4_matmul(x, **arrays, subnormals=False, interpret=interpret)
+    return mxfp4_matmul(x, **arrays, n=n, subnormals=False, interpret=interpret)
 
 
 def row_multiple(chip: str, dtype: str) -> int:

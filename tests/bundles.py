@@ -76,7 +76,9 @@ def count(mesh, chip: str, n: int, k: int) -> dict:
     bandwidth, clock = SPEEDS[chip]
     found = {"block": [tile, block], "memory cycles": round(tile * block * 17 / 32 / bandwidth * clock)}
     for rows in (8, 16):
-        mxfp4 = bundles(mesh, "mxfp4_decode", tpu.mxfp4_matmul, array((rows, k), jnp.bfloat16), codes, scales)
+        mxfp4 = bundles(
+            mesh, "mxfp4_decode", functools.partial(tpu.mxfp4_matmul, n=n), array((rows, k), jnp.bfloat16), codes, scales
+        )
         plain = functools.partial(bf16_matmul, tile=tile, block=block)
         whole = (array((rows, tiles * tile), jnp.bfloat16), array((tiles * tile, n), jnp.bfloat16))
         found[rows] = {"mxfp4": mxfp4, "bf16": bundles(mesh, "bf16_matmul", plain, *whole)}

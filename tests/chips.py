@@ -1,5 +1,6 @@
 """Chips that are not here, described to their compilers, and what these tell of a program."""
 
+import contextlib
 import importlib.util
 import os
 import re
@@ -59,17 +60,25 @@ def mesh(name: str) -> Mesh:
 
 def compile_for(mesh: Mesh, function, *arguments, compiler_options=None, **options):
     """Compile a function for a mesh; arguments without a sharding are whole on every device."""
-    whole = NamedSharding(mesh, PartitionSpec())
-
-    def placed(x):
-        return x if x.sharding is not None else jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole)
-
-    # On a GPU that is not here there is nothing to time on.
-    settings = {"xla_gpu_autotune_level": 0} if mesh.devices.flat[0].platform == "gpu" else {}
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+    with context(mesh):
         return (
-            jax.jit(function, **options)
-            .trace(*jax.tree.map(placed, arguments))
-            .lower()
-            .compile(settings | (compiler_options or {}))
+            jax.jit(function, **options).trace(*placed(mesh, arguments)).lower().compile(settings(mesh) | (compiler_options or {}))
         )
+
+
+def placed(mesh: Mesh, arguments):
+    """Return abstract arrays, of which those without a sharding are whole on every device."""
+    whole = NamedSharding(mesh, PartitionSpec())
+    return jax.tree.map(
+        lambda x: x if x.sharding is not None else jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), arguments
+    )
+
+
+def settings(mesh: Mesh) -> dict:
+    """Return the compiler's options for a mesh: on a GPU that is not here there is nothing to time on."""
+    return {"xla_gpu_autotune_level": 0} if mesh.devices.flat[0].platform == "gpu" else {}
+
+
+def context(mesh: Mesh | None):
+    """Return the context in which a program for a mesh is traced."""
+    return contextlib.nullcontext() if mesh is None else jax.sharding.use_abstract_mesh(mesh.abstract_mesh)

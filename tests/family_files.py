@@ -10,7 +10,9 @@ import pathlib
 import zlib
 from collections.abc import Callable
 
+import gemma4_configs
 import hybrid_configs
+import latent_configs
 import numpy as np
 import tiny
 from family_sizes import IDS as _IDS
@@ -214,7 +216,6 @@ CONFIGS: dict[str, dict] = {
     "smolvlm": _with_images("smolvlm", _text("llama", rms_norm_eps=1e-5)),
     "idefics3": _with_images("idefics3", _text("llama", rms_norm_eps=1e-5)),
 }
-CONFIGS |= hybrid_configs.CONFIGS
 
 
 def text_type(config: dict) -> str:
@@ -223,6 +224,7 @@ def text_type(config: dict) -> str:
     return config.get("text_config", {}).get("model_type", config_file.WRAPPERS.get(kind, (kind,))[0])
 
 
+CONFIGS |= gemma4_configs.CONFIGS | latent_configs.CONFIGS | hybrid_configs.CONFIGS
 COMPARED = tiny.FAMILIES | CONFIGS  # config.json by name of every checkpoint whose logits are compared with transformers'
 
 
@@ -231,7 +233,8 @@ def _one_each(with_images: bool) -> dict[str, str]:
     return {text_type(config): name for name, config in reversed(COMPARED.items()) if ("vision_config" in config) == with_images}
 
 
-GENERATED = _one_each(True) | _one_each(False)  # what is generated from too, plainly and with each of STACKS
+# What is generated from too, plainly and with each of STACKS; of Gemma 4 also the one with experts.
+GENERATED = _one_each(True) | _one_each(False) | {"gemma4": "gemma4_experts"}
 STACKS: dict[str, Callable[[mlsd.Model], tuple[mlsd.Model, int]]] = {
     "its twin": lambda model: (model.quantized(), 3),  # whose products are rounded
     "itself": lambda model: (model, 3),  # all of whose drafts are accepted

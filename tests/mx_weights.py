@@ -8,7 +8,7 @@ from pallas_kernels import mx_decode
 
 # What each product of a quantized weight is for.
 CHIPS = {"tpu": "TPU v5 lite", "tpu without subnormals": "TPU v5 lite", "gpu": "sm_90", "grouped": "TPU v3", "reduced": "sm_75"}
-CHIPS |= {"decoded": "cpu"}
+CHIPS |= {"decoded": "cpu", "tpu table": "TPU v5 lite", "tpu table without subnormals": "TPU v5 lite", "gpu table": "sm_90"}
 
 VALUES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
 VALUES = np.concatenate([VALUES, -VALUES])

@@ -84,7 +84,7 @@ def stack_of(played, vocab_size):
     model, played = Player(vocab_size), jax.tree.map(jnp.asarray, played)
     inner = PromptLookup() if played.small is None else Either(Level(model, (jnp.int32(SMALL), played)))
     twin = Level(model, (jnp.int32(TWIN), played), inner, INNER, share_cache=True)
-    return Level(model, (jnp.int32(TARGET), played), Either(twin), OUTER)
+    return Level(model, (jnp.int32(TARGET), played), Either(twin), OUTER, widths=(1,))
 
 
 @quick_jit

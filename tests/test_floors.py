@@ -13,10 +13,14 @@ GROUND = (
     "arguments",
     "console",
     "errors",
+    "fingerprints",
     "folds",
     "jax_settings",
     "json_files",
+    "kept_programs",
+    "kept_values",
     "prompt_files",
+    "stopwatch",
     "user_cache",
 )  # files, not rooms: they import each other alone
 # What a room may import beside itself, the ground and what those rooms may; on the left are folders and files of the package.

@@ -5,25 +5,32 @@ transformers' own config class, which is given the keys of the tables and nothin
 """
 
 import dataclasses
+import json
 import pathlib
 from typing import Any
 
 from mlspecqd_jax.arguments import brief
 from mlspecqd_jax.errors import InputError
 from mlspecqd_jax.json_files import read_json, read_json_if_there, reason
+from mlspecqd_jax.kept_values import kept_value
 from mlspecqd_jax.loading.config_keys import KEYS, ROPE_KEYS, check_numbers, check_table
-from mlspecqd_jax.loading.config_kinds import DELTA_NETS, LAYER_TYPES, check_kinds, respelled
+from mlspecqd_jax.loading.config_kinds import DELTA_NETS, check_delta_net, check_kinds, respelled
+from mlspecqd_jax.loading.config_latents import check_latents
+from mlspecqd_jax.loading.config_layers import GEMMA4, LAYER_TYPES, by_kind, check_routers, check_sizes_of_layers
 from mlspecqd_jax.loading.unsupported import why
-from mlspecqd_jax.network.config import Config, Experts, Router
+from mlspecqd_jax.network.config import Config
 from mlspecqd_jax.network.families import FAMILIES
 from mlspecqd_jax.network.families.common import head_dim
 from mlspecqd_jax.network.layers import ACTIVATIONS
 from mlspecqd_jax.network.rope import ROPE_TYPES, rotated
 
+KIND = "configs"  # of the folder in the user's cache
 # Multimodal models, and the families that their language model, described by the key text_config, may have; the first by default.
 WRAPPERS = {
     "gemma3": ("gemma3_text",),
-    "mistral3": ("mistral", "ministral3"),
+    "gemma4": ("gemma4_text",),
+    "gemma4_unified": ("gemma4_unified_text",),
+    "mistral3": ("mistral", "ministral3", "mistral4"),
     "qwen2_vl": ("qwen2_vl_text",),
     "qwen2_5_vl": ("qwen2_5_vl_text",),
     "qwen3_vl": ("qwen3_vl_text",),
@@ -34,17 +41,20 @@ WRAPPERS = {
     "smolvlm": ("llama",),
     "idefics3": ("llama",),
     "llama4": ("llama4_text",),
+    "kimi_k25": ("deepseek_v3",),
     "lfm2_vl": ("lfm2",),
     "qwen3_5": ("qwen3_5_text",),
     "qwen3_5_moe": ("qwen3_5_moe_text",),
 }
+AS = {"kimi_k2": "deepseek_v3"}  # what a language model's own model_type stands for
 WITHOUT_TEXT_CONFIG = ("qwen2_vl", "qwen2_5_vl")  # whose first files hold the language model's keys beside vision_config
 # Families that may rotate a part of each head.
-PARTIAL = ("phi3", "glm", "glm4", "phi", "gpt_neox", "stablelm", "nemotron", "glm4_moe", "minimax_m2", "lfm3", *DELTA_NETS)
+PARTIAL = ("phi3", "glm", "glm4", "phi", "gpt_neox", "stablelm", "nemotron", "glm4_moe", "minimax_m2", "mistral4", "lfm3")
+PARTIAL += GEMMA4 + DELTA_NETS
 PATTERNED = ("gemma3_text", "cohere2", "exaone4")  # families that know sliding_window_pattern
 # What older files call a kind of rope; on a text, positions along three axes are the plain ones.
 ROPE_NAMES = {"su": "longrope", "mrope": "default"}
-ROPE_BY_KIND = ("gemma3_text", "olmo3", "lfm3")  # whose rope_parameters are one set for each of LAYER_TYPES
+ROPE_BY_KIND = ("gemma3_text", "olmo3", "lfm3", *GEMMA4)  # whose rope_parameters are one set for each of LAYER_TYPES
 REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
 
@@ -64,7 +74,9 @@ def read_config(folder: pathlib.Path) -> Config:
       InputError: what the model is that cannot be read, or which key is missing, of another type or out of range.
     """
     path = folder / "config.json"
-    return config_of(path, read_json(path))
+    raw = read_json(path)
+    # Importing transformers, whose defaults it has, takes most of a second.
+    return kept_value(KIND, json.dumps(raw), "transformers", lambda: config_of(path, raw))
 
 
 def config_of(path: pathlib.Path, raw: dict) -> Config:
@@ -79,48 +91,38 @@ def config_of(path: pathlib.Path, raw: dict) -> Config:
     _check_values(path, raw, family)
     c = _with_defaults(path, raw, family)
 
-    for many, few in (("num_attention_heads", "num_key_value_heads"), ("linear_num_value_heads", "linear_num_key_heads")):
-        heads = getattr(c, many, None), getattr(c, few, None) or getattr(c, many, None)
-        if heads[0] is not None and heads[0] % heads[1]:
-            raise InputError(f"{path}: {many} {heads[0]} must be a multiple of {few} {heads[1]}")
-    dim = head_dim(c)
-    if dim < 2 or dim % 2:
-        raise InputError(f"{path}: head_dim is {dim}, but rotary positions need an even one of at least 2; correct that key")
+    parts, dim = by_kind(path, c, family), 0
+    for part in parts.values():
+        heads, kv_heads = part.num_attention_heads, getattr(part, "num_key_value_heads", None) or part.num_attention_heads
+        if heads % kv_heads:
+            raise InputError(f"{path}: num_attention_heads {heads} must be a multiple of num_key_value_heads {kv_heads}")
+        dim = head_dim(part)
+        if dim < 2 or dim % 2:
+            raise InputError(f"{path}: head_dim is {dim}, but rotary positions need an even one of at least 2; correct that key")
     acts = (key for key in ("hidden_activation", "hidden_act", "activation_function", "activation") if hasattr(c, key))
     act = next(acts, None)  # one that has no such key has one activation
     known = (*ACTIVATIONS, *(("xielu",) if family == "apertus" else ()))
     if act is not None and getattr(c, act) not in known:
         raise InputError(f"{path}: {act} {brief(getattr(c, act))} is not supported; supported: {', '.join(known)}")
     for key, instead in UNSUPPORTED.items():
-        if getattr(c, key, False) and not (key == "qk_layernorm" and family == "phi"):
+        of_images = family in GEMMA4 and getattr(c, key, None) == "vision"  # not of a text
+        if getattr(c, key, False) and not (key == "qk_layernorm" and family == "phi") and not of_images:
             raise InputError(f"{path}: {key} of {family} is not supported; {instead}")
-    whole = getattr(c, "rope_parameters", None)
-    ropes = [] if whole is None else [whole[kind] for kind in LAYER_TYPES] if family in ROPE_BY_KIND else [whole]
-    for rope in ropes:
-        _check_rope(path, rope, dim, family)
+    whole: Any = getattr(c, "rope_parameters", None)
+    for kind, part in {} if whole is None else parts.items():
+        _check_rope(path, whole[kind] if family in ROPE_BY_KIND else whole, head_dim(part), family)
     if (getattr(c, "rotary_dim", None) or 2) % 2 or (getattr(c, "rotary_dim", None) or 2) > dim:
         raise InputError(f"{path}: rotary_dim is {c.rotary_dim}, but must be even and at most {dim}, the size of a head")
+    check_latents(path, c, family)
+    check_delta_net(path, c, family)
     config = FAMILIES[family](c)
-    for feed in dict.fromkeys(layer.feed for layer in config.layers):
-        if isinstance(feed, Experts):
-            _check_router(path, feed.router)
+    check_routers(path, config)
     return config
 
 
-def _check_router(path: pathlib.Path, router: Router) -> None:
-    """Raise an InputError unless so many experts can be chosen."""
-    within, groups = router.experts // router.groups * router.groups_chosen, router.groups
-    if router.chosen > router.experts:
-        raise InputError(f"{path}: positions are given to {router.chosen} of {router.experts} experts; correct these keys")
-    if router.experts % groups or router.groups_chosen > groups or router.chosen > within:
-        raise InputError(
-            f"{path}: {router.experts} experts in n_group {groups} groups of which topk_group {router.groups_chosen} are chosen do "
-            f"not give {router.chosen} experts; correct these keys"
-        )
-
-
 def _refuse(path: pathlib.Path, raw: dict) -> None:
-    family, supported = raw.get("model_type"), ", ".join((*FAMILIES, *WRAPPERS))
+    # Whatever stands in a multimodal model is told by that model's name.
+    family, supported = raw.get("model_type"), ", ".join(n for n in (*FAMILIES, *WRAPPERS) if not n.endswith("_text"))
     if family is None:
         raise InputError(f"{path} has no key 'model_type'; add it (supported: {supported})")
     if not isinstance(family, str) or family not in (*FAMILIES, *WRAPPERS):
@@ -161,6 +163,7 @@ def _of_text(path: pathlib.Path, raw: dict) -> dict:
     if text is None:
         return raw | {"model_type": families[0]}
     family = text.get("model_type", families[0]) if isinstance(text, dict) else None
+    family = AS.get(family, family) if isinstance(family, str) else None
     if family not in families:
         known = " or ".join(families)
         raise InputError(f"{path}: text_config is {brief(text)}, but must be an object of model_type {known}; correct that key")
@@ -179,6 +182,7 @@ def _tied(raw: dict, text: dict) -> Any:
 def _check_values(path: pathlib.Path, raw: dict, family: str) -> None:
     """Raise an InputError unless every key that is read has its type and lies in its range."""
     check_table(path, raw, KEYS)
+    check_sizes_of_layers(path, raw)
     _check_rope_keys(path, raw.get("rope_scaling") or {}, "rope_scaling")
     ropes = raw.get("rope_parameters") or {}
     if family not in ROPE_BY_KIND:
@@ -223,6 +227,7 @@ def _with_defaults(path: pathlib.Path, raw: dict, family: str):
         known |= {"sliding_window_pattern"}
     spelled = CONFIG_MAPPING[family].attribute_map
     known |= {"num_experts", "num_local_experts"} & {*spelled, *spelled.values()}
+    known |= {"global_head_dim", "num_global_key_value_heads", "per_layer_config"} if family in GEMMA4 else set()
     known |= {"rotary_dim"} if family == "minimax_m2" else set()  # which becomes partial_rotary_factor
     known |= set() if hasattr(CONFIG_MAPPING[family], "head_dim") else {"head_dim"}
     known |= {"tie_word_embeddings"}  # which Qwen2 and its part of Qwen2-VL honour although their classes know none
@@ -244,7 +249,7 @@ def _renamed(rope: dict | None) -> dict | None:
 
 def _check_rope(path: pathlib.Path, rope: dict[str, Any], dim: int, family: str) -> None:
     kind, part = rope["rope_type"], rope.get("partial_rotary_factor", 1)
-    if part != 1 and family not in PARTIAL:
+    if part != 1 and (family not in PARTIAL or (family in GEMMA4 and kind != "proportional")):
         raise InputError(f"{path}: partial_rotary_factor {part} is not supported for {family}; only 1 is")
     size = rotated(rope, dim)
     if size < 2 or size % 2:
@@ -253,7 +258,7 @@ def _check_rope(path: pathlib.Path, rope: dict[str, Any], dim: int, family: str)
         )
     if kind == "dynamic" and family not in ("hunyuan_v1_dense", "hunyuan_v1_moe"):
         raise InputError(f"{path}: rope_type 'dynamic' changes what was computed of a text as it grows, which is not supported")
-    growing = ("llama_4_scaling_beta", "original_max_position_embeddings") if family == "ministral3" else ()
+    growing = ("llama_4_scaling_beta", "original_max_position_embeddings") if family in ("ministral3", "mistral4") else ()
     absent = [key for key in (*ROPE_TYPES.get(kind, ()), *growing) if rope.get(key) is None]
     if absent:
         raise InputError(f"{path}: rope_type '{kind}' needs the key '{absent[0]}'")

@@ -48,7 +48,8 @@ FLAG, TEXT, OBJECT, LIST = (
 )
 CAP = _number(1e-3, 1e6, null=True)
 SCALE, SCALE_OR_NULL = _number(1e-6, 1e6), _number(1e-6, 1e6, null=True)
-EXPERTS = _whole(1, 2**14)
+EXPERTS, EXPERTS_OR_NULL = _whole(1, 2**14), _whole(1, 2**14, null=True)
+LATENT = _whole(1, 2**18)
 POSITIONS = 2**30  # int32 holds a position and a window beyond it
 KEYS: dict[str, Rule] = {
     "vocab_size": _whole(1, 2**24),
@@ -78,7 +79,7 @@ KEYS: dict[str, Rule] = {
     "query_pre_attn_scalar": _number(1e-3, 1e6),
     "attn_logit_softcapping": CAP,
     "final_logit_softcapping": CAP,
-    "use_bidirectional_attention": Rule("true or false", (bool,), null=True),
+    "use_bidirectional_attention": Rule("true, false or text", (bool, str), null=True),
     "original_max_position_embeddings": _whole(1, POSITIONS),
     "embedding_multiplier": SCALE,
     "residual_multiplier": SCALE,
@@ -121,14 +122,14 @@ KEYS: dict[str, Rule] = {
     "no_rope_layers": LIST,
     "layer_rope_theta": LIST,
     "no_rope_layer_interval": _whole(1, 1024),
-    "num_experts": EXPERTS,
+    "num_experts": EXPERTS_OR_NULL,
     "num_local_experts": EXPERTS,
     "n_routed_experts": EXPERTS,
-    "num_experts_per_tok": EXPERTS,
-    "n_group": EXPERTS,
-    "topk_group": EXPERTS,
+    "num_experts_per_tok": EXPERTS_OR_NULL,
+    "n_group": EXPERTS_OR_NULL,
+    "topk_group": EXPERTS_OR_NULL,
     "n_shared_experts": EXPERTS,
-    "moe_intermediate_size": _whole(1, 2**22),
+    "moe_intermediate_size": _whole(1, 2**22, null=True),
     "shared_expert_intermediate_size": _whole(1, 2**22),
     "shared_intermediate_size": _whole(0, 2**22),
     "decoder_sparse_step": _whole(1, 1024),
@@ -170,6 +171,24 @@ KEYS: dict[str, Rule] = {
     "use_attention_gate": FLAG,
     "num_dense_layers": _whole(0, 1024),
     "use_expert_bias": FLAG,
+    "global_head_dim": _whole(2, 2**14),
+    "num_global_key_value_heads": _whole(1, 4096, null=True),
+    "per_layer_config": OBJECT,
+    "attention_k_eq_v": FLAG,
+    "num_kv_shared_layers": _whole(0, 1024),
+    "enable_moe_block": FLAG,
+    "top_k_experts": EXPERTS_OR_NULL,
+    "use_double_wide_mlp": FLAG,
+    "kv_lora_rank": LATENT,
+    "q_lora_rank": _whole(1, 2**18, null=True),
+    "qk_nope_head_dim": LATENT,
+    "qk_rope_head_dim": LATENT,
+    "v_head_dim": LATENT,
+    "topk_method": TEXT,
+    "rope_interleave": FLAG,
+    "mlp_layer_types": LIST,
+    "hidden_size_per_layer_input": _whole(0, 2**20),
+    "vocab_size_per_layer_input": _whole(1, 2**24),
 }
 ROPE_KEYS: dict[str, Rule] = {
     "rope_type": TEXT,

@@ -4,8 +4,8 @@ import pathlib
 
 from mlspecqd_jax.arguments import brief
 from mlspecqd_jax.errors import InputError
+from mlspecqd_jax.loading.config_layers import LAYER_TYPES
 
-LAYER_TYPES = ("full_attention", "sliding_attention")
 DELTA_NETS = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")
 OTHER_LAYER_TYPES = {
     "llama4_text": ("full_attention", "chunked_attention"),
@@ -28,6 +28,15 @@ def respelled(raw: dict) -> dict:
         return {key: value for key, value in raw.items() if key != "sliding_window"}
     older = OLDER.get(family, {}) if isinstance(family, str) else {}
     return raw | {key: raw[old] for old, key in older.items() if old in raw}
+
+
+def check_delta_net(path: pathlib.Path, c, family: str) -> None:
+    """Raise an InputError unless value heads share key heads evenly, given transformers' config."""
+    if family in DELTA_NETS and c.linear_num_value_heads % c.linear_num_key_heads:
+        raise InputError(
+            f"{path}: linear_num_value_heads {c.linear_num_value_heads} must be a multiple of linear_num_key_heads "
+            f"{c.linear_num_key_heads}"
+        )
 
 
 def check_kinds(path: pathlib.Path, raw: dict, family: str) -> None:

@@ -2,10 +2,11 @@
 
 import dataclasses
 import pathlib
-from typing import cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import cpu_kernels
 from mlspecqd_jax import arguments, jax_settings
@@ -14,8 +15,17 @@ from mlspecqd_jax.loading import checkpoint, precision_search
 from mlspecqd_jax.loading.calibrating import calibrated_weights
 from mlspecqd_jax.network.network import Network
 from mlspecqd_jax.text.card import Card
+from mlspecqd_jax.text.fast_tokenizer import FastTokenizer
 from mlspecqd_jax.weights.cast import check_scale_rule
-from mlspecqd_jax.weights.quantization import Policy, Recipe, bits_of, default_policy, formats_of, quantize_params, recipe_of_bits
+from mlspecqd_jax.weights.quantization import (
+    Policy,
+    Recipe,
+    bits_of,
+    default_policy,
+    formats_of,
+    quantize_params,
+    recipe_of_bits,
+)
 from mlspecqd_jax.weights.quantized_array import Leaf, QuantizedArray
 from mlspecqd_jax.weights.tensors import EMBEDDING, HEAD
 
@@ -33,7 +43,8 @@ class Model:
 
     @property
     def tokenizer(self):
-        return self.card.tokenizer
+        """Transformers' tokenizer of the model, or None."""
+        return self.card.tokenizer.whole if isinstance(self.card.tokenizer, FastTokenizer) else self.card.tokenizer
 
     @property
     def embedding(self) -> jax.Array:
@@ -48,11 +59,13 @@ class Model:
     def nbytes(self) -> int:
         return sum(leaf.nbytes for leaf in self.params.values())
 
-    @property
-    def pass_bytes(self) -> int:
-        """What a pass over one row reads of the weights, if all experts are chosen: all but an embedding that is not the head."""
-        gathered = EMBEDDING if HEAD in self.params else None
-        return sum(leaf.nbytes for name, leaf in self.params.items() if name != gathered)
+    def bytes_read(self, rows: int | np.ndarray = 1) -> Any:
+        """Return what a pass over so many rows reads of the weights: all but tables, of which it reads some rows.
+
+        Of experts it is those that rows hit which choose by chance (`Network.parts_read`).
+        """
+        part = self.network.parts_read(rows) | ({EMBEDDING: 0.0} if HEAD in self.params else {})
+        return sum(leaf.nbytes * part.get(name, 1.0) for name, leaf in self.params.items())
 
     @property
     def holds_packed_weights(self) -> bool:
@@ -153,7 +166,7 @@ class Model:
     @property
     def first_token(self) -> int:
         """The token with which its texts begin."""
-        begins = getattr(self.tokenizer, "bos_token_id", None)
+        begins = getattr(self.card.tokenizer, "bos_token_id", None)
         return begins if begins is not None else (*self.card.eos_token_ids, 0)[0]
 
     def _of_bits(self, format, policy, scale_rule, bits, calibrate):

@@ -1,6 +1,7 @@
 """`load`: a demo, a folder (a converted one too), a GGUF file or a hub id to a `Model`; `convert`: a model to what loads faster."""
 
 import dataclasses
+import functools
 import os
 import pathlib
 from typing import Any, cast
@@ -9,9 +10,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from mlspecqd_jax import arguments, console, jax_settings
+from mlspecqd_jax import arguments, console, jax_settings, kept_programs
 from mlspecqd_jax.errors import InputError
-from mlspecqd_jax.loading import checkpoint
+from mlspecqd_jax.kept_values import JAX_KIND
+from mlspecqd_jax.loading import checkpoint, config_file
 from mlspecqd_jax.loading.find import find, is_path
 from mlspecqd_jax.loading.gguf import reader
 from mlspecqd_jax.loading.model import Model, stored_twin
@@ -21,7 +23,7 @@ from mlspecqd_jax.loading.quantized.params import packed
 from mlspecqd_jax.network.network import Network
 from mlspecqd_jax.text import chat
 from mlspecqd_jax.text.card import Card
-from mlspecqd_jax.user_cache import cache_folder
+from mlspecqd_jax.user_cache import cache_folder, why_not_own
 from mlspecqd_jax.weights.formats import FORMATS, check_format
 from mlspecqd_jax.weights.placement import usable_mesh
 from mlspecqd_jax.weights.quantization import Recipe, bits_of
@@ -29,6 +31,7 @@ from mlspecqd_jax.weights.quantized_array import Leaf
 from mlspecqd_jax.weights.tensors import HEAD
 
 DTYPES = ("bfloat16", "float32", "float16")
+KINDS = (JAX_KIND, kept_programs.KIND, config_file.KIND)  # of what is kept to start sooner
 
 
 @jax_settings.held
@@ -70,7 +73,7 @@ def load(
     enable_compilation_cache()
     found = origin(folder)
     _check_use(folder, found.quantization, wanted=twin_of is not None or dequantize)
-    config, tokenizer = found.config, found.tokenizer(None if twin_of is None else twin_of.tokenizer)
+    config, tokenizer = found.config, found.tokenizer(None if twin_of is None else twin_of.card.tokenizer)
     card = Card(
         name=str(model),
         vocab_size=config.vocab_size,
@@ -170,6 +173,19 @@ def convert(
 
 def enable_compilation_cache() -> None:
     """Keep compiled programs in the user's cache folder, unless jax was told where to keep them (or not to)."""
-    if jax.config.values["jax_compilation_cache_dir"] is None:
-        jax.config.update("jax_compilation_cache_dir", str(cache_folder("xla")))
+    if jax.config.values["jax_compilation_cache_dir"] is not None or not jax.config.values["jax_enable_compilation_cache"]:
+        return
+    why_not = _why_not_kept()
+    if why_not is None:
+        jax.config.update("jax_compilation_cache_dir", str(cache_folder(JAX_KIND)))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+@functools.cache
+def _why_not_kept() -> str | None:
+    """Say once why compiled programs are not kept, if they are not, and return it."""
+    folders = [cache_folder(kind) for kind in KINDS]
+    why_not = next(filter(None, map(why_not_own, folders)), None) if os.name == "posix" else None
+    if why_not is not None:
+        console.say(f"mlspecqd: {why_not}, so compiled programs are not kept; set XDG_CACHE_HOME to a folder of your own")
+    return why_not

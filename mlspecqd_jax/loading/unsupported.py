@@ -8,7 +8,7 @@ _DELTA = "a model with recurrent layers (gated delta nets)"
 _MAMBA = "a model with recurrent layers (a state space)"
 _INDEXED = "a model whose attention is sparse by an index"
 _HYPER = "a model with hyper-connections"
-_GEMMA4 = "a model whose layers differ in the sizes of their heads and share keys and values"
+_ASSISTANT = "a model that drafts from what another model computes"
 NAMED = (
     dict.fromkeys(("bloom", "mpt"), _ALIBI)
     | dict.fromkeys(("olmo_hybrid",), _DELTA)
@@ -19,7 +19,7 @@ NAMED = (
     | dict.fromkeys(("lfm3_vl",), "a multimodal model")
     | dict.fromkeys(("deepseek_v32", "glm_moe_dsa", "glm5_next", "minimax_m3_vl", "minimax_m3_vl_text"), _INDEXED)
     | dict.fromkeys(("deepseek_v4", "qwen4_exp", "qwen4_exp_text", "hy_v4", "hy_v4_vl"), _HYPER)
-    | dict.fromkeys(("gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text"), _GEMMA4)
+    | dict.fromkeys(("gemma4_assistant", "gemma4_unified_assistant"), _ASSISTANT)
     | dict.fromkeys(("gemma3n", "gemma3n_text"), "a model whose layers predict and correct several streams (AltUp)")
     | dict.fromkeys(("mllama",), "a model whose text attends to images across (cross-attention)")
     | dict.fromkeys(("paligemma",), "a model that attends to its whole prompt in both directions")
@@ -27,7 +27,7 @@ NAMED = (
     | dict.fromkeys(("nanochat",), "a model that rotates in the other sense")
 )
 BY_KEY = (
-    (("kv_lora_rank",), "multi-head latent attention"),
+    (("kv_lora_rank",), "another model with multi-head latent attention"),
     (("num_experts", "num_local_experts", "n_routed_experts", "moe_intermediate_size"), "a mixture of experts"),
     (("is_encoder_decoder",), "an encoder-decoder"),
     (("vision_config", "audio_config", "text_config"), "a multimodal model"),

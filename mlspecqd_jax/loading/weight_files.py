@@ -36,7 +36,8 @@ BALLAST = (
     r".*\.self_attn\.((attn\.)?[kvq]|kv|k_proj\.[kv]|v_proj\.[kv]|kv_cache|prob|prob_output)_(scale|zero_point|scaling_factor)",
     r".*\.self_attn\.(k|v)_proj\.output_scale",
     r"(score|classifier|qa_outputs|v_head|value_head|reward_head|regression_head)\..+",
-    r"(model\.)?(vision_tower|vision_model|visual|multi_modal_projector|connector)\..+",
+    r"(model\.)?(vision_tower|vision_model|visual|multi_modal_projector|mm_projector|connector)\..+",
+    r"(model\.)?(audio_tower|embed_vision|embed_audio|vision_embedder)\..+",
     r"(model\.)?image_newline",
     r"mtp\..+",
     r".*\.(attn|attention)\.(bias|masked_bias)",
@@ -88,6 +89,7 @@ def locate(
             ignored.append(source.name)  # the index decides: another file's tensor is meant, or none
         elif name not in expected:
             known = source.name.startswith(ahead) or any(re.fullmatch(pattern, source.name) for pattern in BALLAST)
+            known = known or _of_an_earlier_layer(source.name, expected)
             (ignored if known else problems).append(source.name if known else f"unknown tensor {source.name}")
         elif name in located:
             problems.append(f"both {located[name].name} and {source.name} are there")
@@ -112,6 +114,12 @@ def own_name(name: str, expected: Container[str]) -> str:
     for pattern, prefix in PREFIXES:
         name = re.sub(f"^{pattern}", prefix, name)
     return next((prefix + name for prefix in MISSING if prefix + name in expected), f"model.{name}")
+
+
+def _of_an_earlier_layer(name: str, expected: Container[str]) -> bool:
+    """Return whether a tensor is for keys or values of a layer that has those of an earlier one (Gemma 4)."""
+    found = re.fullmatch(r"(.*\.self_attn\.)[kv]_(proj|norm)\.(weight|bias)", name)
+    return found is not None and [own_name(f"{found[1]}{x}_norm.weight", expected) in expected for x in "qk"] == [True, False]
 
 
 def _misfit(name: str, header: Header, shape: tuple[int, ...], dtypes: tuple[str, ...]) -> list[str]:

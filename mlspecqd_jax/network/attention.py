@@ -16,7 +16,13 @@ class KVCache(NamedTuple):
     """Keys and values of one layer, indexed by absolute position; it carries no length."""
 
     k: jax.Array  # [B, Hkv, S, D]
-    v: jax.Array  # [B, Hkv, S, Dv]
+    v: jax.Array | None  # [B, Hkv, S, Dv], None where the keys are the values too
+
+
+class ExpertsRead(NamedTuple):
+    """What a mixture's cache holds after those of its layers: how many experts' weights a layer has read so far, on average."""
+
+    total: jax.Array  # f32 [], added up over passes
 
 
 def finite(x: jax.Array) -> jax.Array:

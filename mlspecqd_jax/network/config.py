@@ -57,6 +57,9 @@ class Attention:
     clip: float | None = None  # bound of the magnitude of queries, keys and values, behind a norm of all heads' elements
     cap: float | None = None
     sinks: bool = False  # a learned logit for each head, whose probability goes to no value
+    value_norm: Norm | None = None  # of each head's values
+    values_of_keys: bool = False  # values are what keys are before their norm and rotation
+    kept_by: int | None = None  # the number of an earlier layer, whose keys and values are those of this one
     bias: bool = False  # of queries, keys and values
     output_bias: bool = False
     gate: Literal["head", "element"] | None = None  # a sigmoid of another product with x for each, by which it is multiplied
@@ -68,6 +71,8 @@ class ShortConv:
 
     length: int
     bias: bool = False
+    rope: None = None
+    kept_by: None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +90,27 @@ class DeltaNet:
     conv: int  # length of the convolution
     norm: Norm  # of each head of o
     act: str = "silu"
+    rope: None = None
+    kept_by: None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class LatentAttention:
+    """Causal attention whose heads' keys and values are products with one latent of a position (`network.latent_attention`)."""
+
+    heads: int
+    latent: int  # its size
+    query_latent: int | None  # size of another one, of which queries are products; None is what the layer reads
+    key_dim: int  # of the part of a head's query and key that no rope turns
+    turned_dim: int  # of the part that one does, whose key is of all heads
+    value_dim: int
+    scale: float
+    rope: Rope
+    norm: Norm  # of latents
+    growth: Growth | None = None
+    bias: bool = False  # of latents
+    output_bias: bool = False
+    kept_by: None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,13 +146,17 @@ class Router:
     experts: int
     chosen: int  # of them for each position
     scores: Literal["softmax", "sigmoid", "softmax of chosen", "sigmoid of chosen"]  # of logits, which the last two choose by
+    input_norm: Norm | None = None  # of what the logits are a product with
+    scale: float = 1.0  # of logits
     bias: bool = False  # of logits
     choice_bias: bool = False  # of scores, for the choice alone
     groups: int = 1  # equal parts of the experts
-    groups_chosen: int = 1  # by the sum of their two best scores; the others' experts are not chosen
+    groups_chosen: int = 1  # by the sum of their best scores; the others' experts are not chosen
+    group_best: int = 2  # how many scores are summed
     normed: bool = False  # factors are divided by their sum
     least_sum: float = 0.0  # by which they are at least divided
     factor: float = 1.0
+    expert_factors: bool = False  # each expert has a factor of its own too
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,17 +173,30 @@ class Experts:
     weighs_input: bool = False
     shared: GatedMLP | None = None  # whose result for every position is added
     shared_gate: bool = False  # times the sigmoid of another product with x
+    norms: Norm | None = None  # of what the experts together are given and return, and of what the shared one is and does
+
+
+@dataclasses.dataclass(frozen=True)
+class OwnInput:
+    """x = x + norm(down(act(gate(x)) * own)), behind the feed, with a layer's part of what `network.own_inputs` says of a token."""
+
+    vocab_size: int
+    size: int  # of a layer's part
+    layers: int  # how many have one
+    act: str
 
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
     """h = n0(x); x = x + n1(mixer(h)); x = x + n3(feed(n2(x))), each norm by its name in the file, None being the identity."""
 
-    mixer: Attention | ShortConv | DeltaNet
+    mixer: Attention | LatentAttention | ShortConv | DeltaNet
     feed: GatedMLP | MLP | Experts
     norms: tuple[str | None, str | None, str | None, str | None]
     parallel: bool = False  # x = x + n1(mixer(h)) + n3(feed(n2(x))), or feed(h) without n2
     scale: float = 1.0  # of what n1 and n3 return
+    own: OwnInput | None = None
+    scalar: bool = False  # a parameter that what a layer returns is multiplied by
 
 
 @dataclasses.dataclass(frozen=True)

@@ -70,7 +70,7 @@ class DeltaNet(nnx.Module):
             said = delta_rule.run(added, asked)
         else:
             assert used is not None, "what a pass over a cache leaves there is told by it"
-            said, delta = delta_rule.replay(added, asked, cache.delta, window.positions[:, 0], used, window.outermost)
+            said, delta = delta_rule.replay(added, asked, cache.delta, window.positions[:, 0], used, bool(window.outermost))
             cache = DeltaCache(conv, delta)
         heads = rounded(said, x.dtype).reshape(batch, width, d.heads, d.value_dim)
         normed = self.norm(heads, used).reshape(batch, width, -1).astype(jnp.float32)

@@ -13,9 +13,12 @@ from flax import nnx
 
 from mlspecqd_jax.folds import ordered_sum
 from mlspecqd_jax.network import config
-from mlspecqd_jax.network.layers import ALONG_K, GatedMLP, gated
+from mlspecqd_jax.network.layers import ALONG_K, GatedMLP, gated, norm_of
 from mlspecqd_jax.network.ops import expert_linear, linear, product, rows
 from mlspecqd_jax.network.routing import route
+from pallas_kernels import hits
+
+NORMS = ("norm", "after_norm", "shared_norm", "after_shared_norm")  # of `config.Experts.norms`, by its name of each
 
 
 class ExpertLinear(nnx.Module):
@@ -39,10 +42,12 @@ class ExpertLinear(nnx.Module):
 
 
 class Router(nnx.Module):
-    """`routing.route` of x @ weight.T + bias, with weight [E, K], which no twin casts."""
+    """`routing.route` of scale * x @ weight.T + bias, x perhaps normed, with weight [E, K], which no twin casts."""
 
     def __init__(self, router: config.Router, k: int, *, init, rngs: nnx.Rngs):
         self.router = router
+        self.norm = None if router.input_norm is None else norm_of(k, router.input_norm)
+        self.expert_factors = nnx.Param(jnp.ones((router.experts,))) if router.expert_factors else None
         self.weight = nnx.Param(init(rngs.params(), (router.experts, k)))
         self.bias = nnx.Param(jnp.zeros((router.experts,))) if router.bias else None
         # Of larger magnitude than scores are, so that bfloat16 would take them for equal.
@@ -51,11 +56,15 @@ class Router(nnx.Module):
 
     def __call__(self, x: jax.Array, used: jax.Array | None) -> tuple[jax.Array, jax.Array]:
         """Return (experts int32 [T, C], factors f32 [T, C]) of x [B, W, K]; positions that are not in use have the expert -1."""
+        x = x if self.norm is None else self.norm(x, used)
         logits = linear(x, self.weight.get_value(), used=used, out_dtype=jnp.float32).reshape(-1, self.router.experts)
+        logits = logits if self.router.scale == 1 else logits * self.router.scale
         if self.bias is not None:
             logits = logits + self.bias.get_value().astype(jnp.float32)[None]
         added = self.e_score_correction_bias
         experts, factors = route(logits, None if added is None else added.get_value().astype(jnp.float32), self.router)
+        if self.expert_factors is not None:
+            factors = factors * self.expert_factors.get_value().astype(jnp.float32)[experts]
         if used is None:
             return experts, factors
         in_use = jnp.arange(x.shape[1], dtype=jnp.int32)[None] < used[:, None]
@@ -102,21 +111,31 @@ class Experts(nnx.Module):
         self.experts = ExpertMLPs(mlp, k, init=init, rngs=rngs)
         self.shared_expert = None if mlp.shared is None else GatedMLP(mlp.shared, k, init=init, rngs=rngs)
         self.shared_expert_gate = Share(k, init=init, rngs=rngs) if mlp.shared_gate else None
+        if mlp.norms is not None:
+            for name in NORMS:
+                setattr(self, name, norm_of(k, mlp.norms))
 
-    def __call__(self, x: jax.Array, used: jax.Array | None = None) -> jax.Array:
+    def __call__(self, x: jax.Array, used: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+        """Return (that of x [B, W, K], how many different experts the positions chose, int32 [])."""
         experts, factors = self.gate(x, used)
-        given = x.reshape(-1, 1, x.shape[-1])
+        read = hits(experts, self.mlp.router.experts).count
+        before, after, before_shared, after_shared = (getattr(self, name, _identity) for name in NORMS)
+        given = before(x, used).reshape(-1, 1, x.shape[-1])
         if self.mlp.weighs_input:
             given = product(given, factors[..., None].astype(x.dtype))
         y = self.experts(given, experts)
         y = _sum(y if self.mlp.weighs_input else product(y.astype(jnp.float32), factors[..., None])).astype(x.dtype)
-        y = y.reshape(x.shape)
+        y = after(y.reshape(x.shape), used)
         if self.shared_expert is None:
-            return y
-        shared = self.shared_expert(x, used)
+            return y, read
+        shared = after_shared(self.shared_expert(before_shared(x, used), used), used)
         if self.shared_expert_gate is not None:
             shared = product(shared, self.shared_expert_gate(x))
-        return y + shared
+        return y + shared, read
+
+
+def _identity(x, used):
+    return x
 
 
 def _sum(y):

@@ -35,6 +35,7 @@ ACTIVATIONS = {
 }
 
 
+@functools.cache
 def gated(act: str | config.ClampedSwish) -> Callable[[jax.Array, jax.Array], jax.Array]:
     """Return the function of a gate and of what it gates: act(gate) * up, or `config.ClampedSwish`."""
     if isinstance(act, config.ClampedSwish):
@@ -73,7 +74,9 @@ class Window(NamedTuple):
     positions: jax.Array  # int32 [B, W], absolute
     rotation: tuple[jax.Array, jax.Array] | None  # cos and sin of the rope's angles at them, f32 [B, W, D / 2]; None without one
     used: jax.Array | None = None  # int32 [B], how many of them, from the first on, hold a token (see `ops`); None is all
-    outermost: bool = False  # static, whether no later one begins before it
+    slots: jax.Array | None = None  # int32 [B, W], where in the keys and values they are; None is at their own numbers
+    own: jax.Array | None = None  # what the layer alone is told of their tokens (`own_inputs`)
+    outermost: bool | None = None  # static, whether no later one begins before it
 
 
 class Linear(nnx.Module):
@@ -89,10 +92,10 @@ class Linear(nnx.Module):
 
 
 class Embedding(nnx.Module):
-    """weight[tokens] * scale with weight [V, K]; the scale is rounded to the weight's dtype."""
+    """weight[tokens] * scale with weight [V, K], of which no more than these rows is read; the scale is rounded to its dtype."""
 
     def __init__(self, vocab: int, k: int, scale: float, *, init, rngs: nnx.Rngs):
-        self.weight = nnx.Param(init(rngs.params(), (vocab, k)), axes=ALONG_N)
+        self.weight = nnx.Param(init(rngs.params(), (vocab, k)), axes=ALONG_N, gathered=True)
         self.scale = scale
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
@@ -142,71 +145,80 @@ def norm_of(k: int, norm: config.Norm) -> RMSNorm | LayerNorm:
 
 
 class Attention(nnx.Module):
-    """Grouped-query causal attention with rotary positions; softmax in f32."""
+    """Grouped-query causal attention with rotary positions; softmax in f32. Keys and values may be an earlier layer's."""
 
     def __init__(self, a: config.Attention, k: int, *, init, rngs: nnx.Rngs):
         self.a = a
         make = functools.partial(Linear, init=init, rngs=rngs)
         self.q_proj = make(a.heads * a.head_dim, k, bias=a.bias, axes=ALONG_N)
-        self.k_proj = make(a.kv_heads * a.head_dim, k, bias=a.bias, axes=ALONG_N)
-        self.v_proj = make(a.kv_heads * a.value_dim, k, bias=a.bias, axes=ALONG_N)
+        keeps, projects = a.kept_by is None, a.kept_by is None and not a.values_of_keys
+        self.k_proj = make(a.kv_heads * a.head_dim, k, bias=a.bias, axes=ALONG_N) if keeps else None
+        self.v_proj = make(a.kv_heads * a.value_dim, k, bias=a.bias, axes=ALONG_N) if projects else None
         self.o_proj = make(k, a.heads * a.value_dim, bias=a.output_bias, axes=ALONG_K)
-        self.q_norm, self.k_norm = _norm_of_heads(a, a.heads), _norm_of_heads(a, a.kv_heads)
+        self.q_norm, self.k_norm = _norm_of_heads(a, a.heads), _norm_of_heads(a, a.kv_heads) if keeps else None
+        self.v_norm = norm_of(a.value_dim, a.value_norm) if keeps and a.value_norm is not None else None
         self.sinks = nnx.Param(jnp.zeros((a.heads,)), axes=(AXIS,)) if a.sinks else None
         gates = a.heads * {None: 0, "head": 1, "element": a.value_dim}[a.gate]
         self.g_proj = make(gates, k, bias=a.bias and a.gate == "element", axes=ALONG_N) if gates else None
 
-    def __call__(self, x: jax.Array, window: Window, cache: KVCache | None):
-        """Return (output [B, W, K], updated cache) of x [B, W, K]; without a cache the window attends to itself alone."""
-        (batch, width, _), used = x.shape, window.used
-        q, k, v = self.q_proj(x, used), self.k_proj(x, used), self.v_proj(x, used)
-        if self.a.qk_norm_of == "all":
-            q, k = self._normed(q, k, used)
-        if self.a.clip is not None:
-            q, k, v = (jnp.clip(part, -self.a.clip, self.a.clip) for part in (q, k, v))
-        q = q.reshape(batch, width, self.a.heads, self.a.head_dim)
-        k = k.reshape(batch, width, self.a.kv_heads, self.a.head_dim)
-        v = v.reshape(batch, width, self.a.kv_heads, self.a.value_dim)
-        if self.a.qk_norm_of != "all" and not self.a.qk_norm_last:
-            q, k = self._normed(q, k, used)
-        q, k, v = self._turned(q, window), self._turned(k, window), jnp.swapaxes(v, 1, 2)  # [B, heads, W, D]
-        if self.a.qk_norm_last:
-            q, k = self._normed(q, k)
+    def __call__(self, x: jax.Array, window: Window, cache: KVCache | None) -> tuple[jax.Array, KVCache]:
+        """Return (output [B, W, K], keys and values) of x [B, W, K].
+
+        With a cache these are that cache updated, or, where an earlier layer keeps them, the cache as that layer left it; without
+        one they are the window's own, which then attends to itself alone.
+        """
+        used, last = window.used, window.positions if window.slots is None else window.slots
+        q = self._heads(self.q_proj(x, used), self.q_norm, self.a.heads, window)
         if self.a.growth is not None:
-            q = _grown(q, window.positions, self.a.growth)
-        k, v = finite(k), finite(v)
-        last = window.positions
-        if cache is None:
-            last = jnp.broadcast_to(jnp.arange(width), last.shape)
-        else:
-            cache = write(cache, k, v, last[:, 0], used)
-            k, v = cache
+            q = grown(q, window.positions, self.a.growth)
+        kept = cache if self.k_proj is None else self._kept(self.k_proj(x, used), x, window, cache)
+        assert kept is not None, "the layer that keeps them is before this one"
         first = jnp.zeros_like(last) if self.a.window is None else last - self.a.window + 1
         first = first if self.a.chunk is None else jnp.maximum(first, last - window.positions % self.a.chunk)
         sinks = None if self.sinks is None else self.sinks.get_value()
-        out = attend(q, k, v, first, last, sinks, scale=self.a.scale, cap=self.a.cap, used=used)  # [B, W, H * Dv]
+        out = attend(q, kept.k, kept.v, first, last, sinks, scale=self.a.scale, cap=self.a.cap, used=used)  # [B, W, H * Dv]
         out = out if self.g_proj is None else self._gated(out, self.g_proj(x, used))
-        return self.o_proj(out, used), cache
-
-    def _normed(self, q, k, used=None):
-        return (q, k) if self.q_norm is None or self.k_norm is None else (self.q_norm(q, used), self.k_norm(k, used))
+        return self.o_proj(out, used), kept
 
     def _gated(self, out, gates):
         gates = jnp.repeat(jax.nn.sigmoid(gates.astype(jnp.float32)), out.shape[-1] // gates.shape[-1], axis=-1)
         return rounded(out.astype(jnp.float32) * gates, out.dtype)
 
-    def _turned(self, x, window):
-        """Return heads [B, W, heads, D] as [B, heads, W, D], rotated where there is a rope."""
-        if self.a.rope is None or window.rotation is None:
-            return jnp.swapaxes(x, 1, 2)
-        if self.a.rope.interleaved:
-            # Queries and keys are put in another order alike, which changes none of their products.
-            turned = 2 * len(self.a.rope.frequencies)
-            x = jnp.concatenate([x[..., 0:turned:2], x[..., 1:turned:2], x[..., turned:]], axis=-1)
-        return rotate(x, *window.rotation, window.used)
+    def _kept(self, raw, x, window, cache):
+        """Return the keys and values of x, of which keys are projected, in the cache where there is one."""
+        used = window.used
+        v = raw if self.v_proj is None else self.v_proj(x, used)
+        v = self._clipped(v).reshape(*x.shape[:2], self.a.kv_heads, self.a.value_dim)
+        v = jnp.swapaxes(v if self.v_norm is None else self.v_norm(v, used), 1, 2)  # [B, Hkv, W, Dv]
+        k, v = finite(self._heads(raw, self.k_norm, self.a.kv_heads, window)), finite(v)
+        return KVCache(k, v) if cache is None else write(cache, k, v, window.positions[:, 0], used)
+
+    def _heads(self, x, norm, heads, window):
+        """Return queries or keys [B, heads, W, D] of projections [B, W, heads * D]: normed, clipped and rotated."""
+        of, used = self.a.qk_norm_of, window.used
+        x = self._clipped(norm(x, used) if norm is not None and of == "all" else x)
+        x = x.reshape(*x.shape[:2], heads, self.a.head_dim)
+        x = x if norm is None or of == "all" or self.a.qk_norm_last else norm(x, used)
+        x = turned(x, self.a.rope, window)
+        return norm(x) if norm is not None and of != "all" and self.a.qk_norm_last else x
+
+    def _clipped(self, x):
+        return x if self.a.clip is None else jnp.clip(x, -self.a.clip, self.a.clip)
 
 
-def _grown(q, positions, growth: config.Growth):
+def turned(x: jax.Array, rope: config.Rope | None, window: Window) -> jax.Array:
+    """Return heads [B, W, heads, D] as [B, heads, W, D], rotated where there is a rope."""
+    if rope is None or window.rotation is None:
+        return jnp.swapaxes(x, 1, 2)
+    if rope.interleaved:
+        # Queries and keys are put in another order alike, which changes none of their products.
+        size = 2 * len(rope.frequencies)
+        x = jnp.concatenate([x[..., 0:size:2], x[..., 1:size:2], x[..., size:]], axis=-1)
+    return rotate(x, *window.rotation, window.used)
+
+
+def grown(q: jax.Array, positions: jax.Array, growth: config.Growth) -> jax.Array:
+    """Return queries [B, heads, W, D] at positions [B, W] times what is said of these."""
     factors = jnp.asarray(growth.factors, jnp.float32)[
         jnp.minimum((positions + growth.ahead) // growth.period, len(growth.factors) - 1)
     ]

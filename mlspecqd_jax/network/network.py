@@ -12,17 +12,18 @@ import functools
 import itertools
 import re
 from collections.abc import Generator
-from typing import cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
 from mlspecqd_jax.errors import InputError
 from mlspecqd_jax.network import delta_net, ops
-from mlspecqd_jax.network.attention import KVCache
-from mlspecqd_jax.network.config import Attention, Config, DeltaNet, ShortConv
+from mlspecqd_jax.network.attention import ExpertsRead, KVCache
+from mlspecqd_jax.network.config import Attention, Config, DeltaNet, Experts, LatentAttention, ShortConv
 from mlspecqd_jax.network.layers import ALONG_N, Linear
 from mlspecqd_jax.network.short_conv import ConvCache
 from mlspecqd_jax.network.trunk import Trunk
@@ -31,7 +32,7 @@ from mlspecqd_jax.weights.quantized_array import Leaf
 from mlspecqd_jax.weights.tensors import EMBEDDING, HEAD, Source, Tensor
 from pallas_kernels import chip_of
 
-Cache = KVCache | ConvCache | delta_net.DeltaCache
+Cache = KVCache | ConvCache | delta_net.DeltaCache | ExpertsRead | None
 FIRST = ".layers.0."  # in the names of a first layer's parameters
 
 
@@ -75,7 +76,8 @@ class Network:
     @property
     def reach(self) -> int | None:
         """How many positions at the end of what was fed may be fed again; None is all (contract C15)."""
-        return None if all(isinstance(layer.mixer, Attention) for layer in self.config.layers) else self.kept
+        all_kept = all(isinstance(layer.mixer, Attention | LatentAttention) for layer in self.config.layers)
+        return None if all_kept else self.kept
 
     def reaching(self, positions: int, outermost: bool = False) -> "Network":
         """Return the same network with caches in which so many positions may be fed again.
@@ -139,13 +141,45 @@ class Network:
             )
         return found
 
+    def depends(self, params: dict[str, Leaf]) -> tuple[str, ...]:
+        """Return what a program of these parameters depends on beside them; what it calls in C++ is known to XLA afterwards."""
+        embedding = cast(jax.Array, params[EMBEDDING])
+        return ops.depends(params.values(), embedding.dtype.name, chip_of(next(iter(embedding.devices()))), self.mesh)
+
     def narrower(self, params: dict[str, Leaf], whole: int) -> tuple[int, ...]:
         """Return the widths under `whole` at which a pass takes much less time, ascending (see `ops.narrower`)."""
         embedding = cast(jax.Array, params[EMBEDDING])
         return ops.narrower(whole, embedding.dtype.name, chip_of(next(iter(embedding.devices()))), self.mesh)
 
+    def parts_read(self, rows: int | np.ndarray = 1) -> dict[str, Any]:
+        """Return what part of each parameter a pass over so many rows reads, by name: of tables next to nothing.
+
+        Of experts it is those that rows hit which choose by chance, each for itself: 1 - (1 - C / E)^rows. Real ones choose more
+        alike, and hit fewer.
+        """
+
+        def of_experts(name):
+            feed = self.config.layers[int(name.partition(".layers.")[2].partition(".")[0])].feed
+            assert isinstance(feed, Experts)
+            return 1 - (1 - feed.router.chosen / feed.router.experts) ** rows
+
+        def part(name, tensor):
+            if tensor.gathered and not (name == EMBEDDING and self.config.tied):
+                return 0.0
+            return 1.0 if tensor.experts is None else of_experts(name)
+
+        return {name: part(name, tensor) for name, tensor in self.tensors().items()}
+
+    def experts_read(self, cache: list[Cache]) -> jax.Array | None:
+        """Return of how many experts a layer has read the weights so far, on average: f32 [], or None of a model without any."""
+        last = cache[-1]
+        return last.total if isinstance(last, ExpertsRead) else None
+
     def init_cache(self, params: dict[str, jax.Array], batch: int, slots: int) -> list[Cache]:
-        """Return zeroed caches of every layer, in the dtype of the embedding: of `slots` positions, or of the last few."""
+        """Return zeroed caches of `slots` positions in the dtype of the embedding, None for a layer that reads an earlier one's.
+
+        Some layers keep the last few positions only (`reach`). Those of a mixture end with a count.
+        """
         dtype = params[EMBEDDING].dtype
 
         def zeros(heads, size):
@@ -154,18 +188,29 @@ class Network:
                 return buffer
             return jax.lax.with_sharding_constraint(buffer, cache_sharding(buffer.shape, self.mesh))
 
-        def empty(mixer):
-            match mixer:
-                case Attention():
-                    return KVCache(zeros(mixer.kv_heads, mixer.head_dim), zeros(mixer.kv_heads, mixer.value_dim))
+        def of(m):
+            match m:
+                case LatentAttention():
+                    return KVCache(zeros(1, m.latent + m.turned_dim), None)
                 case ShortConv():
-                    return ConvCache(jnp.zeros((batch, mixer.length - 1 + self.kept, self.config.hidden_size), dtype))
+                    return ConvCache(jnp.zeros((batch, m.length - 1 + self.kept, self.config.hidden_size), dtype))
                 case DeltaNet():
-                    return delta_net.empty(mixer, batch, self.kept, dtype)
+                    return delta_net.empty(m, batch, self.kept, dtype)
+            return None if m.kept_by is not None else KVCache(zeros(m.kv_heads, m.head_dim), zeros(m.kv_heads, m.value_dim))
 
-        return [empty(layer.mixer) for layer in self.config.layers]
+        caches: list[Cache] = [of(layer.mixer) for layer in self.config.layers]
+        mixture = any(isinstance(layer.feed, Experts) for layer in self.config.layers)
+        return caches + [ExpertsRead(jnp.zeros((), jnp.float32))] * mixture
 
-    def __call__(self, params, tokens: jax.Array, start: jax.Array, cache: list[Cache] | None, *, features: bool = False):
+    def __call__(
+        self,
+        params,
+        tokens: jax.Array,
+        start: jax.Array,
+        cache: list[Cache] | None,
+        *,
+        features: bool = False,
+    ):
         """Score a window and write it to the cache.
 
         Args:
@@ -216,7 +261,7 @@ def _tensor(name: str, leaf: nnx.Param, sources: dict[str, Source]) -> Tensor:
     source = sources.get(anywhere, of_module._replace(names=tuple(f"{other}.{kind}" for other in of_module.names)))
     names = source.names if here is None else tuple(other.replace("*", here[1]) for other in source.names)
     known = facts.get("axes", ()), facts.get("linear", False), (source._replace(names=names),)
-    return Tensor(leaf.get_value().shape, *known, facts.get("dtype"), facts.get("experts"))
+    return Tensor(leaf.get_value().shape, *known, facts.get("dtype"), facts.get("experts"), facts.get("gathered", False))
 
 
 def _name(path) -> str:

@@ -31,6 +31,7 @@ from pallas_kernels.xla import rows
 __all__ = [
     "attend",
     "expert_linear",
+    "head_linear",
     "implementation",
     "layer_norm",
     "linear",
@@ -67,6 +68,38 @@ def linear(x: jax.Array, w: Leaf, *, used: jax.Array | None = None, out_dtype: j
 def expert_linear(x: jax.Array, w: Leaf, experts: jax.Array, number: int) -> jax.Array:
     """`weights.products.multiply_experts`, [T, C, N] in x's dtype, of x [T, C, K] or [T, 1, K] and experts int32 [T, C]."""
     return multiply_experts(x, w, experts, number).astype(x.dtype)
+
+
+def head_linear(x: jax.Array, w: jax.Array, *, used: jax.Array | None = None) -> jax.Array:
+    """x[..., h, :] @ w_h.T for each head h, accumulated in f32.
+
+    One product for all heads, but on CPU, where XLA's would not compute a row alike in all windows: there in C++, or head by head.
+
+    Args:
+      x: activations [B, W, H, K].
+      w: weights of all heads, one after another, [H * N, K], in x's dtype.
+      used: int32 [B], or None.
+
+    Returns:
+      [B, W, H, N] in x's dtype.
+    """
+    (batch, width, heads, k), n = x.shape, w.shape[0] // x.shape[2]
+
+    def together(x, w):
+        precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+        axes = (((2,), (2,)), ((1,), (0,)))
+        rows, weights = x.reshape(-1, heads, k), w.reshape(heads, n, k)
+        y = jax.lax.dot_general(rows, weights, axes, precision=precision, preferred_element_type=jnp.float32)  # [H, B W, N]
+        return jnp.swapaxes(y, 0, 1)
+
+    def by_head(x, w):
+        in_use = jnp.ones((batch, width), bool) if used is None else jnp.arange(width)[None] < used[:, None]
+        head = jnp.where(in_use.reshape(-1, 1), jnp.arange(heads, dtype=jnp.int32)[None], -1)
+        return multiply_experts(x.reshape(-1, heads, k), w, head, heads)
+
+    split = jax.sharding.get_abstract_mesh().size > 1
+    y = together(x, w) if split else jax.lax.platform_dependent(x, w, cpu=by_head, default=together)
+    return y.reshape(batch, width, heads, n).astype(x.dtype)
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, norm: Norm, used: jax.Array | None = None) -> jax.Array:
@@ -113,7 +146,7 @@ def rounded(x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
 def rotary(positions: jax.Array, rotation: Rope) -> tuple[jax.Array, jax.Array]:
     """Return cos and sin, f32 [B, W, D / 2], of the rotation angles at positions int32 [B, W], times the rope's magnitude."""
     frequencies = jnp.asarray(rotation.frequencies, jnp.float32)
-    found = cpu_kernels.on_cpu(cpu_kernels.angles, rope.angles, positions.astype(jnp.int32), frequencies, unit="positions")
+    found = cpu_kernels.on_cpu(cpu_kernels.angles, rope.angles, positions.astype(jnp.int32), frequencies, unit="bfloat16")
     return tuple(found) if rotation.magnitude == 1 else tuple(rotation.magnitude * part for part in found)
 
 
@@ -130,25 +163,25 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array, used: jax.Array | None 
     return cpu_kernels.on_cpu(in_cpp, lambda x: rope.rotate(x, cos, sin), x)
 
 
-def write(cache: KVCache, k: jax.Array, v: jax.Array, start: jax.Array, used: jax.Array | None = None) -> KVCache:
+def write(cache: KVCache, k: jax.Array, v: jax.Array | None, start: jax.Array, used: jax.Array | None = None) -> KVCache:
     """Store k [B, Hkv, W, D] and v [B, Hkv, W, Dv] at positions start[r] + 0..W-1; XLA updates both in place in nested loops.
 
-    In C++ what is not in use is not stored.
+    Without v, which the cache then lacks too, k alone. In C++ what is not in use is not stored.
     """
 
     def in_xla(buffer, start, values, used):
         return xla.put_window(buffer, start, values)
 
     def put(buffer, values):
-        return cpu_kernels.on_cpu(cpu_kernels.put_window, in_xla, buffer, start, values, used, unit="positions")
+        return cpu_kernels.on_cpu(cpu_kernels.put_window, in_xla, buffer, start, values, used, unit="bfloat16")
 
-    return KVCache(put(cache.k, k), put(cache.v, v))
+    return jax.tree.map(put, cache, KVCache(k, v))
 
 
 def attend(
     q: jax.Array,
     k: jax.Array,
-    v: jax.Array,
+    v: jax.Array | None,
     first: jax.Array,
     last: jax.Array,
     sinks: jax.Array | None = None,
@@ -160,7 +193,7 @@ def attend(
     """`attention.attend`: softmax(cap tanh(scale q k^T / cap)) v, over the slots that a query sees; [B, W, H * Dv] in q's dtype.
 
     Args:
-      q, k, v: [B, H, W, D], [B, Hkv, S, D] and [B, Hkv, S, Dv].
+      q, k, v: [B, H, W, D], [B, Hkv, S, D] and [B, Hkv, S, Dv]; without v the keys are the values too.
       first, last: int32 [B, W]; query w of row r sees the slots from first[r, w] to last[r, w], both included.
       sinks: [H] in q's dtype, a logit of each head that the softmax sums too, and whose probability goes to no value; or None.
       scale: None is 1 / sqrt(D).
@@ -170,7 +203,7 @@ def attend(
     in_xla = functools.partial(attention.attend, scale=q.shape[-1] ** -0.5 if scale is None else scale, cap=cap)
     in_cpp = functools.partial(_attend_in_cpp, scale=scale, cap=cap)
     given = () if sinks is None else (sinks,)
-    return _computed(in_cpp, in_xla, used, q, k, v, first, last, *given)
+    return _computed(in_cpp, in_xla, used, q, k, k if v is None else v, first, last, *given)
 
 
 def row_multiple(weights: Iterable[Leaf], dtype: str, chip: str, mesh: Mesh | None = None) -> int | None:
@@ -191,6 +224,22 @@ def row_multiple(weights: Iterable[Leaf], dtype: str, chip: str, mesh: Mesh | No
             found.append(product_of(w, dtype, chip).row_multiple(chip, str(getattr(w, "dtype", dtype))))
     known = [multiple for multiple in found if multiple is not None]
     return math.lcm(*known) if len(known) == len(found) else None
+
+
+def depends(weights: Iterable[Leaf], dtype: str, chip: str, mesh: Mesh | None = None) -> tuple[str, ...]:
+    """Return what programs of a model depend on beside its weights: which products they run, and which functions in C++.
+
+    What they call is known to XLA afterwards.
+
+    Args:
+      weights: of the model, plain vectors among them.
+      dtype, chip, mesh: as of `row_multiple`.
+    """
+    with contextlib.nullcontext() if mesh is None else jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        in_cpp = [unit for unit in (dtype, "bfloat16") if chip == "cpu" and cpu_kernels.usable(unit)]
+        matrices = (w for w in weights if len(w.shape) == 2)
+        kinds = {(getattr(w, "format", None), getattr(w, "product", None), str(getattr(w, "dtype", dtype))): w for w in matrices}
+        return (*in_cpp, *(product_of(kind, dtype, chip).name for kind in kinds.values()))
 
 
 def narrower(whole: int, dtype: str, chip: str, mesh: Mesh | None = None) -> tuple[int, ...]:

@@ -43,9 +43,9 @@ def _scores(logits, router):
 
 
 def _of_best_groups(scores, router):
-    """Scores [T, E], -inf outside of the groups whose two best experts have the largest sums."""
+    """Scores [T, E], -inf outside of the groups whose best experts have the largest sums."""
     groups = scores.reshape(len(scores), router.groups, -1)  # [T, G, E / G]
-    best = jax.lax.top_k(groups, min(2, groups.shape[-1]))[0]
+    best = jax.lax.top_k(groups, min(router.group_best, groups.shape[-1]))[0]
     _, chosen = jax.lax.top_k(jnp.sum(best, axis=-1), router.groups_chosen)
     kept = jnp.any(chosen[..., None] == jnp.arange(router.groups)[None, None], axis=1)  # [T, G]
     return jnp.where(kept[..., None], groups, -jnp.inf).reshape(scores.shape)

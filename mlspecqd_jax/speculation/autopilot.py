@@ -16,16 +16,22 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from mlspecqd_jax.arguments import LARGEST_INT
 from mlspecqd_jax.speculation.buffers import SLACK
 from mlspecqd_jax.speculation.counts import Counts
 from mlspecqd_jax.speculation.guide import MODEL, Guide, modelled
 
+RATE = 1.3  # tokens in the time of a plain pass, of a stack of which nothing is known
 LOSS = 1.004  # times plain decoding's time
 ALLOWANCE, ALLOWANCE_OF_ALL = 2.0, 0.016  # passes of plain decoding for one row; for several, a part of all that they are asked for
 FORGET_A_VERDICT, FORGET_A_TOKEN = 0.98, 0.995  # what remains of counts after each
 FORGET_A_ROUND = 0.94  # of the rate at which tokens are made
 FORGET_A_PACE = 0.9
+# Asking in vain may take so much of the time, and so many plain passes more, which what drafts gain makes up again.
+ASKING, ASKING_AT_ONCE = 0.002, 0.5
+REST = 16  # plain rounds after asking has become too dear, until it may be cheap enough
 FIRST_RETRY, LAST_RETRY = 16, 128  # rounds after which a model that seems not to pay drafts once more
 
 
@@ -38,6 +44,7 @@ class Learnt(NamedTuple):
     done: jax.Array  # int32 [B], new tokens
     time: jax.Array  # f32 [], of all rounds
     least: jax.Array  # f32 [], the least that rounds were ever ahead of plain decoding; below 0 the allowance was drawn on
+    credit: jax.Array  # f32 [], time that asking in vain may yet take
     idle: jax.Array  # int32 [2], rounds since a model drafted for the target, and after how many it is to try
     last: tuple[Counts, ...]
 
@@ -52,6 +59,7 @@ class Autopilot:
     rate: jax.Array  # f32 [], tokens in the time of a plain pass, to begin with
     most: jax.Array  # int32 [D, B or 1], how many tokens each level may draft a round, outermost first
     allowance: jax.Array  # f32 [], times what is usual; infinity lifts the account
+    asking: jax.Array  # f32 [], what a round takes beyond a plain one if a draft is asked for and there is none
     plain: jax.Array  # f32 [], seconds of a pass of plain decoding, of which nothing but reports knows; NaN where times are guessed
 
     @staticmethod
@@ -60,15 +68,18 @@ class Autopilot:
         prior,
         drafters: int,
         *,
-        rate: float = 1.3,
+        rate: float = RATE,
         most: int = SLACK,
         allowance: float = 1.0,
+        asking: float = 0.0,
         plain: float = float("nan"),
     ) -> "Autopilot":
         """Put together a control of a stack with so many `drafters`; see the fields."""
-        f32 = jnp.float32
-        caps = jnp.full((drafters, 1), most, jnp.int32)
-        return Autopilot(jnp.asarray(times, f32), jnp.asarray(prior, f32), f32(rate), caps, f32(allowance), f32(plain))
+        caps = jax.device_put(np.full((drafters, 1), most, np.int32))
+        times, prior, rate, allowance, asking, plain = (
+            jax.device_put(np.float32(x)) for x in (times, prior, rate, allowance, asking, plain)
+        )
+        return Autopilot(times, prior, rate, caps, allowance, asking, plain)
 
     @property
     def is_measured(self) -> bool:
@@ -81,11 +92,14 @@ class Autopilot:
         The rows of a batch are in one pass together: times are those of so many windows, in passes of as many rows.
         """
         batch = len(draft_limit)
-        plain = self.times[0, min(batch, SLACK)]
-        times = self.times[:, jnp.minimum(batch * jnp.arange(SLACK + 1), SLACK)] / plain
-        most = jnp.broadcast_to(self.most, (len(self.most), batch))
-        most = most.at[:1].set(jnp.minimum(most[:1], draft_limit[None]))
-        return dataclasses.replace(self, times=times, plain=self.plain * plain, most=most)
+        times, most = np.asarray(self.times), np.asarray(self.most)  # by numpy: jax would compile each operation
+        plain = times[0, min(batch, SLACK)]
+        times = times[:, np.minimum(batch * np.arange(SLACK + 1), SLACK)] / plain
+        most = np.broadcast_to(most, (len(most), batch)).copy()
+        most[:1] = np.minimum(most[:1], np.asarray(draft_limit))
+        asking, seconds = np.asarray(self.asking) / plain, np.asarray(self.plain) * plain
+        times, asking, seconds, most = jax.device_put((times, asking, seconds, most))
+        return dataclasses.replace(self, times=times, asking=asking, plain=seconds, most=most)
 
     def init(self, draft_lens, batch):
         """Return what is known before the first round (see `Control`)."""
@@ -102,6 +116,7 @@ class Autopilot:
             done=jnp.zeros((batch,), jnp.int32),
             time=jnp.float32(0),
             least=jnp.float32(jnp.inf),
+            credit=jnp.float32(ASKING_AT_ONCE),
             idle=jnp.asarray([0, FIRST_RETRY], jnp.int32),
             last=counts,
         )
@@ -120,6 +135,8 @@ class Autopilot:
         weight = weight / jnp.maximum(weight.sum(), 1e-6)
         rate = jnp.sum(weight * jnp.maximum(state.made[:, 0] / state.made[:, 1], 1 / self.times[0, 1]))
         rows = jnp.minimum(1 + jnp.arange(SLACK + 1), SLACK)
+        room = self._balance(state, left) + LOSS * self.times[0, 1]
+        is_off = jnp.all(self.most[0] == 0) if len(self.most) else jnp.bool_(True)
         return Guide(
             times=self.times,
             accept=accept,
@@ -128,8 +145,10 @@ class Autopilot:
             weight=weight,
             worth=1 / rate,
             after=self.times[0, rows],
-            room=self._balance(state, left) + LOSS * self.times[0, 1],
+            room=room,
             retry=state.idle[0] >= state.idle[1],
+            asks=(state.credit > 0) & (self.times[0, 1] + self.asking <= room),
+            rest=jnp.where(is_off, jnp.int32(LARGEST_INT), jnp.int32(REST)),
         )
 
     def _balance(self, state, left):
@@ -151,24 +170,27 @@ class Autopilot:
         kept = FORGET_A_VERDICT**verdicts * FORGET_A_TOKEN ** made[0][None, None]
         prior = self.prior[:, :, None]
         tables = prior + (state.tables - prior) * kept[..., None, None] + seen
-        times = jnp.stack([modelled(self.times[i:], new[i:]) for i in range(len(new))])
+        asking = self.asking * new[0].in_vain.astype(jnp.float32)
+        times = jnp.stack([modelled(self.times[i:], new[i:]) for i in range(len(new))]).at[0].add(asking)
         passes = jnp.stack([each.passes for each in new]).astype(jnp.float32)
         rounds = jnp.stack([jnp.maximum(each.rounds.sum(), 1) for each in new]).astype(jnp.float32)
         each_pass = jnp.stack([tokens.sum() for tokens in made]) / rounds
         pace = FORGET_A_PACE ** passes[:, None] * state.pace + jnp.stack([passes, times, passes * each_pass], axis=1)
         drafted, accepted = seen[0, MODEL, ..., 1].sum() > 0, seen[0, MODEL, ..., 0].sum() > 0
         period = jnp.where(accepted, FIRST_RETRY, state.idle[1])
+        gained = jnp.maximum(jnp.max(made[0]) * self.times[0, 1] - times[0], 0)
         done, time = state.done + made[0].astype(jnp.int32), state.time + times[0]
         ahead = LOSS * jnp.max(done).astype(jnp.float32) * self.times[0, 1] - time
         tried = drafted & (state.idle[0] >= state.idle[1]) & ~accepted
         period = jnp.where(tried, jnp.minimum(2 * period, LAST_RETRY), period)
         return Learnt(
             tables=tables,
-            made=FORGET_A_ROUND * state.made + jnp.stack([made[0], jnp.broadcast_to(times[0], made[0].shape)], axis=1),
+            made=FORGET_A_ROUND ** passes[0] * state.made + jnp.stack([made[0], jnp.broadcast_to(times[0], made[0].shape)], axis=1),
             pace=pace,
             done=done,
             time=time,
             least=jnp.minimum(state.least, ahead),
-            idle=jnp.stack([jnp.where(drafted, 0, state.idle[0] + 1), period]).astype(jnp.int32),
+            credit=jnp.minimum(state.credit + ASKING * times[0] + gained - asking, ASKING_AT_ONCE),
+            idle=jnp.stack([jnp.where(drafted, 0, state.idle[0] + new[0].passes), period]).astype(jnp.int32),
             last=counts,
         )

@@ -7,6 +7,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mlspecqd_jax import jax_settings
 from mlspecqd_jax.arguments import LARGEST_INT, each_row
@@ -24,7 +25,7 @@ class Fixed:
     def create(batch: int, *, draft_limit=LARGEST_INT) -> "Fixed":
         """Check a limit, one number for all rows or one a row, and broadcast it to the batch; another is no other trace."""
         given = [min(limit, LARGEST_INT) for limit in each_row("draft_limit", draft_limit, batch)]
-        return Fixed(jnp.asarray(given, jnp.int32))
+        return Fixed(jax.device_put(np.asarray(given, np.int32)))
 
     def init(self, draft_lens, batch):
         """Return the limits themselves (see `Control`)."""

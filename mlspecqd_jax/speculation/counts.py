@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mlspecqd_jax.speculation.buffers import SLACK
+from mlspecqd_jax.speculation.buffers import SLACK, filled
 from mlspecqd_jax.speculation.protocols import Draft
 from mlspecqd_jax.speculation.verification import Verdict
 
@@ -20,22 +20,33 @@ class Counts(NamedTuple):
     judged: jax.Array  # int32 [B, G]
     by_class: jax.Array  # int32 [2, B, 8, 2], accepted and judged by source and class (of `guide`), where drafts have classes
     by_rows: jax.Array  # int32 [SLACK + 1], passes of the level's model by how many rows were in use (prefill apart)
+    in_vain: jax.Array  # int32 [], plain rounds of the target before which a draft was asked for
+    experts: jax.Array | None = None  # f32 [], of how many experts a layer read the weights in these, where the model tells
 
     @property
     def passes(self) -> jax.Array:
         """Return how many passes of the level's model there were, int32 []."""
         return self.by_rows.sum()
 
-    def passed(self, rows: jax.Array) -> "Counts":
-        """Add a pass with so many rows in use, int32 []."""
-        return self._replace(by_rows=self.by_rows.at[rows].add(1))
+    def passed(self, rows: jax.Array, before: jax.Array | None = None, after: jax.Array | None = None) -> "Counts":
+        """Add a pass with so many rows in use, int32 []; before and after it `protocols.experts_read` was this."""
+        counts = self._replace(by_rows=self.by_rows.at[rows].add(1))
+        if self.experts is None or before is None or after is None:
+            return counts
+        return counts._replace(experts=self.experts + (after - before))
+
+    def asked_in_vain(self, so: jax.Array) -> "Counts":
+        """Add a round in which nothing was drafted although it was asked for, if it was so, bool []."""
+        return self._replace(in_vain=self.in_vain + so.astype(jnp.int32))
 
     @staticmethod
-    def zeros(batch: int, draft_len: int) -> "Counts":
-        """Return the counts before the first round."""
+    def zeros(batch: int, draft_len: int, experts: bool = False) -> "Counts":
+        """Return the counts before the first round, those of experts where the model tells."""
         zeros = functools.partial(jnp.zeros, dtype=jnp.int32)
         drafts = (batch, draft_len)
-        return Counts(zeros((batch,)), zeros((batch,)), zeros(drafts), zeros(drafts), zeros((2, batch, 8, 2)), zeros((SLACK + 1,)))
+        shapes = (batch,), (batch,), drafts, drafts, (2, batch, 8, 2), (SLACK + 1,), ()
+        # None of them twice: a program that is given a state may write to each.
+        return Counts(*map(zeros, shapes), experts=jnp.zeros(()) if experts else None)
 
 
 def count(counts: Counts, draft: Draft, verdict: Verdict, appended: jax.Array, unfinished: jax.Array) -> Counts:
@@ -43,7 +54,7 @@ def count(counts: Counts, draft: Draft, verdict: Verdict, appended: jax.Array, u
 
     Args:
       counts: before the round.
-      draft: what was judged.
+      draft: what was judged, of as many tokens as the level's drafts have or fewer.
       verdict: how.
       appended: int32 [B], tokens that each row kept.
       unfinished: bool [B], which rows the round was for.
@@ -63,6 +74,6 @@ def count(counts: Counts, draft: Draft, verdict: Verdict, appended: jax.Array, u
         by_class=by_class,
         rounds=counts.rounds + unfinished.astype(jnp.int32),
         drafted=counts.drafted + kept,
-        accepted=counts.accepted + accepted.astype(jnp.int32),
-        judged=counts.judged + judged.astype(jnp.int32),
+        accepted=counts.accepted + filled(accepted.astype(jnp.int32), counts.accepted.shape[1]),
+        judged=counts.judged + filled(judged.astype(jnp.int32), counts.judged.shape[1]),
     )

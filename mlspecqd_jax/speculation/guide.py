@@ -33,6 +33,8 @@ class Guide(NamedTuple):
     after: jax.Array  # f32 [SLACK + 1], the time of what must follow a draft, by its length: passes of the judge and those above
     room: jax.Array  # f32 [], the time that the draft and what must follow may take
     retry: jax.Array  # bool [], whether a model is to draft even if that does not seem to pay
+    asks: jax.Array  # bool [], whether to ask for a draft; asking takes time too
+    rest: jax.Array  # int32 [], else, how many plain rounds may go by until the control is asked again
 
     @property
     def each(self) -> jax.Array:

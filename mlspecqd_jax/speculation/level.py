@@ -37,6 +37,7 @@ from mlspecqd_jax.speculation.protocols import (
     Scored,
     Scorer,
     check_scored,
+    experts_read,
 )
 from mlspecqd_jax.speculation.round import run_round
 from mlspecqd_jax.speculation.settings import Sampling
@@ -106,7 +107,7 @@ class Level:
     @property
     def uses_features(self) -> bool:
         """Whether its verifier is to lend it features: its drafter's, where prompts are fed to the verifier alone."""
-        return self.share_cache and self._lends_features
+        return self.share_cache and self.lends_features
 
     @property
     def draft_lens(self) -> tuple[int, ...]:
@@ -114,7 +115,8 @@ class Level:
         return tuple(level.draft_len for level in self.levels if level.drafter is not None)
 
     @property
-    def _lends_features(self) -> bool:
+    def lends_features(self) -> bool:
+        """Whether its drafter uses the features of its passes."""
         return self.drafter is not None and self.drafter.uses_features
 
     def window(self, refeed: int = 0) -> int:
@@ -128,14 +130,15 @@ class Level:
 
     def score(self, tokens: jax.Array, start: jax.Array, cache: Any) -> Scored:
         """Run one pass of the model over tokens [B, W] at positions start[r] + 0..W-1, and check what it returns."""
-        features = self._lends_features
+        features = self.lends_features
         return check_scored(self.model(self.params, tokens, start, cache, features=features), self.model, tokens, features)
 
     def init(self, batch: int, slots: int) -> DrafterState:
         """Return the empty caches of this level and those below (see `Drafter`)."""
         below = None if self.drafter is None else self.drafter.init(batch, slots)
         cache = None if self.share_cache else self.model.init_cache(self.params, batch, slots)
-        counts = Counts.zeros(batch, self.draft_len)
+        tells = jax.eval_shape(lambda: experts_read(self.model, self.model.init_cache(self.params, batch, slots))) is not None
+        counts = Counts.zeros(batch, self.draft_len, tells)
         none = jnp.zeros((batch,), jnp.int32)
         return DrafterState(cache, self._no_features(batch, slots), none, none, below, counts)
 
@@ -233,13 +236,14 @@ class Level:
             cache = self.score(window, state.fed, state.cache).cache
             fed = jnp.minimum(state.fed + CATCH_UP, length - 1)
             rows = jnp.clip(jnp.max(length - 1 - state.fed), 0, CATCH_UP)
-            return state._replace(cache=cache, fed=fed, counts=state.counts.passed(rows))
+            before, after = (experts_read(self.model, each) for each in (state.cache, cache))
+            return state._replace(cache=cache, fed=fed, counts=state.counts.passed(rows, before, after))
 
         return jax.lax.while_loop(lacks, feed, state)
 
     def _no_features(self, batch: int, slots: int) -> jax.Array | None:
         """Return the features of a round before there was one: zeros [B, draft_len + 1, F], or None where nobody uses them."""
-        if not self._lends_features:
+        if not self.lends_features:
             return None
 
         def one_pass():

@@ -18,11 +18,11 @@ from mlspecqd_jax.errors import InputError
 from mlspecqd_jax.speculation.buffers import SLACK, padded
 from mlspecqd_jax.speculation.control import Fixed
 from mlspecqd_jax.speculation.level import Level
-from mlspecqd_jax.speculation.protocols import Control, Lent, check_limits
-from mlspecqd_jax.speculation.round import run_round
+from mlspecqd_jax.speculation.protocols import Control, Lent
+from mlspecqd_jax.speculation.rounds import run_rounds
 from mlspecqd_jax.speculation.settings import Sampling
 from mlspecqd_jax.speculation.stack import Stack, outermost
-from mlspecqd_jax.speculation.state import DrafterState, State, counts_of, is_unfinished
+from mlspecqd_jax.speculation.state import DrafterState, State, is_unfinished
 
 PREFILL_WIDTH = 256
 
@@ -161,14 +161,7 @@ def step(stack: Stack | Level, state: State, limit: jax.Array, sampling: Samplin
       limit: int32 [B], the length at which a row is finished, prompt counted.
       sampling: the rows' settings; may differ from call to call.
     """
-    level = check(stack, sampling)
-    sampling = dataclasses.replace(sampling, prompt_length=_checked(state).begin)
-    batch, control = state.length.shape[0], state.control
-    limits = check_limits(control.limits(state.plan), control, len(level.draft_lens), batch)
-    limit = _clipped(limit, state)
-    guide = control.guide(state.plan, jnp.where(is_unfinished(state, limit), limit - state.length, 0))
-    state = run_round(level, state, limit, sampling, limits, guide=guide)
-    return state._replace(plan=control.update(state.plan, counts_of(state)))
+    return _rounds(check(stack, sampling), _checked(state), _clipped(limit, state), sampling, jnp.int32(1))[0]
 
 
 @jax_settings.held
@@ -176,7 +169,7 @@ def advance(
     stack: Stack | Level, state: State, limit: jax.Array, sampling: Sampling, rounds: jax.Array | int | None = None
 ) -> State:
     """Run rounds until every row is finished, or at most `rounds` of them (None: no bound), in one `lax.while_loop`."""
-    check(stack, sampling)
+    level = check(stack, sampling)
     limit = _clipped(limit, _checked(state))
     rounds = LARGEST_INT if rounds is None else rounds
     bound = integers("rounds", rounds, "") if isinstance(rounds, jax.Array) else number("rounds", rounds)
@@ -188,9 +181,14 @@ def advance(
 
     def body(carry):
         done, state = carry
-        return done + 1, step(stack, state, limit, sampling)
+        state, more = _rounds(level, state, limit, sampling, bound - done)
+        return done + more, state
 
     return jax.lax.while_loop(more, body, (jnp.int32(0), state))[1]
+
+
+def _rounds(level: Level, state: State, limit: jax.Array, sampling: Sampling, most: jax.Array) -> tuple[State, jax.Array]:
+    return run_rounds(level, state, limit, dataclasses.replace(sampling, prompt_length=state.begin), most)
 
 
 @jax_settings.held

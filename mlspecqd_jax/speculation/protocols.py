@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from mlspecqd_jax.errors import InputError
+from mlspecqd_jax.fingerprints import UnknownError
 from mlspecqd_jax.speculation.settings import Sampling
 
 PADDING = -1  # the token id of a window's row that nothing is known of, or that nobody asks for
@@ -49,6 +50,27 @@ class Scorer(Protocol):
 
     def __call__(self, params: Any, tokens: jax.Array, start: jax.Array, cache: Any, *, features: bool = False) -> "Scored | tuple":
         """Feed tokens [B, W] at positions start[r] + 0..W-1; hand up features if they are asked for."""
+
+
+def depends_of(scorer: Scorer, params: Any) -> Any:
+    """Return what a scorer's programs depend on beside their arguments, and make known to XLA what they call.
+
+    Raises:
+      UnknownError: it does not say.
+    """
+    depends = getattr(scorer, "depends", None)
+    if depends is None:
+        raise UnknownError(f"{type(scorer).__name__} has no depends")
+    return depends(params)
+
+
+def experts_read(scorer: Scorer, cache: Any) -> jax.Array | None:
+    """Return of how many experts a layer has read the weights in all passes over a cache, f32 [], where a scorer tells.
+
+    It does so by a method `experts_read(cache)`, which may return None; others have no experts, or none that anybody counts.
+    """
+    tells = getattr(scorer, "experts_read", None)
+    return None if tells is None else tells(cache)
 
 
 class Sequences(NamedTuple):
@@ -155,7 +177,7 @@ class Control(Protocol):
         """Return the `Guide` of the target's drafter in this round, or None; `left` int32 [B] is how many tokens rows lack."""
 
     def update(self, state: Any, counts: tuple) -> Any:
-        """Return the state after a round, given the `Counts` of every level, outermost first."""
+        """Return the state after a round, or after several plain ones (`Guide.rest`), given the `Counts` of all levels."""
 
 
 def check_proposal(proposal: Any, drafter: Drafter, ask: Ask, sampling: Sampling) -> tuple[Draft, Any, Lent]:

@@ -8,7 +8,7 @@ Notation: B batch, S buffer length, W window, G draft_len. `length` is the only 
 trimmed. Rows that are finished go around with the others and change nothing.
 """
 
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,17 @@ from mlspecqd_jax.speculation.buffers import filled, padded, read_at, write_at
 from mlspecqd_jax.speculation.counts import count
 from mlspecqd_jax.speculation.guide import Guide, class_of_lead
 from mlspecqd_jax.speculation.judging import Judged, judge, kept
-from mlspecqd_jax.speculation.protocols import Ask, Draft, Drafter, Lent, Scored, Sequences, check_proposal
+from mlspecqd_jax.speculation.protocols import (
+    Ask,
+    Draft,
+    Drafter,
+    Lent,
+    Scored,
+    Scorer,
+    Sequences,
+    check_proposal,
+    experts_read,
+)
 from mlspecqd_jax.speculation.settings import Sampling
 from mlspecqd_jax.speculation.state import State, is_unfinished, rolled_back
 from mlspecqd_jax.speculation.widths import run_narrowest
@@ -25,6 +35,10 @@ from mlspecqd_jax.speculation.widths import run_narrowest
 
 class Verifier(Protocol):
     """What a round needs of the level that it is of."""
+
+    @property
+    def model(self) -> Scorer:
+        """What it scores by."""
 
     @property
     def drafter(self) -> Drafter | None:
@@ -39,6 +53,14 @@ class Verifier(Protocol):
 
     def score(self, tokens: jax.Array, start: jax.Array, cache: Any) -> Scored:
         """Run one pass of the model over tokens [B, W] at positions start[r] + 0..W-1."""
+
+
+class Proposed(NamedTuple):
+    """What a level's drafter gave it."""
+
+    draft: Draft
+    below: Any  # the drafter's state
+    cache: Any  # the level's own, which it lent
 
 
 def run_round(
@@ -63,17 +85,32 @@ def run_round(
       refeed: static, how many tokens before the pending one the cache lacks at most (`progress.fed`); they are fed too.
       guide: of the level's drafter, or None.
     """
+    proposed = propose(level, progress, limit, sampling, limits, depth, refeed, guide)
+    return verified(level, progress, proposed, limit, sampling, level.all_widths(refeed), depth, refeed)
+
+
+def verified(
+    level: Verifier,
+    progress: State,
+    proposed: Proposed,
+    limit: jax.Array,
+    sampling: Sampling,
+    widths: tuple[int, ...],
+    depth: int = 0,
+    refeed: int = 0,
+) -> State:
+    """Score and verify what was proposed, in the narrowest of these windows that holds it (see `run_round`)."""
     unfinished = is_unfinished(progress, limit)
     length = progress.length
-    start = jnp.clip(progress.fed, length - 1 - refeed, length - 1)
+    start = _start(progress, refeed)
     sampling = sampling.of_round(length)
-    draft, below, cache = _drafted(level, progress, limit, unfinished, sampling, limits, depth, start, refeed, guide)
+    draft, below, cache = proposed
     tokens = write_at(progress.tokens, length, draft.tokens)
     # A draft's row that is finished here may yet have to catch up; the target's has nothing to be fed.
     known = length + draft.length if depth else jnp.where(unfinished, length + draft.length, start)
     rows = jnp.max(known - start)
 
-    widths = level.all_widths(refeed)  # several where rows take time
+    one_by_one = len(level.all_widths(refeed)) > 1  # rows take time
     told = {"logprobs": progress.logprobs is not None, "leads": progress.classes is not None}
 
     def score(width, cache):
@@ -84,10 +121,10 @@ def run_round(
         def of_round(x):  # [B, W, ...] -> [B, n, ...]
             return read_at(x, length - 1 - start, n) if refeed else x[:, :n]
 
-        judged = judge(of_round(logits), tokens, length, draft, sampling, depth, one_by_one=len(widths) > 1, **told)
+        judged = judge(of_round(logits), tokens, length, draft, sampling, depth, one_by_one=one_by_one, **told)
         return cache, (judged, None if progress.features is None else filled(of_round(features), level.draft_len + 1))
 
-    nothing = Judged.nothing(draft, **told), progress.features
+    nothing, before = (Judged.nothing(draft, **told), progress.features), experts_read(level.model, cache)
     cache, (judged, features) = run_narrowest(widths, rows, score, cache, nothing)
     verdict = judged.verdict
     appended, ended = kept(judged, length, limit, unfinished, sampling.stop_token_ids)
@@ -117,16 +154,28 @@ def run_round(
         scored_from=progress.length - 1,
         fed=length - 1,
         below=rolled_back(below, length - 1),
-        counts=count(progress.counts, draft, verdict, appended, unfinished).passed(rows),
+        counts=count(progress.counts, draft, verdict, appended, unfinished).passed(rows, before, experts_read(level.model, cache)),
         probs=probs,
         logprobs=logprobs,
         classes=classes,
     )
 
 
-def _drafted(level, progress, limit, unfinished, sampling, limits, depth, start, refeed, guide):
+def propose(
+    level: Verifier,
+    progress: State,
+    limit: jax.Array,
+    sampling: Sampling,
+    limits: jax.Array,
+    depth: int = 0,
+    refeed: int = 0,
+    guide: Guide | None = None,
+) -> Proposed:
+    """Ask the level's drafter, if there is one (see `run_round`)."""
+    unfinished = is_unfinished(progress, limit)
+    sampling = sampling.of_round(progress.length)
     if level.drafter is None:
-        return Draft.empty(unfinished.shape[0], sampling), progress.below, progress.cache
+        return Proposed(Draft.empty(unfinished.shape[0], sampling), progress.below, progress.cache)
     # The token after the draft comes from the verifier, so one less than what is missing is of use.
     useful = jnp.where(unfinished, jnp.clip(limit - progress.length - 1, 0, level.draft_len), 0)
     ask = Ask(
@@ -136,10 +185,15 @@ def _drafted(level, progress, limit, unfinished, sampling, limits, depth, start,
         lent=Lent(progress.cache, progress.features, progress.scored_from),
         draft_len=level.draft_len,
         depth=depth + 1,
-        fed=start,
+        fed=_start(progress, refeed),
         refeed=refeed,
         guide=guide,
     )
     proposal = level.drafter.propose(progress.below, ask, sampling)
     draft, below, lent = check_proposal(proposal, level.drafter, ask, sampling)
-    return draft, below, lent.cache
+    return Proposed(draft, below, lent.cache)
+
+
+def _start(progress: State, refeed: int) -> jax.Array:
+    """Return the position of the first token of each row's window, int32 [B]."""
+    return jnp.clip(progress.fed, progress.length - 1 - refeed, progress.length - 1)

@@ -81,7 +81,7 @@ class Sampling:
             given = each_row(name, value, batch)
             if np.issubdtype(dtype, np.integer):  # more than there are tokens, not what is left of the bits
                 given = [min(x, np.iinfo(dtype).max) for x in given]
-            return jnp.asarray(np.asarray(given, dtype))
+            return jax.device_put(np.asarray(given, dtype))  # jnp.asarray compiles a program for each shape
 
         return Sampling(
             temperature=row("temperature", temperature),
@@ -92,7 +92,7 @@ class Sampling:
             presence_penalty=row("presence_penalty", presence_penalty),
             frequency_penalty=row("frequency_penalty", frequency_penalty),
             seed=_seeds(seed, batch),
-            prompt_length=jnp.zeros((batch,), jnp.int32),
+            prompt_length=jax.device_put(np.zeros(batch, np.int32)),
             stop_token_ids=_stop_ids(stop_token_ids, vocab_size),
             logit_bias=_bias(logit_bias, batch, vocab_size),
             synthetic_acceptance=_rates(synthetic_acceptance),
@@ -122,10 +122,10 @@ def _seeds(seed, batch: int) -> jax.Array:
     if given is None:
         first = number("seed", seed)
         number("seed", first + batch - 1)
-        return jnp.asarray(np.arange(first, first + batch, dtype=np.uint32))
+        return jax.device_put(np.arange(first, first + batch, dtype=np.uint32))
     if len(given) != batch:
         raise InputError(f"seed has {len(given)} entries, but must be a whole number or one for each of {batch} rows")
-    return jnp.asarray(np.asarray([number("seed", s) for s in given], np.uint32))
+    return jax.device_put(np.asarray([number("seed", s) for s in given], np.uint32))
 
 
 def _stop_ids(ids: Collection[int], vocab_size: int) -> jax.Array:
@@ -135,7 +135,7 @@ def _stop_ids(ids: Collection[int], vocab_size: int) -> jax.Array:
     given = [number("stop_token_ids", i) for i in given]  # beyond the vocabulary some models record one, in vain
     # Padded to a multiple of 8, so that another number of ids is not another trace.
     padded = given + [-1] * (-len(given) % 8 or (0 if given else 8))
-    return jnp.asarray(np.asarray(padded, np.int32))
+    return jax.device_put(np.asarray(padded, np.int32))
 
 
 def _bias(bias, batch: int, vocab_size: int) -> jax.Array | None:

@@ -17,7 +17,7 @@ class Stack:
 
     level: Level
     # Whatever belongs to the model of each level, outermost first, such as its name and tokenizer; never read by a program.
-    cards: tuple[Any, ...] = dataclasses.field(metadata={"static": True})
+    cards: tuple[Any, ...] = dataclasses.field(metadata={"static": True, "unread": True})
     # Whether every stack of this target gives the same tokens: then all windows of the target compute a row alike.
     exact: bool = dataclasses.field(metadata={"static": True})
     control: Any = None  # a `Control` of draft lengths where a caller brings none; None drafts all that may be drafted

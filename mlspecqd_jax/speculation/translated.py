@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from mlspecqd_jax.arguments import LARGEST_INT
 from mlspecqd_jax.speculation.buffers import read_at, write_at
-from mlspecqd_jax.speculation.protocols import PADDING, Scored, Scorer
+from mlspecqd_jax.speculation.protocols import PADDING, Scored, Scorer, depends_of, experts_read
 
 CACHE_BLOCK = 256  # positions
 
@@ -63,10 +63,18 @@ class Translated:
         """Return the scorer's (see `Scorer`)."""
         return self.scorer.row_multiple(params.scorer)
 
+    def depends(self, params: TranslatedParams) -> Any:
+        """Return what the scorer's programs depend on beside their arguments (see `depends_of`)."""
+        return depends_of(self.scorer, params.scorer)
+
     def init_cache(self, params: TranslatedParams, batch: int, slots: int) -> TranslatedCache:
         """Return an empty cache for `slots` of the target's tokens."""
         own = self.scorer.init_cache(params.scorer, batch, self._slots(slots, params))
         return TranslatedCache(own, jnp.zeros((batch, slots), jnp.int32))
+
+    def experts_read(self, cache: TranslatedCache) -> jax.Array | None:
+        """Return the scorer's (see `protocols.experts_read`)."""
+        return experts_read(self.scorer, cache.scorer)
 
     def __call__(
         self, params: TranslatedParams, tokens: jax.Array, start: jax.Array, cache: TranslatedCache, *, features: bool = False

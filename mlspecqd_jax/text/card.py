@@ -16,7 +16,7 @@ class Card:
     name: str = dataclasses.field(compare=False)
     vocab_size: int
     max_positions: int
-    tokenizer: Any = dataclasses.field(compare=False)  # a transformers tokenizer, or None
+    tokenizer: Any = dataclasses.field(compare=False)  # a `FastTokenizer`, a tokenizer of transformers, or None
     eos_token_ids: tuple[int, ...]
     chat_end_token_ids: tuple[int, ...] = ()  # what ends an assistant's turn in a chat, beside the above
 

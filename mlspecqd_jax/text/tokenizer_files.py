@@ -7,14 +7,16 @@ import os
 import pathlib
 from typing import Any
 
+import tokenizers
+
 from mlspecqd_jax.arguments import brief
 from mlspecqd_jax.errors import InputError
 from mlspecqd_jax.json_files import read_json_if_there, read_text, reason
+from mlspecqd_jax.text.fast_tokenizer import NAMED, FastTokenizer, is_enough
 
 FILE, CONFIG, TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
 OTHERS = ("tokenizer.model", "vocab.json")  # forms that tokenizer.json can be made from
 LARGEST = 2**29  # bytes of tokenizer.json
-NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 LISTS = ("additional_special_tokens", "extra_special_tokens")
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
@@ -30,7 +32,7 @@ def _found(folder: pathlib.Path) -> str | None:
 
 
 def read_tokenizer(folder: pathlib.Path):
-    """Return the folder's tokenizer as transformers' PreTrainedTokenizerFast, or None where it holds none.
+    """Return the folder's tokenizer, a `FastTokenizer` or else transformers' own, or None where it holds none.
 
     Raises:
       InputError: there is one, but without tokenizer.json, or its files cannot be read.
@@ -47,11 +49,16 @@ def read_tokenizer(folder: pathlib.Path):
         raise InputError(f"{path} is larger than {LARGEST // 2**20} MB, which no tokenizer is; download it again")
     config = read_json_if_there(folder / CONFIG)
     settings = _special_tokens(folder, config) | {"chat_template": _chat_template(folder, config)}
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # its note that torch is missing
-    from transformers import PreTrainedTokenizerFast
+
+    def of_transformers():
+        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # its note that torch is missing
+        from transformers import PreTrainedTokenizerFast
+
+        return PreTrainedTokenizerFast(tokenizer_file=str(path), **settings)
 
     try:
-        return PreTrainedTokenizerFast(tokenizer_file=str(path), **settings)
+        backend = tokenizers.Tokenizer.from_file(str(path))
+        return FastTokenizer(backend, settings, of_transformers) if is_enough(backend, settings) else of_transformers()
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # whatever transformers and tokenizers raise, panics included, becomes one sentence
@@ -81,13 +88,11 @@ def _special_tokens(folder: pathlib.Path, config: dict) -> dict[str, Any]:
 
 def _token(folder: pathlib.Path, name: str, value: Any):
     """Return a token as it was written: a text, or an object with its content and how it is matched."""
-    from tokenizers import AddedToken
-
     if isinstance(value, str):
         return value
     if not isinstance(value, dict) or not isinstance(value.get("content"), str):
         raise InputError(f"{folder / CONFIG}: {name} is {brief(value)}, but must be a token; correct that key")
-    return AddedToken(value["content"], **{flag: value[flag] for flag in FLAGS if isinstance(value.get(flag), bool)})
+    return tokenizers.AddedToken(value["content"], **{flag: value[flag] for flag in FLAGS if isinstance(value.get(flag), bool)})
 
 
 def _chat_template(folder: pathlib.Path, config: dict) -> str | None:

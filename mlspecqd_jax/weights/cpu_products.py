@@ -2,6 +2,8 @@
 
 import functools
 
+import jax.numpy as jnp
+
 import cpu_kernels
 from pallas_kernels import PLAIN, Product
 from pallas_kernels.product import MX, STORED_AXES, as_stored
@@ -51,16 +53,34 @@ def _run_dense(x, arrays, *, n, chip, format, interpret, used=None, experts=None
     return cpu_kernels.dense_matmul(x.astype(arrays["weight"].dtype), arrays["weight"], None, used, experts, n)
 
 
+def _by_experts(run):
+    """Return `Product.by_experts`: rows with an expert each, of which in C++ those of none cost nothing."""
+
+    def each_row(x, experts, arrays, *, e, n, chip, format, interpret):
+        x = jnp.broadcast_to(x, (*experts.shape, x.shape[-1])).reshape(-1, x.shape[-1])
+        y = run(x, arrays, n=n, chip=chip, format=format, interpret=interpret, experts=experts.reshape(-1))
+        return y.reshape(*experts.shape, n)
+
+    return each_row
+
+
+def _of_all(name, formats, run, why_not, axes=STORED_AXES):
+    """Return the product of rows with a weight, and with those of experts."""
+    return Product(name, formats, why_not, as_stored, axes, run, _every_row_by_itself, _by_experts(run))
+
+
 SIZES = tuple(32 << i for i in range(10))  # of groups
 GROUPED = ("nvfp4", "int8", "int4", *(f"{kind}_g{size}" for kind in ("int4", "uint4", "int8", "uint8") for size in SIZES))
 GROUPED += ("int8_g16", "uint8_g16")
 _why_not_of_any_dtype = functools.partial(_why_not, dtypes=("bfloat16", "float16", "float32"))
-_MXFP4 = Product("cpp mxfp4", MX[:1], _why_not, as_stored, STORED_AXES, _run_mxfp4, _every_row_by_itself, by_experts=True)
+_why_not_mx, _why_not_six_bits, _why_not_grouped = (
+    functools.partial(_why_not, unit=unit) for unit in ("mx", "six_bits", "grouped")
+)
 CPU_PRODUCTS = (
-    _MXFP4,
-    _MXFP4._replace(name="cpp grouped", formats=GROUPED, why_not=functools.partial(_why_not, unit="grouped"), run=_run_grouped),
-    _MXFP4._replace(name="cpp mxfp6", formats=MX[1:3], run=_run_mxfp6),
-    _MXFP4._replace(name="cpp mx8", formats=MX[3:], run=_run_mx8),
-    _MXFP4._replace(name="cpp decoded", formats=None, why_not=_why_not_of_any_dtype, run=_run_decoded, by_experts=False),
-    Product("cpp dense", (PLAIN,), _why_not_of_any_dtype, as_stored, DOT.axes, _run_dense, _every_row_by_itself, by_experts=True),
+    _of_all("cpp mxfp4", MX[:1], _run_mxfp4, _why_not_mx),
+    _of_all("cpp grouped", GROUPED, _run_grouped, _why_not_grouped),
+    _of_all("cpp mxfp6", MX[1:3], _run_mxfp6, _why_not_six_bits),
+    _of_all("cpp mx8", MX[3:], _run_mx8, _why_not_mx),
+    Product("cpp decoded", None, _why_not_of_any_dtype, as_stored, STORED_AXES, _run_decoded, _every_row_by_itself),
+    _of_all("cpp dense", (PLAIN,), _run_dense, _why_not_of_any_dtype, DOT.axes),
 )

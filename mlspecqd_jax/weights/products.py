@@ -7,7 +7,7 @@ Notation: M rows of activations, N outputs, K contracted.
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,17 @@ from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from mlspecqd_jax.weights.cpu_products import CPU_PRODUCTS
 from mlspecqd_jax.weights.formats import format_of
 from mlspecqd_jax.weights.quantized_array import QuantizedArray
-from pallas_kernels import PLAIN, Product, best_product, each_by_each, hit_by_hit, named, why_not
+from pallas_kernels import (
+    OF_PLAIN_EXPERTS,
+    PLAIN,
+    Product,
+    best_product,
+    chip_in_use,
+    each_by_each,
+    hit_by_hit,
+    named,
+    why_not,
+)
 from pallas_kernels.xla import DECODED, DOT, rows
 
 # Of a leaf that is not arranged for one product: the best that can be had where the program is traced.
@@ -66,14 +76,17 @@ def multiply(x: jax.Array, w: jax.Array | QuantizedArray, interpret: bool = Fals
     return y
 
 
-def multiply_experts(x: jax.Array, w: jax.Array | QuantizedArray, experts: jax.Array, number: int) -> jax.Array:
+def multiply_experts(
+    x: jax.Array, w: jax.Array | QuantizedArray, experts: jax.Array, number: int, interpret: bool = False
+) -> jax.Array:
     """Multiply rows by the transposes of the weights of their experts, of which those alone are read that some row chose.
 
     Args:
       x: [T, C, K], what each row gives to each of the C experts that it chose, or [T, 1, K] where that is the same.
-      w: a leaf [E * N, K], which is a plain weight or as it is stored.
-      experts: int32 [T, C], all of a row's different; -1 is none, whose result is not defined, and in C++ costs nothing.
+      w: a leaf [E * N, K].
+      experts: int32 [T, C], all of a row's different; -1 is none, whose result is not defined, and which costs nothing.
       number: E.
+      interpret: run a Pallas kernel by an interpreter.
 
     Returns:
       f32 [T, C, N].
@@ -83,7 +96,7 @@ def multiply_experts(x: jax.Array, w: jax.Array | QuantizedArray, experts: jax.A
     if "moments" in leaf.arrays:
         counted = jnp.repeat(leaf.arrays["counted"], x.shape[1])
         x = _watched(x.reshape(-1, x.shape[-1]), leaf.arrays["moments"], counted).reshape(x.shape)
-    y = _multiply_chosen(x, leaf.core, experts, dataclasses.replace(leaf, arrays={}), n, number)
+    y = _multiply_chosen(x, leaf.core, experts, dataclasses.replace(leaf, arrays={}), n, number, interpret)
     if "tensor_scale" in leaf.arrays:
         y = y * leaf.arrays["tensor_scale"][None, None]
     if "row_scale" in leaf.arrays:
@@ -93,31 +106,44 @@ def multiply_experts(x: jax.Array, w: jax.Array | QuantizedArray, experts: jax.A
     return y
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(3, 4, 5))
-def _multiply_chosen(x, arrays, experts, leaf, n, number):
-    on_cpu, elsewhere = _product_of_stored(leaf, arrays, x, "cpu"), _product_of_stored(leaf, arrays, x, "")
-
-    def run(product, x, arrays, experts):
-        if not product.by_experts:
+@functools.partial(jax.custom_jvp, nondiff_argnums=(3, 4, 5, 6))
+def _multiply_chosen(x, arrays, experts, leaf, n, number, interpret):
+    def run(product, x, arrays, experts, chip=leaf.chip):
+        if product.by_experts is None:
             return hit_by_hit(x, experts, arrays, functools.partial(_run, product, leaf, n=n), number, n)
-        x = jnp.broadcast_to(x, (*experts.shape, x.shape[-1])).reshape(-1, x.shape[-1])
-        return _run(product, leaf, x, arrays, n=n, experts=experts.reshape(-1)).reshape(*experts.shape, n)
+        about = {"chip": chip, "format": _format(leaf), "interpret": interpret}
+        return product.by_experts(x, experts, arrays, e=number, n=n, **about)
 
+    if not leaf.is_stored:
+        product = named(leaf.product)
+        return _on_each_device(functools.partial(run, product), leaf, product, x, arrays, experts)
+    on_cpu, elsewhere = _product_of_stored(leaf, arrays, x, "cpu"), _product_of_stored(leaf, arrays, x, "")
     otherwise = functools.partial(run, elsewhere)
-    if on_cpu is elsewhere:
-        return otherwise(x, arrays, experts)
-    return jax.lax.platform_dependent(x, arrays, experts, cpu=functools.partial(run, on_cpu), default=otherwise)
+    forms: dict[str, Callable] = {} if on_cpu is elsewhere else {"cpu": functools.partial(run, on_cpu)}
+    chip = chip_in_use()
+    kernel = _kernel_of_plain_experts(leaf, arrays, n, chip)
+    if kernel is not None:
+        of_chip = functools.partial(run, kernel, chip=chip)
+        forms["cuda" if chip.startswith("sm_") else "tpu"] = functools.partial(_on_each_device, of_chip, leaf, kernel)
+    return jax.lax.platform_dependent(x, arrays, experts, **forms, default=otherwise) if forms else otherwise(x, arrays, experts)
+
+
+def _kernel_of_plain_experts(leaf, arrays, n, chip):
+    """Return the chip's own product with plain weights of experts, of n outputs each, or None: it is not made for a mesh."""
+    if leaf.format != PLAIN or jax.sharding.get_abstract_mesh().size > 1:
+        return None
+    return best_product(chip, arrays["weight"].dtype.name, n, leaf.shape[1], format=PLAIN, products=OF_PLAIN_EXPERTS)
 
 
 @_multiply_chosen.defjvp
-def _(leaf, n, number, primals, tangents):
+def _(leaf, n, number, interpret, primals, tangents):
     x, arrays, experts = primals
     product = _product_of_stored(leaf, arrays, x, "")
 
     def form(x, arrays):
         return each_by_each(x, experts, arrays, functools.partial(_run, product, leaf, n=n), number, n)
 
-    return _multiply_chosen(*primals, leaf, n, number), jax.jvp(form, (x, arrays), tangents[:2])[1]
+    return _multiply_chosen(*primals, leaf, n, number, interpret), jax.jvp(form, (x, arrays), tangents[:2])[1]
 
 
 @jax.custom_vjp
@@ -149,22 +175,28 @@ def _multiply_arranged(x, leaf, interpret):
     reason = why_not(leaf.product, leaf.chip, x.dtype.name, n, x.shape[1] // parts_along(mesh, along_k), format=leaf.format)
     if reason is not None:
         raise NotImplementedError(reason)
-    run = functools.partial(_run, product, leaf, n=n, interpret=interpret)
-    if mesh.empty:
-        return run(x, leaf.core)
+    return _on_each_device(functools.partial(_run, product, leaf, n=n, interpret=interpret), leaf, product, x, leaf.core)
 
-    def part(x, arrays):
-        y = run(x, arrays)
+
+def _on_each_device(run, leaf, product, x, arrays, *more):
+    """run(x [..., K], arrays, *more), f32 [..., N]; under a mesh, on each device with its part of the weight."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return run(x, arrays, *more)
+    (along_n, along_k), before = leaf.spec, (None,) * (x.ndim - 1)
+
+    def part(x, arrays, *more):
+        y = run(x, arrays, *more)
         return y if along_k is None else jax.lax.psum(y, along_k)
 
     # A compiler splits no Pallas kernel by itself. Each result is one that it cannot check to be alike on all devices.
     return jax.shard_map(
         part,
         mesh=mesh,
-        in_specs=(PartitionSpec(None, along_k), array_specs(product.axes, leaf.spec, leaf.core)),
-        out_specs=PartitionSpec(None, along_n),
+        in_specs=(PartitionSpec(*before, along_k), array_specs(product.axes, leaf.spec, arrays), *(PartitionSpec() for _ in more)),
+        out_specs=PartitionSpec(*before, along_n),
         check_vma=False,
-    )(x, leaf.core)
+    )(x, arrays, *more)
 
 
 def array_specs(axes: Mapping[str, tuple[str | None, ...]], spec: PartitionSpec, roles: Iterable[str]) -> dict[str, PartitionSpec]:
@@ -186,7 +218,10 @@ def _product_of_stored(leaf, arrays, x, chip):
     return product_of(arrays["weight"] if leaf.format == PLAIN else leaf, x.dtype.name, chip)
 
 
-def _run(product, leaf, x, arrays, used=None, *, n=None, interpret=False, experts=None):
-    format = None if leaf.format == PLAIN else format_of(leaf.format)
-    more = {} if experts is None else {"experts": experts}
-    return product.run(x, arrays, n=n or leaf.shape[0], chip=leaf.chip, format=format, interpret=interpret, used=used, **more)
+def _format(leaf):
+    return None if leaf.format == PLAIN else format_of(leaf.format)
+
+
+def _run(product, leaf, x, arrays, used=None, *, n=None, interpret=False):
+    about = {"chip": leaf.chip, "format": _format(leaf), "interpret": interpret, "used": used}
+    return product.run(x, arrays, n=n or leaf.shape[0], **about)

@@ -59,7 +59,7 @@ def default_policy(format: str, tied: bool, platform: str) -> Policy:
     """Return the exceptions that serve a twin's drafts best: on CPU, a tied head of an MXFP4 twin in TIED_HEAD.
 
     Models that tie their head to the embedding are small, and it decides more of their twin's mistakes than of its bytes. Elsewhere
-    than on CPU only MXFP4 has a product that reads no more than the stored bytes.
+    than on CPU it was not tried.
     """
     return {HEAD: TIED_HEAD} if format == "mxfp4" and tied and platform == "cpu" else {}
 
@@ -116,7 +116,7 @@ def rule_of(format: str, scale_rule: str) -> str:
 
 def with_head(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return what the parameters of a twin are: where the embedding is the head too, it may be cast as a linear layer's weight."""
-    return dict(tensors) if HEAD in tensors else dict(tensors) | {HEAD: tensors[EMBEDDING]._replace(linear=True)}
+    return dict(tensors) if HEAD in tensors else dict(tensors) | {HEAD: tensors[EMBEDDING]._replace(linear=True, gathered=False)}
 
 
 def place_quantized(
@@ -125,8 +125,7 @@ def place_quantized(
     """Put a stored weight where its axes say, and arrange it for what is there.
 
     Without a mesh it comes to the default device, or stays where it is. It is split only where every shard holds whole groups, that
-    is, where the mesh divides the scales and no group is partial. Experts' weights stay as they are stored: no chip's product takes
-    one of them out of what it is arranged for.
+    is, where the mesh divides the scales and no group is partial.
 
     Args:
       tensor: the parameter, whose axes say over which the weight may be split.
@@ -145,7 +144,7 @@ def place_quantized(
         specs = array_specs(STORED_AXES, spec, leaf.core) | {role: PartitionSpec(None) for role in leaf.around}
         arrays = jax.device_put(leaf.arrays, {role: NamedSharding(mesh, at) for role, at in specs.items()})
         leaf = dataclasses.replace(leaf, arrays=arrays, spec=spec)
-    return leaf if dtype is None or tensor.experts else for_device(leaf, dtype=dtype, mesh=mesh)
+    return leaf if dtype is None else for_device(leaf, dtype=dtype, mesh=mesh, experts=tensor.experts)
 
 
 def formats_of(tensors: Mapping[str, Tensor], format: str, policy: Policy) -> dict[str, str | None]:

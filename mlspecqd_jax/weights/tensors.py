@@ -26,6 +26,7 @@ class Source(NamedTuple):
     stop: int | None = None  # None is the end
     transpose: bool = False  # whether the file holds [K, N]
     stack: int | None = None  # how many of them each of `names` holds, [stack, N, K]; None is one, [N, K]
+    turn: bool = False  # whether what is taken of a part, [R, K], becomes [K, R]
 
 
 class Tensor(NamedTuple):
@@ -37,11 +38,12 @@ class Tensor(NamedTuple):
     sources: tuple[Source, ...]  # its rows are theirs, one source's after another's
     dtype: str | None = None  # that it has whatever the model's
     experts: int | None = None  # of how many experts it holds the rows, one's after another's; None is no expert's
+    gathered: bool = False  # whether it is a table, of which a pass reads some rows
 
 
 def read(tensor: Tensor, get: Callable[[str], np.ndarray]) -> np.ndarray:
     """Return a parameter in its shape; `get` returns a tensor of the file by name."""
-    pieces = [_rows(source, tensor.shape[1:], get) for source in tensor.sources]
+    pieces = [_rows(source, tensor.shape, get) for source in tensor.sources]
     return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
 
@@ -53,10 +55,13 @@ def stored_shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
             if not tensor.shape:
                 shapes |= dict.fromkeys(source.names, ())
                 continue
-            stop = source.start + tensor.shape[0] // source.groups if source.stop is None else source.stop
+            taken, rest = tensor.shape[0] // source.groups, tensor.shape[1:]
+            if source.turn:
+                taken, rest = tensor.shape[1], (taken,)
+            stop = source.start + taken if source.stop is None else source.stop
             for name in source.names:
                 rows = source.groups * stop // (len(source.names) * (source.stack or 1))
-                shape = _stored_shape(source, rows, tensor.shape[1:])
+                shape = _stored_shape(source, rows, rest)
                 shapes[name] = tuple(map(max, shapes.get(name, shape), shape))  # of some parameters' rows, the furthest
     return shapes
 
@@ -71,9 +76,11 @@ def _stored_shape(source: Source, rows: int, rest: tuple[int, ...]) -> tuple[int
     return shape if source.stack is None else (source.stack, *shape)
 
 
-def _rows(source: Source, rest: tuple[int, ...], get: Callable[[str], np.ndarray]) -> np.ndarray:
+def _rows(source: Source, shape: tuple[int, ...], get: Callable[[str], np.ndarray]) -> np.ndarray:
+    rest = (shape[0] // source.groups,) if source.turn else shape[1:]
     parts = [part.swapaxes(-1, -2) if source.transpose and rest else part for part in map(get, source.names)]
-    if len(parts) == 1 and source[1:4] == (1, 0, None) and source.stack is None:
+    if len(parts) == 1 and source[1:4] == (1, 0, None) and source.stack is None and not source.turn:
         return parts[0]  # as it was mapped
     rows = np.concatenate([part.reshape(-1, *rest) for part in parts]) if len(parts) > 1 else parts[0]
-    return rows.reshape(source.groups, -1, *rest)[:, source.start : source.stop].reshape(-1, *rest)
+    taken = rows.reshape(source.groups, -1, *rest)[:, source.start : source.stop]
+    return (taken.swapaxes(1, 2) if source.turn else taken).reshape(-1, *shape[1:])

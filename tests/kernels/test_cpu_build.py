@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from cpu_kernels import build
-from cpu_kernels.library import TOGETHER, UNITS
+from cpu_kernels.library import UNITS
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 exhaustive = pytest.mark.exhaustive
@@ -51,6 +51,7 @@ except (jax.errors.JaxRuntimeError, ValueError) as error:  # the first, by its d
     print(str(error).splitlines()[0])
 print(attend(q, kv, kv, first, first).tolist())
 """
+ASKED = ("bfloat16", "mx")  # the units that it needs
 WARNINGS = ("-Wall", "-Wextra", "-Wshadow", "-Werror", "-O1")  # here and not in a user's build, whose compiler may know newer ones
 XLA, CPP = "XLA dot, at least two rows\n1200.0\n1200.0\n", "C++ for bfloat16"
 
@@ -79,7 +80,7 @@ def outcome(process):
 def stand_in(tmp_path):
     """Return (path of a compiler, function that counts how often it ran)."""
     log, script = tmp_path / "log", tmp_path / "compiler"
-    libraries = zip(TOGETHER, build.library_paths(TOGETHER), strict=True)  # the cache may hold those of other versions too
+    libraries = zip(ASKED, build.library_paths(ASKED), strict=True)  # the cache may hold those of other versions too
     script.write_text(STAND_IN.format(log=log, copies="\n".join(f'{unit}) cp "{path}" "$last";;' for unit, path in libraries)))
     script.chmod(0o755)
     return script, lambda: len(log.read_text().splitlines())
@@ -92,12 +93,12 @@ def test_two_processes_that_start_together_compile_once(tmp_path, stand_in):
     processes = [start(tmp_path / "cache", CXX=compiler) for _ in range(2)]
     outcomes = [outcome(process) for process in processes]
     assert all(out.startswith(CPP) and out.endswith("1200.0\n1200.0\n") for out, _ in outcomes)
-    assert runs() == len(TOGETHER)
+    assert runs() == len(ASKED)
     assert sorted(len(said) for _, said in outcomes) == [0, 1]  # one says that it compiles
     suffixes = sorted(file.suffix for file in (tmp_path / "cache/mlspecqd-jax/cpu_kernels").iterdir())
-    assert suffixes == [".lock", *(".so" for _ in TOGETHER)]
+    assert suffixes == [".lock", *(".so" for _ in ASKED)]
     assert outcome(start(tmp_path / "cache", CXX=compiler))[1] == []  # a later process finds it
-    assert runs() == len(TOGETHER)
+    assert runs() == len(ASKED)
 
 
 @pytest.mark.slow
@@ -107,7 +108,7 @@ def test_a_cache_that_cannot_be_written_costs_one_compilation_a_process(tmp_path
     (tmp_path / "file").write_text("not a folder")
     out, said = outcome(start(tmp_path / "file" / "cache", CXX=compiler, TMPDIR=tmp_path))
     assert out.startswith(CPP)
-    assert runs() == len(TOGETHER)
+    assert runs() == len(ASKED)
     assert len(said) == 2
     assert "cannot be written" in said[0]
 
@@ -128,7 +129,7 @@ def test_without_a_library_xla_runs_and_that_is_said_once(tmp_path, environment,
 
 @needs_compiler
 def test_a_compiler_that_complains_is_quoted(tmp_path):
-    complaint = build.compile_library(build.find_compiler(), "positions", tmp_path / "out.so", ("-fno-such-thing",))
+    complaint = build.compile_library(build.find_compiler(), "six_bits", tmp_path / "out.so", ("-fno-such-thing",))
     assert "no-such-thing" in complaint
     assert not (tmp_path / "out.so").exists()
 

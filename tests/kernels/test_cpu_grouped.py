@@ -98,7 +98,7 @@ def test_nan_and_infinity_make_nan_of_their_row(isa, format):
 
 
 @each_format
-@pytest.mark.parametrize("k", [70, 576, 608])
+@pytest.mark.parametrize("k", [70, *(pytest.param(k, marks=pytest.mark.slow) for k in (576, 608))])
 def test_linear_runs_it_on_weights_as_they_are_cast(format, k):
     """K that is no multiple of a group, or of 32: the last group is shorter."""
     x, leaf = jnp.asarray(normal(3, k)), quantize(jnp.asarray(normal(33, k, seed=1)), format)

@@ -18,7 +18,8 @@ RACE = "RACE DETECTED"  # what the simulator prints or raises
 
 
 def product(x, packed, scales, tiles=1, **options):
-    return np.asarray(tpu.mxfp4_matmul(x, **tpu.arrange(packed, scales, along_k=tiles), **{"interpret": True} | options))
+    options = {"interpret": True, "n": len(packed)} | options
+    return np.asarray(tpu.mxfp4_matmul(x, **tpu.arrange(packed, scales, along_k=tiles), **options))
 
 
 @pytest.mark.parametrize(("n", "k", "m", "tiles"), [SIZES[0], *(pytest.param(*size, marks=pytest.mark.slow) for size in SIZES[1:])])
@@ -50,19 +51,21 @@ def test_shapes_that_do_not_belong_together_are_refused():
     x, packed, scales = mx_weights.random(8, 64, 2)
     codes, factors = tpu.arrange(packed, scales).values()
     for wrong in ((x[:, :0], codes, factors), (jnp.tile(x, (1, 5)), codes, factors), (x, codes, factors[:, :1])):
-        with pytest.raises(ValueError, match=r"does not belong to codes \[1, 128, 8\]"):
-            tpu.mxfp4_matmul(*wrong, interpret=True)
+        with pytest.raises(ValueError, match=r"does not belong to codes \[1, 128, 128\]"):
+            tpu.mxfp4_matmul(*wrong, n=8, interpret=True)
+    with pytest.raises(ValueError, match=r"N being 129 filled up"):
+        tpu.mxfp4_matmul(x, codes, factors, n=129, interpret=True)
 
 
 def test_the_probe_tells_a_matrix_unit_that_flushes_subnormals():
     def run(flush):
         def product(x, codes, scales):
             if not flush:
-                return tpu.mxfp4_matmul(x, codes, scales, interpret=True)
+                return tpu.mxfp4_matmul(x, codes, scales, n=16, interpret=True)
             # What a unit without subnormals would see: codes 1 and 9 as zero.
             first, second = codes >> 4 & 7, codes >> 1 & 7
             flushed = jnp.where(first == 1, codes & 0x8F, codes)
-            return tpu.mxfp4_matmul(x, jnp.where(second == 1, flushed & 0xF1, flushed), scales, interpret=True)
+            return tpu.mxfp4_matmul(x, jnp.where(second == 1, flushed & 0xF1, flushed), scales, n=16, interpret=True)
 
         return product
 
@@ -73,7 +76,7 @@ def test_the_probe_tells_a_matrix_unit_that_flushes_subnormals():
 def test_the_other_decoding_makes_no_subnormal_number():
     packed, scales = mx_weights.every_code_at_every_scale()
     words = jax.lax.bitcast_convert_type(tpu.arrange(packed, scales)["codes"].reshape(-1, 4), jnp.int32)
-    for half in (words >> 3 & tpu._each(0x0E) | words << 7 & tpu._each(0x80), words & tpu._each(0x8E)):
+    for half in (words >> 3 & tpu.each_byte(0x0E) | words << 7 & tpu.each_byte(0x80), words & tpu.each_byte(0x8E)):
         bits = np.asarray(tpu._normal(half)).view(np.uint8)
         assert np.all((bits & 0x7C > 0) | (bits & 0x7F == 0))
 

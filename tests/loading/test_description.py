@@ -1,5 +1,6 @@
 """`describe`: the numbers of what would be loaded, from config.json alone, and the sentence that loading would refuse by."""
 
+import dataclasses
 import functools
 import json
 import pathlib
@@ -8,12 +9,15 @@ import family_files
 import folders
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 import tiny
 from refusals import refused
 
 import mlspecqd_jax as mlsd
 from mlspecqd_jax.loading.description import describe
+from mlspecqd_jax.network.config import Experts, Router
+from mlspecqd_jax.network.network import Network
 from mlspecqd_jax.weights.cast import quantize
 from mlspecqd_jax.weights.formats import FORMATS
 from mlspecqd_jax.weights.quantization import default_policy, quantize_params
@@ -38,8 +42,8 @@ def test_the_numbers_are_those_of_the_loaded_model(tmp_path, name):
     model = mlsd.load(write(tmp_path / name, name))
     found = describe(config_json(tmp_path, json.loads((tmp_path / name / "config.json").read_text())))
     assert found["parameters"] == model.num_parameters
-    assert found.get("parameters_per_token", found["parameters"]) == model.pass_bytes // 2
-    assert (found["bytes_in_bfloat16"], found["pass_bytes"]) == (model.nbytes, model.pass_bytes)
+    assert found.get("parameters_per_token", found["parameters"]) == model.bytes_read() / 2
+    assert (found["bytes_in_bfloat16"], found["pass_bytes"]) == (model.nbytes, model.bytes_read())
     cache = model.network.init_cache(model.params, 2, 8)
     assert found["cache_bytes_per_token"] * 2 * 8 == sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
     assert (found["positions"], found["vocabulary"]) == (model.card.max_positions, model.card.vocab_size)
@@ -47,9 +51,10 @@ def test_the_numbers_are_those_of_the_loaded_model(tmp_path, name):
         policy = default_policy(format, model.network.config.tied, "cpu")
         twin = quantize_params(model.params, model.network.tensors(), format, policy)
         own = sum(leaf.nbytes for name, leaf in twin.items() if leaf is not model.params.get(name))
-        read = sum(leaf.nbytes for name, leaf in twin.items() if name != EMBEDDING)
+        tables = {name for name, tensor in model.network.tensors().items() if tensor.gathered}
+        read = sum(leaf.nbytes for name, leaf in twin.items() if name not in tables)
         assert HEAD in twin
-        assert found["twins"][format] == {"bytes": own, "part_of_pass": read / model.pass_bytes}
+        assert found["twins"][format] == {"bytes": own, "part_of_pass": read / model.bytes_read()}
 
 
 def test_what_a_row_keeps_however_long_its_text_is(tmp_path):
@@ -135,7 +140,8 @@ def test_every_model_type_of_transformers_is_described_or_refused_in_one_sentenc
     assert len(described) >= 50
     assert len(described) + len(refusals) > 250
     odd = [name for name, sentence in refusals.items() if "is not supported" not in sentence]
-    assert odd == ["glm4_moe"]  # whose default heads have 21 elements to rotate in pairs
+    # The one's default is no number of experts, the other's heads have 21 elements to rotate in pairs.
+    assert odd == ["deepseek_v2", "glm4_moe"]
     for sentence in refusals.values():
         assert "\n" not in sentence
         assert len(sentence) < 1200
@@ -219,3 +225,15 @@ def test_of_experts_those_count_that_a_token_is_given_to(tmp_path):
     assert found["parameters_per_token"] == 48 * each + 2048 + 151936 * 2048
     assert found["pass_bytes"] == 2 * found["parameters_per_token"]
     assert 0.25 < found["twins"]["mxfp4"]["part_of_pass"] < 0.28
+
+
+def test_rows_hit_experts_by_chance():
+    """The more there are the more of all experts, and twice the same one counts once."""
+    dense = tiny.shape(61, 64, 96, 1, 4, 2, 16, 64)
+    mixture = dataclasses.replace(dense.layers[0], feed=Experts(Router(8, 2, "softmax"), 32))
+    network = Network(dataclasses.replace(dense, layers=(*dense.layers, mixture)))
+    part = network.parts_read(np.array([1, 2, 16]))
+    name = "model.layers.1.mlp.experts.up_proj.weight"
+    np.testing.assert_allclose(part[name], [1 / 4, 7 / 16, 1 - 0.75**16])
+    assert part["model.layers.0.mlp.up_proj.weight"] == 1
+    assert part[EMBEDDING] == 0

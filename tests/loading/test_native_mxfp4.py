@@ -15,6 +15,7 @@ from refusals import refused
 import mlspecqd_jax as mlsd
 from mlspecqd_jax.loading.description import describe
 from mlspecqd_jax.weights.cast import dequantize
+from mlspecqd_jax.weights.formats import FORMATS
 from mlspecqd_jax.weights.quantized_array import QuantizedArray
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
@@ -80,6 +81,22 @@ def test_packed_experts_mean_what_they_stand_for(both):
     assert native.network == plain.network
 
 
+def test_its_twin_s_own_bytes_are_without_the_experts(both):
+    native, _ = both
+    network, found = native.network, describe(native.folder)
+    packed = [name for name, leaf in native.params.items() if isinstance(leaf, QuantizedArray)]
+    plain = {name: leaf.size * 2 for name, leaf in native.params.items() if name not in packed}
+    part = network.parts_read()
+    assert set(found["twins"]) == {"mxfp4"}  # to others packed experts cannot be cast
+    own = {name: FORMATS["mxfp4"].nbytes(*native.params[name].shape) for name in plain if network.tensors()[name].linear}
+    assert found["twins"]["mxfp4"]["bytes"] == sum(own.values())
+    sizes = plain | {name: native.params[name].nbytes for name in packed}
+    read = sum(size * part[name] for name, size in sizes.items())
+    assert found["pass_bytes"] == round(read)
+    drafts = sum(size * part[name] for name, size in (sizes | own).items())
+    assert found["twins"]["mxfp4"]["part_of_pass"] == pytest.approx(drafts / read)
+
+
 @pytest.mark.slow
 def test_the_twin_s_experts_are_the_target_s(both):
     """Its other weights are cast; greedy text with it, and with the target itself as drafts, is plain decoding's."""
@@ -93,6 +110,10 @@ def test_the_twin_s_experts_are_the_target_s(both):
         out = mlsd.generate(mlsd.stack(native, (draft, 3)), [[3, 1, 4], [2]], **settings)
         assert out.tokens == plain.tokens
     assert out.report["levels"][0]["acceptance_rate"] == 1
+    alone = mlsd.generate(mlsd.stack(native), [[3, 1, 4]], **settings).report["levels"][0]["experts_per_pass"]
+    assert alone == CONFIG["num_experts_per_tok"]
+    verified, drafted = (level["experts_per_pass"] for level in out.report["levels"][:2])
+    assert alone <= drafted < verified <= E  # of two rows' positions
 
 
 def test_what_needs_plain_weights_says_so(both, tmp_path):

@@ -76,7 +76,8 @@ def expected(part, module, x):
 def test_a_mixture_is_its_definition(name):
     module = module_of(PARTS[name])
     x = jax.random.normal(jax.random.key(1), (2, W, K))
-    found = np.asarray(module(x))
+    found, read = jax.tree.map(np.asarray, module(x))
+    assert read == len(np.unique(module.gate(x, None)[0]))
     for at in np.ndindex(2, W):
         np.testing.assert_allclose(found[at], expected(PARTS[name], module, np.asarray(x[at], np.float64)), rtol=1e-4, atol=1e-5)
 
@@ -97,10 +98,12 @@ def test_positions_that_only_pad_choose_no_experts():
     x, used = jax.random.normal(jax.random.key(1), (2, W, K)).astype(jnp.bfloat16), jnp.array([1, 0], jnp.int32)
     experts, _ = module.gate(x, used)
     assert (experts[1:] == -1).all()
-    whole = np.asarray(module(x)[0, 0])
+    whole = np.asarray(module(x)[0][0, 0])
     for linear in (module.experts.gate_proj, module.experts.up_proj, module.experts.down_proj):
         mine = jnp.isin(jnp.arange(E), experts[0])
         weight = linear.weight.get_value().reshape(E, -1)
         linear.weight.set_value(jnp.where(mine[:, None], weight, jnp.nan).reshape(linear.weight.get_value().shape))
-    np.testing.assert_array_equal(np.asarray(module(x, used)[0, 0]), whole)
-    assert np.isnan(np.asarray(module(x), np.float32)).any()
+    found, read = module(x, used)
+    np.testing.assert_array_equal(np.asarray(found[0, 0]), whole)
+    assert read == C
+    assert np.isnan(np.asarray(module(x)[0], np.float32)).any()

@@ -205,13 +205,9 @@ def test_the_choice_of_a_token_and_its_log_probability(vocab):
         s = Sampling.create(len(logits), vocab, **filters)
         position = jnp.full((len(logits), 1), 20, jnp.int32)
         adjusted = choosing.adjust(logits, tokens[: len(logits)], position, s)
-        chosen = choosing.draw(adjusted, choosing.noise(seed, position, 0, choosing.DRAW), s)
-        return (
-            choosing.log_probability(logits, chosen),
-            adjusted,
-            chosen,
-            choosing.gumbel(choosing.noise(seed, position, 0, choosing.DRAW), vocab),
-        )
+        noise = choosing.noise(seed, position, 0, choosing.DRAW)
+        chosen = choosing.draw(adjusted, noise, s)
+        return choosing.log_probability(logits, chosen), adjusted, chosen, choosing.gumbel(noise, vocab)
 
     assert_rows_alike(run, logits, jnp.arange(12, dtype=jnp.uint32), rows=(1, 5, 12))
 
@@ -220,6 +216,11 @@ WIDE = {"vocab_size": 8192, "hidden_size": 640, "intermediate_size": 1280, "num_
 WIDE |= {"num_key_value_heads": 2, "max_position_embeddings": 2048, "pad_token_id": 0}
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
 GEMMA = {"tie_word_embeddings": True, "sliding_window": 12}
+GEMMA4 = WIDE | {"layer_types": ["full_attention"] * 2, "num_kv_shared_layers": 1, "global_head_dim": 512, "num_experts": 8}
+GEMMA4 |= {"attention_k_eq_v": True, "num_global_key_value_heads": 1, "top_k_experts": 3, "hidden_size_per_layer_input": 96}
+GEMMA4 |= {"vocab_size_per_layer_input": 8192, "enable_moe_block": True, "moe_intermediate_size": 384}
+LATENT = WIDE | {"kv_lora_rank": 256, "q_lora_rank": 320, "qk_nope_head_dim": 64, "qk_rope_head_dim": 32, "v_head_dim": 96}
+LATENT |= {"n_routed_experts": 8, "n_group": 4, "topk_group": 2, "first_k_dense_replace": 1, "moe_intermediate_size": 384}
 # Hidden, intermediate, query heads, key/value heads, size of a head, vocabulary: of models that people use, one layer each.
 SHAPES = {
     "576": shape(49152, 576, 1536, 1, 9, 3, 64, 2048, tie_word_embeddings=True),
@@ -227,7 +228,7 @@ SHAPES = {
     "1536": shape(151936, 1536, 8960, 1, 12, 2, 128, 2048, "qwen2", tie_word_embeddings=True),
     "2048": shape(32000, 2048, 5632, 1, 32, 4, 64, 2048),
     "4096": shape(32000, 4096, 14336, 1, 32, 8, 128, 2048),
-    # Gemma's layers, one of each kind; of Gemma 2, and of Gemma 3 with another scale.
+    # Gemma's layers, one of each kind.
     "gemma2": shape(8192, 640, 1280, 2, 4, 2, 64, 2048, "gemma2", **GEMMA, attn_logit_softcapping=5.0, final_logit_softcapping=9.0),
     "gemma3": shape(8192, 640, 1280, 2, 4, 1, 64, 2048, "gemma3_text", **GEMMA, query_pre_attn_scalar=100),
     # Layer norms, parallel parts, neighbouring pairs, layers without positions; residuals that are scaled; a part of heads rotated.
@@ -245,17 +246,19 @@ SHAPES = {
     "granite_swa": config_of("granite_swa", **WIDE, sliding_window=12, residual_multiplier=0.22, layer_rope_theta=[0, 1e4]),
     "apertus": config_of("apertus", **WIDE),
     "ministral3": config_of("ministral3", **WIDE, head_dim=64, rope_parameters=YARN | {"llama_4_scaling_beta": 0.1}),
-    # Experts, and those with biases, a bounded activation and a shared expert.
+    # An earlier layer's keys and values, values that are keys, an embedding by layer, experts beside an MLP; latents.
+    "gemma4": config_of("gemma4_text", **GEMMA4),
+    "deepseek_v3": config_of("deepseek_v3", **LATENT, num_experts_per_tok=3, rope_parameters=YARN | {"mscale_all_dim": 1.3}),
+    # Experts, also with biases and a bounded activation, and a shared one.
     "qwen3_moe": config_of("qwen3_moe", **WIDE, head_dim=64, num_experts=16, num_experts_per_tok=4, moe_intermediate_size=384),
     "gpt_oss": config_of("gpt_oss", **WIDE, head_dim=64, num_local_experts=8, num_experts_per_tok=3, rope_parameters=YARN),
     "glm4_moe": config_of("glm4_moe", **WIDE, head_dim=64, n_routed_experts=8, num_experts_per_tok=3, moe_intermediate_size=384),
 }
 QUICK = {("576", "bfloat16")}
-LONG = {("576", "float32"), ("gemma2", "bfloat16"), ("cohere2", "bfloat16"), ("granite", "bfloat16"), ("apertus", "bfloat16")}
-LONG |= {("qwen3_moe", "bfloat16"), ("gpt_oss", "bfloat16"), ("glm4_moe", "bfloat16")}
+OF_KINDS = ("gemma2", "cohere2", "granite", "apertus", "qwen3_moe", "gpt_oss", "glm4_moe", "gemma4", "deepseek_v3")
+LONG = {("576", "float32")} | {(name, "bfloat16") for name in OF_KINDS}
 # Batch and window, and the buckets of their buffers.
 PROGRAMS = ((1, 1, 256), (1, 6, 256), (2, 1, 512), (4, 16, 256), (8, 8, 256))
-
 
 CASES = [
     pytest.param(

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from players import Played, play
 from toys import level_counts, quick_jit, ragged, rows
 
-from mlspecqd_jax.speculation.autopilot import ALLOWANCE, ALLOWANCE_OF_ALL, LOSS, Autopilot
+from mlspecqd_jax.speculation.autopilot import ALLOWANCE, ALLOWANCE_OF_ALL, ASKING, ASKING_AT_ONCE, LOSS, Autopilot
 from mlspecqd_jax.speculation.buffers import SLACK
 from mlspecqd_jax.speculation.drafters.either import Either
 from mlspecqd_jax.speculation.drafters.prompt_lookup import PromptLookup
@@ -70,7 +70,7 @@ def shapes(kind, count=1):
 
 def assert_account_holds(state, times):
     """The time of all passes, by the table, is within what was promised, whatever was accepted."""
-    time = float(modelled(times, counts_of(state)))
+    time = float(modelled(times, counts_of(state))) + float(state.control.asking) * int(state.counts.in_vain)
     new = int(jnp.max(state.length - state.begin))
     allowance = ALLOWANCE_OF_ALL * N if len(state.length) > 1 else min(ALLOWANCE, ALLOWANCE_OF_ALL * N)
     assert time <= LOSS * new + allowance + 1e-3
@@ -87,11 +87,12 @@ def assert_account_holds(state, times):
     chance=st.floats(0.02, 0.98),
     weight=st.sampled_from([0.01, 0.5, 20.0]),
     rate=st.floats(0.5, 4),
+    asking=st.sampled_from([0.0, 0.01, 0.2]),
 )
-def test_the_loss_is_bounded_whatever_is_accepted(kind, twin, small, slopes, chance, weight, rate):
+def test_the_loss_is_bounded_whatever_is_accepted(kind, twin, small, slopes, chance, weight, rate, asking):
     """C14, as an inequality on the clock of the table: also where priors lie, and drafts are right until they are trusted."""
     times = times_of((1, twin, small), slopes)
-    control = Autopilot.create(times, prior_of(chance, weight), 2, rate=rate)
+    control = Autopilot.create(times, prior_of(chance, weight), 2, rate=rate, asking=asking)
     assert_account_holds(play(texts(*shapes(kind)), LETTERS, control), times)
 
 
@@ -132,6 +133,30 @@ def test_what_pays_is_drafted_and_what_does_not_is_not():
     judged = [int(state.counts.by_class[MODEL, ..., 1].sum()) for state in (always, never)]
     assert judged[0] > 50
     assert judged[1] < 25
+
+
+def test_asking_in_vain_takes_little():
+    """Where asking is dear it ends, but for a round now and then, until something is gained; where it is cheap it goes on."""
+    times = times_of((1, 2.0, 2.0), (0.3, 0.3, 0.3))
+    asked = {}
+    for asking in (0.0, 0.2):
+        control = Autopilot.create(times, prior_of(0.02, 20.0), 2, asking=asking)
+        state = play(texts(*shapes("never")), LETTERS, control)
+        assert_account_holds(state, times)
+        asked[asking] = int(state.counts.in_vain)
+    assert asked[0.0] > 0.8 * N
+    assert 1 <= asked[0.2] <= (ASKING_AT_ONCE + ASKING * N) / 0.2 + 1
+
+
+@pytest.mark.parametrize("limit", [0, 3])
+def test_a_draft_that_is_off_is_never_asked_for(limit):
+    """Nor does a round know of it: all of them go by before the control is asked again."""
+    control = Autopilot.create(times_of((1, 0.1, 0.1), (0, 0, 0)), prior_of(0.9), 2).capped(jnp.full((1,), limit))
+    state = play(texts(*shapes("always")), LETTERS, control)
+    assert (int(state.counts.drafted[0]) > 0) == (limit > 0)
+    if limit == 0:
+        assert int(state.counts.in_vain) == 0
+        assert state.counts.by_rows[1] == N == state.plan.time
 
 
 def stack_of_toys(*seeds):

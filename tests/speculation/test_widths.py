@@ -53,6 +53,11 @@ def widened(stack, widths):
     return dataclasses.replace(stack, drafter=widened(stack.drafter, widths), widths=widths if stack.drafter else ())
 
 
+def verdicts(state):
+    """Return all counts but of what one width cannot tell: every round is asked for a draft there."""
+    return [counts._replace(in_vain=0) for counts in level_counts(state)]
+
+
 @pytest.mark.parametrize(
     ("name", "rule"),
     [
@@ -72,7 +77,7 @@ def test_any_widths_give_what_one_width_gives(name, rule):
     for widths in ((1,), (1, 2, 4)):
         ours, ours_length, ours_state = run(widened(stack, widths), *given, control=now_and_then(name))
         assert rows(ours, ours_length) == rows(tokens, length)
-        assert jax.tree.all(jax.tree.map(np.array_equal, level_counts(ours_state), level_counts(state)))
+        assert jax.tree.all(jax.tree.map(np.array_equal, verdicts(ours_state), verdicts(state)))
         assert all(map(np.array_equal, logprob_rows(ours_state), logprob_rows(state)))
     if rule == "coupled":
         assert rows(tokens, length) == generate(stack_of("shared"), limits_of(), sampling)[0]

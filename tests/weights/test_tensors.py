@@ -75,3 +75,19 @@ def test_a_tensor_that_is_its_source_is_not_copied():
 
 def test_parameters_are_counted():
     assert parameters({"q": of(Q), "bias": of(Q[:, 0])}) == 12 * K + 12
+
+
+@pytest.mark.parametrize("heads", [1, KV])
+def test_parts_are_turned(heads):
+    """Of each head [K, D] that was [D, K], and rows behind it that are taken as they are."""
+    keys = RANDOM.standard_normal((heads * D, K)).astype(np.float32)
+    behind = RANDOM.standard_normal((heads * 2, D)).astype(np.float32)
+    turned = keys.reshape(heads, D, K).swapaxes(1, 2)
+    stored = {"kv": np.concatenate([turned, behind.reshape(heads, 2, D)], axis=1).reshape(-1, D)}
+    tensors = {"k": of(keys, Source(("kv",), heads, 0, K, turn=True)), "v": of(behind, Source(("kv",), heads, K, K + 2))}
+    assert stored_shapes(tensors) == {"kv": (heads * (K + 2), D)}
+    for name, expected in (("k", keys), ("v", behind)):
+        np.testing.assert_array_equal(read(tensors[name], stored.__getitem__), expected)
+    alone = {"k": of(keys, Source(("k",), heads, turn=True))}
+    assert stored_shapes(alone) == {"k": (heads * K, D)}
+    np.testing.assert_array_equal(read(alone["k"], {"k": turned.reshape(-1, D)}.__getitem__), keys)

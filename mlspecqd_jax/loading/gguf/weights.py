@@ -44,7 +44,7 @@ def locate(file: GGUF, model: Network) -> dict[str, Stored]:
       InputError: tensors missing, unknown, or of another shape.
     """
     kind, mixer = architecture(file), model.config.layers[0].mixer
-    assert isinstance(mixer, Attention), "as in all that are read of this kind of file"
+    assert isinstance(mixer, Attention), "of every architecture that is read"
     expected = tensors.stored_shapes(model.tensors())
     theirs = {name: gguf_name(name, kind) for name in expected}
     unknown = file.tensors.keys() - {*theirs.values(), DIVISORS}

@@ -114,6 +114,8 @@ def _products(leaves: Leaves, network: Network, params: Mapping[str, jax.Array],
                 kind = kind if isinstance(layer.feed, GatedMLP) else "up_proj"
             norm = norm if network.config.norm.weight else None
             name, norm = f"model.layers.{i}.{part}.{kind}.weight", f"model.layers.{i}.{norm}.weight" if norm else None
+            if name not in params:  # keys and values are an earlier layer's, or values what keys are
+                continue
             rows = _some(params[name])
             ours, theirs = _rows(leaves[name], rows), np.asarray(params[name][rows], np.float32)
             if norm is not None:

@@ -3,12 +3,14 @@
 from mlspecqd_jax.network.config import Config
 from mlspecqd_jax.network.families.apertus import apertus
 from mlspecqd_jax.network.families.cohere import cohere, cohere2
+from mlspecqd_jax.network.families.deepseek import deepseek_v2, deepseek_v3, glm4_moe_lite, mistral4, youtu
 from mlspecqd_jax.network.families.ernie4_5 import ernie4_5, ernie4_5_moe
 from mlspecqd_jax.network.families.exaone4 import exaone4
 from mlspecqd_jax.network.families.falcon import falcon
 from mlspecqd_jax.network.families.gemma import gemma
 from mlspecqd_jax.network.families.gemma2 import gemma2
 from mlspecqd_jax.network.families.gemma3 import gemma3
+from mlspecqd_jax.network.families.gemma4 import gemma4
 from mlspecqd_jax.network.families.glm import glm, glm4
 from mlspecqd_jax.network.families.glm4_moe import glm4_moe
 from mlspecqd_jax.network.families.gpt2 import gpt2, gpt_bigcode
@@ -47,6 +49,8 @@ FAMILIES = {
     "qwen3": qwen3,
     "gemma2": gemma2,
     "gemma3_text": gemma3,
+    "gemma4_text": gemma4,
+    "gemma4_unified_text": gemma4,
     "gemma": gemma,
     "vaultgemma": vaultgemma,
     "granite": granite,
@@ -99,6 +103,11 @@ FAMILIES = {
     "lfm2": lfm2,
     "lfm2_moe": lfm2_moe,
     "lfm3": lfm3,
+    "deepseek_v2": deepseek_v2,
+    "deepseek_v3": deepseek_v3,
+    "glm4_moe_lite": glm4_moe_lite,
+    "mistral4": mistral4,
+    "youtu": youtu,
     "qwen2_vl_text": qwen2,
     "qwen2_5_vl_text": qwen2,
     "qwen3_vl_text": qwen3,

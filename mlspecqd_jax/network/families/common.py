@@ -86,6 +86,15 @@ def by_expert(number: int, at: str = "model.layers.*.mlp.experts", names: tuple[
     return tuple((name, Source(stored)) for name, stored in zip(own, files, strict=True))
 
 
+def stacked_experts(number: int, size: int, at: str = "model.layers.*.mlp.experts") -> Sources:
+    """Say that `at` holds all experts in two tensors: of gate and up, rows of both for each, and of down."""
+    parts = zip(EXPERT, ("gate_up_proj", "gate_up_proj", "down_proj"), (0, size, 0), (size, 2 * size, None), strict=True)
+    own = "model.layers.*.mlp.experts"
+    return tuple(
+        (f"{own}.{name}.weight", Source((f"{at}.{file}",), number, start, stop, stack=number)) for name, file, start, stop in parts
+    )
+
+
 def shared_expert(at: str) -> Sources:
     """Say in which module of the file the shared expert's are."""
     return renamed({f"model.layers.*.mlp.shared_expert.{name}": f"model.layers.*.mlp.{at}.{name}" for name in EXPERT})
