@@ -156,7 +156,8 @@ def _cache_bytes(network: Network) -> dict[str, int]:
 
     def size(slots: int, reach: int = 0) -> int:
         caches = jax.eval_shape(lambda params: network.reaching(reach).init_cache(params, 1, slots), embedding)
-        return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(caches))
+        of_rows = [leaf for leaf in jax.tree.leaves(caches) if leaf.ndim]  # and not a count of a mixture
+        return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in of_rows)
 
     found = {"cache_bytes_per_token": size(2) - size(1)}
     if network.reach is not None:

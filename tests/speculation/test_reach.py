@@ -69,7 +69,7 @@ def furthest(state):
 
 
 TOO_FAR = 1000
-MARKS = {"shared>ngram": [], "own>shared": [pytest.mark.slow]}
+MARKS = {"shared>ngram": []}
 NAMES = [pytest.param(name, marks=MARKS.get(name, pytest.mark.exhaustive)) for name in CHAINS]
 
 
