@@ -17,7 +17,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import family_files  # noqa: E402  (of the tests)
 
 from mlspecqd_jax.loading.config_file import WRAPPERS, config_of  # noqa: E402
-from mlspecqd_jax.network.config import MLP, ClampedSwish, Config, Experts, LatentAttention  # noqa: E402
+from mlspecqd_jax.network.config import MLP, Attention, ClampedSwish, Config, DeltaNet, Experts, LatentAttention, ShortConv  # noqa: E402
 from mlspecqd_jax.network.families import FAMILIES  # noqa: E402
 
 PAGE = ROOT / "docs" / "models.md"
@@ -138,6 +138,16 @@ ROWS = (
         "chunks of positions; layers without; one expert chosen, whose input is scaled, and a shared one",
     ),
     Row(("apertus",), "Apertus", "an activation with parameters"),
+    Row(
+        ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"),
+        "Qwen3-Next, Qwen3.5, Qwen3.6",
+        "gated delta nets in three of four layers, gates of what attention returns; experts beside a shared one",
+    ),
+    Row(
+        ("lfm2", "lfm2_moe", "lfm3"),
+        "LFM2, LFM2-8B-A1B, LFM3",
+        "short convolutions in place of most attention; experts chosen by sigmoids; windows, norms after each part",
+    ),
 )
 
 
@@ -149,7 +159,8 @@ def described(raw: dict) -> Config:
 def features(raw: dict) -> list[str]:
     """Return what of a checkpoint's network is not as in the first Llama's, in words."""
     c = described(raw)
-    layers, mixers, feeds = c.layers, [layer.mixer for layer in c.layers], [layer.feed for layer in c.layers]
+    layers, feeds = c.layers, [layer.feed for layer in c.layers]
+    mixers = [layer.mixer for layer in layers if isinstance(layer.mixer, Attention | LatentAttention)]
     ropes = [mixer.rope for mixer in mixers]
     sources = [source for _, source in c.sources]
     text = raw.get("text_config") or raw
@@ -176,6 +187,9 @@ def features(raw: dict) -> list[str]:
         "shared experts": any(feed.shared for feed in experts),
         "dense layers": 0 < len(experts) < len(feeds),
         "bounded swish": any(isinstance(feed.act, ClampedSwish) for feed in feeds),
+        "short convolutions": any(isinstance(layer.mixer, ShortConv) for layer in layers),
+        "delta nets": any(isinstance(layer.mixer, DeltaNet) for layer in layers),
+        "gated attention": having("gate"),
         "chunks": having("chunk"),
         "no gate": any(isinstance(feed, MLP) for feed in feeds),
         ACTS.get(act, "GELU"): act != "silu" and not isinstance(act, ClampedSwish),

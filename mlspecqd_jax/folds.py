@@ -1,4 +1,4 @@
-"""Sums and softmax over a row with operations in one order, whatever else the program computes.
+"""Sums and softmax over a row, products and casts, by operations of one order and rounding, whatever else the program computes.
 
 XLA:CPU reduces a row in another order, and may compute the exponentials beside the reduction by another formula, once an array has
 enough elements (seen at 4,096 and more): with more rows, a window's norms and probabilities would have other bits than a row alone.
@@ -39,6 +39,22 @@ def ordered_logsumexp(x: jax.Array) -> jax.Array:
     """Return log(sum(exp(x))) over the last axis of x f32 [..., K], by `ordered_sum`."""
     _, total = _powers(x)
     return jnp.log(total) + _greatest(x)
+
+
+def product(x: jax.Array, y: jax.Array) -> jax.Array:
+    """x * y, elementwise, to be added to something.
+
+    XLA:CPU would fuse the product with the sum that takes it, for a window of one row otherwise than for others. Bounds that change
+    no finite number keep the two apart.
+    """
+    most = jnp.finfo(x.dtype).max
+    return jnp.clip(x * y, -most, most)
+
+
+def rounded(x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """Return x f32 in `dtype`, and no more of it: XLA may drop a cast and the one back, in one program and not in another."""
+    kind = jnp.finfo(dtype)
+    return jax.lax.reduce_precision(x, kind.nexp, kind.nmant).astype(dtype)
 
 
 def _powers(x):

@@ -8,7 +8,8 @@ Notation: N tokens of a text, R rows of a pass.
 
 import functools
 import time
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,8 @@ from mlspecqd_jax.loading.model import Model
 from mlspecqd_jax.programs import programs
 from mlspecqd_jax.requests import request
 from mlspecqd_jax.speculation import choosing
+from mlspecqd_jax.speculation.buffers import padded
+from mlspecqd_jax.speculation.level import Level
 from mlspecqd_jax.speculation.settings import Sampling
 from mlspecqd_jax.speculation.stack import Stack
 from mlspecqd_jax.speculation.state import State
@@ -33,6 +36,7 @@ class Written(NamedTuple):
 
     state: State
     sampling: Sampling
+    level: Level | None = None  # that wrote it; needed where its cache does not hold all positions
 
 
 class Read(NamedTuple):
@@ -48,25 +52,50 @@ def write(plain: Stack, prompt: list[int], tokens: int, **arguments) -> Written:
     asked = request(plain, [prompt], {"max_new_tokens": tokens, "stop_token_ids": (), **arguments})
     state = prefilled(plain, compiled(plain, asked)[0], asked.batch)
     state = programs(plain).advance(plain, state, np.array(asked.batch.limit), asked.sampling, np.int32(tokens))
-    return Written(state, asked.sampling)
+    return Written(state, asked.sampling, plain.level)
 
 
 @jax_settings.held
 def read(model: Model, written: list[Written]) -> Read:
     """Let the target or a twin choose the new tokens of texts that are as long, each after those before it, and time its passes."""
     agreements, seconds = [], np.inf
-    for state, sampling in written:
+    for text_of in written:
+        state, sampling, _ = text_of
         begin, end = int(state.begin[0]), int(state.length[0])
         text = np.asarray(state.tokens)[0]
         found = []
-        for first in range(begin, end, WINDOW):
+        places = range(begin, end, WINDOW)
+        for first, cache in zip(places, _caches(text_of, places), strict=True):
             start = jnp.asarray([first - 1], jnp.int32)
             began = time.perf_counter()
-            choice = jax.block_until_ready(_choices(model.network, model.params, state.cache, state.tokens, start, sampling))
+            choice = jax.block_until_ready(_choices(model.network, model.params, cache, state.tokens, start, sampling))
             seconds = min(seconds, (time.perf_counter() - began) / WINDOW)
             found.append(np.asarray(choice)[0] == text[first : first + WINDOW])
         agreements.append(np.concatenate(found)[: end - begin])
     return Read(agreements, float(seconds))
+
+
+def _caches(written: Written, places: range) -> Iterator[Any]:
+    """Yield, for each place of a text, a cache of the target that holds what is before the token before it."""
+    (state, _, level), fed = written, 0
+    if level is None or getattr(level.model, "reach", None) is None:
+        yield from (state.cache for _ in places)
+        return
+    cache = level.model.init_cache(level.params, 1, state.tokens.shape[1])  # a state that was fed the end is before nothing else
+    for place in places:
+        while fed < place - 1:
+            until = min(fed + WINDOW, place - 1)
+            bounds = (jnp.asarray([at], jnp.int32) for at in (fed, until))
+            cache = _fed(level.model, level.params, cache, state.tokens, *bounds)
+            fed = until
+        yield jax.block_until_ready(cache)
+
+
+@functools.partial(jax.jit, static_argnames="scorer")
+def _fed(scorer, params, cache, tokens, start, until):
+    """Return the cache after the tokens from start [1] to until [1], at most WINDOW of them."""
+    window = padded(jax.lax.dynamic_slice_in_dim(tokens, start[0], WINDOW, axis=1), start, until)
+    return scorer(params, window, start, cache)[1]
 
 
 @functools.partial(jax.jit, static_argnames="network")

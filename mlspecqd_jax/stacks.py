@@ -18,7 +18,7 @@ from mlspecqd_jax.plans import Plan, kept, key_of
 from mlspecqd_jax.speculation.autopilot import RATE, Autopilot
 from mlspecqd_jax.speculation.drafters.either import Either
 from mlspecqd_jax.speculation.drafters.prompt_lookup import PromptLookup
-from mlspecqd_jax.speculation.level import Level
+from mlspecqd_jax.speculation.level import Level, reach
 from mlspecqd_jax.speculation.priors import prior
 from mlspecqd_jax.speculation.protocols import Scorer
 from mlspecqd_jax.speculation.stack import Stack
@@ -79,6 +79,7 @@ def stack(target: Model, *drafters: Any, exact: bool = True, share_cache: bool =
     if auto and len(models) > 2:  # a draft of a draft's draft costs next to nothing
         innermost, pairs = None, pairs[:-1]
     draft_lens = [draft_len for _, draft_len in pairs] + [0] * (len(models) > len(pairs))
+    scorers = [scorer.reaching(reach(draft_lens, len(models)), outermost=i == 0) for i, scorer in enumerate(scorers)]
 
     def level(i: int) -> Level:
         model, last = models[i], i + 1 == len(models)
@@ -213,6 +214,9 @@ class _Scorer(NamedTuple):
     model: Scorer
     params: Any
 
+    def reaching(self, positions: int, outermost: bool) -> "_Scorer":
+        return self._replace(model=self.model.reaching(positions, outermost)) if isinstance(self.model, Network) else self
+
 
 class _Translation(NamedTuple):
     dictionary: Dictionary
@@ -233,6 +237,11 @@ def _scorer(draft: Model, target: Model, translations: dict[Any, _Translation]) 
                 f"the tokenizers of {draft.card.name} and {target.card.name} differ: token {token} is {of_draft!r} in the one and "
                 f"{of_target!r} in the other; and {error}; draft with a model of the target's tokenizer"
             ) from error
+        if draft.network.reach is not None:
+            raise InputError(
+                f"{draft.card.name} has layers that do not keep all positions and another tokenizer than {target.card.name}, which "
+                "is not supported; draft with a model of the target's tokenizer, or one of attention alone"
+            )
         console.say(
             f"{draft.card.name}: a draft of another tokenizer; {found.shared:,} of its {found.tokens:,} tokens are tokens of "
             f"{target.card.name}"

@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Callable
 
 import gemma4_configs
+import hybrid_configs
 import latent_configs
 import numpy as np
 import tiny
@@ -223,7 +224,7 @@ def text_type(config: dict) -> str:
     return config.get("text_config", {}).get("model_type", config_file.WRAPPERS.get(kind, (kind,))[0])
 
 
-CONFIGS |= gemma4_configs.CONFIGS | latent_configs.CONFIGS
+CONFIGS |= gemma4_configs.CONFIGS | latent_configs.CONFIGS | hybrid_configs.CONFIGS
 COMPARED = tiny.FAMILIES | CONFIGS  # config.json by name of every checkpoint whose logits are compared with transformers'
 
 
@@ -250,7 +251,7 @@ def drawn(name: str, shape: tuple[int, ...]) -> np.ndarray:
     noise = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape)
     if name.endswith("bias"):
         return (0.3 * noise).astype(np.float32)
-    if name.endswith("sinks"):
+    if name.endswith(("sinks", "A_log")):
         return noise.astype(np.float32)
     if name.endswith(("act_fn.beta", "act_fn.eps")):  # constants
         return np.full(shape, 0.5 if name.endswith("beta") else -1e-6, np.float32)

@@ -14,6 +14,7 @@ from mlspecqd_jax.errors import InputError
 from mlspecqd_jax.json_files import read_json, read_json_if_there, reason
 from mlspecqd_jax.kept_values import kept_value
 from mlspecqd_jax.loading.config_keys import KEYS, ROPE_KEYS, check_numbers, check_table
+from mlspecqd_jax.loading.config_kinds import DELTA_NETS, check_delta_net, check_kinds, respelled
 from mlspecqd_jax.loading.config_latents import check_latents
 from mlspecqd_jax.loading.config_layers import GEMMA4, LAYER_TYPES, by_kind, check_routers, check_sizes_of_layers
 from mlspecqd_jax.loading.unsupported import why
@@ -41,15 +42,19 @@ WRAPPERS = {
     "idefics3": ("llama",),
     "llama4": ("llama4_text",),
     "kimi_k25": ("deepseek_v3",),
+    "lfm2_vl": ("lfm2",),
+    "qwen3_5": ("qwen3_5_text",),
+    "qwen3_5_moe": ("qwen3_5_moe_text",),
 }
 AS = {"kimi_k2": "deepseek_v3"}  # what a language model's own model_type stands for
 WITHOUT_TEXT_CONFIG = ("qwen2_vl", "qwen2_5_vl")  # whose first files hold the language model's keys beside vision_config
 # Families that may rotate a part of each head.
-PARTIAL = ("phi3", "glm", "glm4", "phi", "gpt_neox", "stablelm", "nemotron", "glm4_moe", "minimax_m2", "mistral4", *GEMMA4)
+PARTIAL = ("phi3", "glm", "glm4", "phi", "gpt_neox", "stablelm", "nemotron", "glm4_moe", "minimax_m2", "mistral4", "lfm3")
+PARTIAL += GEMMA4 + DELTA_NETS
 PATTERNED = ("gemma3_text", "cohere2", "exaone4")  # families that know sliding_window_pattern
 # What older files call a kind of rope; on a text, positions along three axes are the plain ones.
 ROPE_NAMES = {"su": "longrope", "mrope": "default"}
-ROPE_BY_KIND = ("gemma3_text", "olmo3", *GEMMA4)  # whose rope_parameters are one set for each of LAYER_TYPES
+ROPE_BY_KIND = ("gemma3_text", "olmo3", "lfm3", *GEMMA4)  # whose rope_parameters are one set for each of LAYER_TYPES
 REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
 
@@ -60,7 +65,6 @@ UNSUPPORTED = {
     "add_cross_attention": "only a decoder of text alone is",
     "qk_layernorm": "only models without these norms are",
 }
-CHUNKED = ("full_attention", "chunked_attention")  # of Llama 4
 
 
 def read_config(folder: pathlib.Path) -> Config:
@@ -81,11 +85,9 @@ def config_of(path: pathlib.Path, raw: dict) -> Config:
     Raises:
       InputError: as `read_config`.
     """
-    _refuse(path, raw)
-    raw = _of_text(path, raw)
+    _refuse(path, respelled(raw))
+    raw = respelled(_of_text(path, raw))
     family = raw["model_type"]
-    if family == "qwen2_moe" and not raw.get("use_sliding_window"):  # then transformers writes a window of 0
-        raw = {key: value for key, value in raw.items() if key != "sliding_window"}
     _check_values(path, raw, family)
     c = _with_defaults(path, raw, family)
 
@@ -97,9 +99,10 @@ def config_of(path: pathlib.Path, raw: dict) -> Config:
         dim = head_dim(part)
         if dim < 2 or dim % 2:
             raise InputError(f"{path}: head_dim is {dim}, but rotary positions need an even one of at least 2; correct that key")
-    act = next(key for key in ("hidden_activation", "hidden_act", "activation_function", "activation") if hasattr(c, key))
+    acts = (key for key in ("hidden_activation", "hidden_act", "activation_function", "activation") if hasattr(c, key))
+    act = next(acts, None)  # one that has no such key has one activation
     known = (*ACTIVATIONS, *(("xielu",) if family == "apertus" else ()))
-    if getattr(c, act) not in known:
+    if act is not None and getattr(c, act) not in known:
         raise InputError(f"{path}: {act} {brief(getattr(c, act))} is not supported; supported: {', '.join(known)}")
     for key, instead in UNSUPPORTED.items():
         of_images = family in GEMMA4 and getattr(c, key, None) == "vision"  # not of a text
@@ -111,6 +114,7 @@ def config_of(path: pathlib.Path, raw: dict) -> Config:
     if (getattr(c, "rotary_dim", None) or 2) % 2 or (getattr(c, "rotary_dim", None) or 2) > dim:
         raise InputError(f"{path}: rotary_dim is {c.rotary_dim}, but must be even and at most {dim}, the size of a head")
     check_latents(path, c, family)
+    check_delta_net(path, c, family)
     config = FAMILIES[family](c)
     check_routers(path, config)
     return config
@@ -188,18 +192,13 @@ def _check_values(path: pathlib.Path, raw: dict, family: str) -> None:
     else:
         for kind, rope in ropes.items():
             _check_rope_keys(path, rope, f"rope_parameters: {kind}")
-    kinds = raw.get("layer_types")
-    layers = raw.get("num_hidden_layers", len(kinds or ()))  # text_config may leave it to the default
+    check_kinds(path, raw, family)
+    layers = raw.get("num_hidden_layers", len(raw.get("layer_types") or ()))  # text_config may leave it to the default
     for key in ("no_rope_layers", "layer_rope_theta", "moe_topk"):
         if isinstance(raw.get(key), list) and (
             raw[key] or family != "llama4_text"
         ):  # whose files say by none that it is the default
             check_numbers(path, key, raw[key], layers, least=0)
-    known = CHUNKED if family == "llama4_text" else LAYER_TYPES
-    if kinds is not None and (len(kinds) != layers or any(kind not in known for kind in kinds)):
-        raise InputError(
-            f"{path}: layer_types is {brief(kinds)}, but must name one of {', '.join(known)} for each of {layers} layers"
-        )
 
 
 def _check_rope_keys(path: pathlib.Path, rope: dict, name: str) -> None:
@@ -223,6 +222,7 @@ def _with_defaults(path: pathlib.Path, raw: dict, family: str):
         known |= {"rope_theta", "rope_scaling", "partial_rotary_factor", "rotary_pct", "rotary_emb_base"}
     if family in ROPE_BY_KIND:
         known |= {"rope_local_base_freq"}
+    known |= {"full_attention_interval"} if family in DELTA_NETS else set()
     if family in PATTERNED:
         known |= {"sliding_window_pattern"}
     spelled = CONFIG_MAPPING[family].attribute_map

@@ -20,7 +20,7 @@ from mlspecqd_jax.loading.native_mxfp4 import FORMAT as NATIVE
 from mlspecqd_jax.loading.native_mxfp4 import is_native
 from mlspecqd_jax.loading.origin import origin
 from mlspecqd_jax.loading.quantized.method import Quantization, quantization_of, reader_of
-from mlspecqd_jax.network.config import Config, LatentAttention
+from mlspecqd_jax.network.config import Attention, Config, LatentAttention
 from mlspecqd_jax.network.network import Network
 from mlspecqd_jax.weights.formats import FORMATS, format_of
 from mlspecqd_jax.weights.quantization import default_policy, formats_of, with_head
@@ -41,9 +41,10 @@ def describe(model: str | os.PathLike, platform: str = "cpu") -> dict[str, Any]:
 
     Returns:
       By name: family, parameters; parameters_per_token, where a pass over one token reads less; bytes_in_bfloat16, pass_bytes (what
-      such a pass reads of the weights), cache_bytes_per_token (of a row); positions, vocabulary, layers, embedding_by_layer (where
-      there is one), what else its small files tell; and twins, by format: bytes, what a twin adds, and part_of_pass, what its pass
-      reads of pass_bytes.
+      such a pass reads of the weights), cache_bytes_per_token (of a row); where layers do not keep all positions, state_bytes (of a
+      row, however long its text) and replay_bytes_per_token (of those that may be fed again); positions, vocabulary, layers,
+      embedding_by_layer (where there is one), what else its small files tell; and twins, by format: bytes, what a twin adds, and
+      part_of_pass, what its pass reads of pass_bytes.
 
     Raises:
       InputError: it is not supported; the sentence is what loading it would say.
@@ -61,7 +62,7 @@ def describe(model: str | os.PathLike, platform: str = "cpu") -> dict[str, Any]:
         **({} if read == size else {"parameters_per_token": read}),
         "bytes_in_bfloat16": BFLOAT16 * size,
         "pass_bytes": pass_bytes,
-        "cache_bytes_per_token": _cache_bytes(network),
+        **_cache_bytes(network),
         "positions": config.max_positions,
         "vocabulary": config.vocab_size,
         "layers": f"{len(config.layers)} x hidden {config.hidden_size}, {_heads(config)}",
@@ -104,7 +105,9 @@ def _read(model: str | os.PathLike) -> tuple[Config, dict[str, Any], bool]:
 
 
 def _heads(config: Config) -> str:
-    mixers = [layer.mixer for layer in config.layers]
+    mixers = [layer.mixer for layer in config.layers if isinstance(layer.mixer, Attention | LatentAttention)]
+    if not mixers:
+        return "none of attention"
     kept = dict.fromkeys(
         f"latents of {m.latent} + {m.turned_dim}" if isinstance(m, LatentAttention) else str(m.kv_heads)
         for m in mixers
@@ -112,7 +115,8 @@ def _heads(config: Config) -> str:
     )
     what = "" if isinstance(mixers[0], LatentAttention) else " key/value heads"
     sharing = sum(m.kept_by is not None for m in mixers)
-    return f"{mixers[0].heads} heads, {' or '.join(kept)}{what}" + f", {sharing} with those of earlier layers" * (sharing > 0)
+    part = "" if len(mixers) == len(config.layers) else f"{len(mixers)} of them of attention, "
+    return f"{part}{mixers[0].heads} heads, {' or '.join(kept)}{what}" + f", {sharing} with those of earlier layers" * (sharing > 0)
 
 
 def _own_inputs(config: Config) -> dict[str, str]:
@@ -146,15 +150,19 @@ def _sizes(tensors: Mapping[str, Tensor], native: bool) -> dict[str, int]:
     return sizes | {name: FORMATS[NATIVE].nbytes(*tensors[name].shape) for name in _packed(tensors, native)}
 
 
-def _cache_bytes(network: Network) -> int:
-    """Return by how many bytes one more token of a row makes the caches larger, in bfloat16."""
+def _cache_bytes(network: Network) -> dict[str, int]:
+    """Return the bytes of a row's caches in bfloat16: for each token, and whatever its text's length, where that is not all."""
     embedding = {EMBEDDING: jax.ShapeDtypeStruct((network.config.vocab_size, network.config.hidden_size), jnp.bfloat16)}
 
-    def size(slots: int) -> int:
-        caches = jax.eval_shape(lambda params: network.init_cache(params, 1, slots), embedding)
-        return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(caches))
+    def size(slots: int, reach: int = 0) -> int:
+        caches = jax.eval_shape(lambda params: network.reaching(reach).init_cache(params, 1, slots), embedding)
+        of_rows = [leaf for leaf in jax.tree.leaves(caches) if leaf.ndim]  # and not a count of a mixture
+        return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in of_rows)
 
-    return size(2) - size(1)
+    found = {"cache_bytes_per_token": size(2) - size(1)}
+    if network.reach is not None:
+        found |= {"state_bytes": size(0), "replay_bytes_per_token": size(0, 2) - size(0, 1)}
+    return found
 
 
 def _twin(network: Network, format: str, platform: str, native: bool) -> dict[str, Any] | None:

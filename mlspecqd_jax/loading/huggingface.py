@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from mlspecqd_jax.errors import InputError
 from mlspecqd_jax.json_files import reason
-from mlspecqd_jax.loading import native_mxfp4, weight_files
+from mlspecqd_jax.loading import native_mxfp4, stacked_experts, weight_files
 from mlspecqd_jax.network.network import Network
 from mlspecqd_jax.weights import tensors
 from mlspecqd_jax.weights.placement import place, weight_sharding
@@ -100,7 +100,7 @@ def read_params(folder: pathlib.Path, model: Network, dtype: jnp.dtype, mesh: Me
     Raises:
       InputError: files or tensors missing, unknown, of another shape, truncated, or not finite.
     """
-    tied, expected = model.config.tied, model.untied.tensors()
+    tied, expected = model.config.tied, stacked_experts.as_stored(folder, model.untied.tensors())
     either = tuple(expected[name].sources[0].names[0] for name in (HEAD, EMBEDDING)) if tied else ()
     packed = native_mxfp4.in_parts(folder, expected)
     parts = {name: tuple(packed[name].values()) if name in packed else (tensor,) for name, tensor in expected.items()}

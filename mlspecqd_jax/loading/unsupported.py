@@ -6,18 +6,17 @@ from typing import Any
 _ALIBI = "a model that knows positions by biases of its scores (ALiBi)"
 _DELTA = "a model with recurrent layers (gated delta nets)"
 _MAMBA = "a model with recurrent layers (a state space)"
-_CONVOLUTION = "a model with short convolutions"
 _INDEXED = "a model whose attention is sparse by an index"
 _HYPER = "a model with hyper-connections"
 _ASSISTANT = "a model that drafts from what another model computes"
 NAMED = (
     dict.fromkeys(("bloom", "mpt"), _ALIBI)
-    | dict.fromkeys(("qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_next", "olmo_hybrid"), _DELTA)
+    | dict.fromkeys(("olmo_hybrid",), _DELTA)
     | dict.fromkeys(("kimi_linear", "bailing_hybrid"), "a model with recurrent layers (linear attention)")
     | dict.fromkeys(("mamba", "mamba2", "falcon_mamba", "falcon_h1", "bamba", "zamba", "zamba2", "jamba"), _MAMBA)
     | dict.fromkeys(("nemotron_h", "nemotron_h_omni", "granitemoehybrid"), _MAMBA)
     | dict.fromkeys(("recurrent_gemma", "rwkv", "xlstm", "minimax"), "a model with recurrent layers")
-    | dict.fromkeys(("lfm2", "lfm2_moe", "lfm2_vl", "lfm3", "lfm3_vl"), _CONVOLUTION)
+    | dict.fromkeys(("lfm3_vl",), "a multimodal model")
     | dict.fromkeys(("deepseek_v32", "glm_moe_dsa", "glm5_next", "minimax_m3_vl", "minimax_m3_vl_text"), _INDEXED)
     | dict.fromkeys(("deepseek_v4", "qwen4_exp", "qwen4_exp_text", "hy_v4", "hy_v4_vl"), _HYPER)
     | dict.fromkeys(("gemma4_assistant", "gemma4_unified_assistant"), _ASSISTANT)

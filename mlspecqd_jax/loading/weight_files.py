@@ -29,7 +29,7 @@ PREFIXES = (
 )
 MISSING = ("", "model.", "transformer.", "gpt_neox.")  # what names may lack, if anything
 # Tensors that cannot change what a decoder of text puts out: buffers that are computed anew, scales of a quantized cache, heads for
-# other tasks, and what sees images.
+# other tasks or further tokens, and what sees images.
 BALLAST = (
     r"(.*\.)?rotary_emb\.\w+",
     r"(.*\.)?(position_ids|masked_bias|causal_mask)",
@@ -39,6 +39,7 @@ BALLAST = (
     r"(model\.)?(vision_tower|vision_model|visual|multi_modal_projector|mm_projector|connector)\..+",
     r"(model\.)?(audio_tower|embed_vision|embed_audio|vision_embedder)\..+",
     r"(model\.)?image_newline",
+    r"mtp\..+",
     r".*\.(attn|attention)\.(bias|masked_bias)",
 )
 

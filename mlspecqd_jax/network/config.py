@@ -62,6 +62,36 @@ class Attention:
     kept_by: int | None = None  # the number of an earlier layer, whose keys and values are those of this one
     bias: bool = False  # of queries, keys and values
     output_bias: bool = False
+    gate: Literal["head", "element"] | None = None  # a sigmoid of another product with x for each, by which it is multiplied
+
+
+@dataclasses.dataclass(frozen=True)
+class ShortConv:
+    """out(c * conv(b * u)) with b, c and u the thirds of in(x); conv sums so many positions of a channel, its own the last."""
+
+    length: int
+    bias: bool = False
+    rope: None = None
+    kept_by: None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class DeltaNet:
+    """out(norm(o) * silu(z(x))), o what a state says of the queries of positions that add a key and a value each (`delta_rule`).
+
+    Queries, keys and values are act(conv(projections of x)), conv being as a `ShortConv`'s, and the former two are divided by their
+    lengths. Value heads share key heads as query heads share keys in attention.
+    """
+
+    key_heads: int
+    heads: int  # of values
+    key_dim: int
+    value_dim: int
+    conv: int  # length of the convolution
+    norm: Norm  # of each head of o
+    act: str = "silu"
+    rope: None = None
+    kept_by: None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,7 +190,7 @@ class OwnInput:
 class Layer:
     """h = n0(x); x = x + n1(mixer(h)); x = x + n3(feed(n2(x))), each norm by its name in the file, None being the identity."""
 
-    mixer: Attention | LatentAttention
+    mixer: Attention | LatentAttention | ShortConv | DeltaNet
     feed: GatedMLP | MLP | Experts
     norms: tuple[str | None, str | None, str | None, str | None]
     parallel: bool = False  # x = x + n1(mixer(h)) + n3(feed(n2(x))), or feed(h) without n2

@@ -21,7 +21,7 @@ from flax import nnx
 
 from mlspecqd_jax.network import config
 from mlspecqd_jax.network.attention import KVCache, finite
-from mlspecqd_jax.network.ops import attend, layer_norm, linear, product, rms_norm, rotate, rows, scaled, write
+from mlspecqd_jax.network.ops import attend, layer_norm, linear, product, rms_norm, rotate, rounded, rows, scaled, write
 from mlspecqd_jax.weights.tensors import AXIS
 
 ACTIVATIONS = {
@@ -76,6 +76,7 @@ class Window(NamedTuple):
     used: jax.Array | None = None  # int32 [B], how many of them, from the first on, hold a token (see `ops`); None is all
     slots: jax.Array | None = None  # int32 [B, W], where in the keys and values they are; None is at their own numbers
     own: jax.Array | None = None  # what the layer alone is told of their tokens (`own_inputs`)
+    outermost: bool | None = None  # static, whether no later one begins before it
 
 
 class Linear(nnx.Module):
@@ -157,6 +158,8 @@ class Attention(nnx.Module):
         self.q_norm, self.k_norm = _norm_of_heads(a, a.heads), _norm_of_heads(a, a.kv_heads) if keeps else None
         self.v_norm = norm_of(a.value_dim, a.value_norm) if keeps and a.value_norm is not None else None
         self.sinks = nnx.Param(jnp.zeros((a.heads,)), axes=(AXIS,)) if a.sinks else None
+        gates = a.heads * {None: 0, "head": 1, "element": a.value_dim}[a.gate]
+        self.g_proj = make(gates, k, bias=a.bias and a.gate == "element", axes=ALONG_N) if gates else None
 
     def __call__(self, x: jax.Array, window: Window, cache: KVCache | None) -> tuple[jax.Array, KVCache]:
         """Return (output [B, W, K], keys and values) of x [B, W, K].
@@ -174,7 +177,12 @@ class Attention(nnx.Module):
         first = first if self.a.chunk is None else jnp.maximum(first, last - window.positions % self.a.chunk)
         sinks = None if self.sinks is None else self.sinks.get_value()
         out = attend(q, kept.k, kept.v, first, last, sinks, scale=self.a.scale, cap=self.a.cap, used=used)  # [B, W, H * Dv]
+        out = out if self.g_proj is None else self._gated(out, self.g_proj(x, used))
         return self.o_proj(out, used), kept
+
+    def _gated(self, out, gates):
+        gates = jnp.repeat(jax.nn.sigmoid(gates.astype(jnp.float32)), out.shape[-1] // gates.shape[-1], axis=-1)
+        return rounded(out.astype(jnp.float32) * gates, out.dtype)
 
     def _kept(self, raw, x, window, cache):
         """Return the keys and values of x, of which keys are projected, in the cache where there is one."""

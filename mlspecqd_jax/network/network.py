@@ -21,16 +21,18 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from mlspecqd_jax.errors import InputError
-from mlspecqd_jax.network import ops
+from mlspecqd_jax.network import delta_net, ops
 from mlspecqd_jax.network.attention import ExpertsRead, KVCache
-from mlspecqd_jax.network.config import Config, Experts, LatentAttention
+from mlspecqd_jax.network.config import Attention, Config, DeltaNet, Experts, LatentAttention, ShortConv
 from mlspecqd_jax.network.layers import ALONG_N, Linear
+from mlspecqd_jax.network.short_conv import ConvCache
 from mlspecqd_jax.network.trunk import Trunk
 from mlspecqd_jax.weights.placement import cache_sharding
 from mlspecqd_jax.weights.quantized_array import Leaf
 from mlspecqd_jax.weights.tensors import EMBEDDING, HEAD, Source, Tensor
 from pallas_kernels import chip_of
 
+Cache = KVCache | ConvCache | delta_net.DeltaCache | ExpertsRead | None
 FIRST = ".layers.0."  # in the names of a first layer's parameters
 
 
@@ -48,9 +50,9 @@ class Transformer(nnx.Module):
         self.lm_head = Linear(config.vocab_size, config.hidden_size, axes=ALONG_N, bias=config.head_bias, init=init, rngs=rngs)
         self.scale, self.cap = config.logit_scale, config.logit_cap
 
-    def __call__(self, tokens, start, caches):
+    def __call__(self, tokens, start, caches, outermost=False):
         used = None if caches is None else _in_use(tokens)
-        x, caches = self.model(tokens, start, caches, used)
+        x, caches = self.model(tokens, start, caches, used, outermost)
         with jax.named_scope("lm_head"):
             logits = self.lm_head(x, used, jnp.float32)
             logits = logits if self.scale == 1 else self.scale * logits
@@ -68,6 +70,26 @@ class Network:
 
     config: Config
     mesh: Mesh | None = None
+    kept: int = 0  # of `reach`, in layers that do not keep all positions
+    outermost: bool = False  # whether no window later begins before one that it runs, as a target's
+
+    @property
+    def reach(self) -> int | None:
+        """How many positions at the end of what was fed may be fed again; None is all (contract C15)."""
+        all_kept = all(isinstance(layer.mixer, Attention | LatentAttention) for layer in self.config.layers)
+        return None if all_kept else self.kept
+
+    def reaching(self, positions: int, outermost: bool = False) -> "Network":
+        """Return the same network with caches in which so many positions may be fed again.
+
+        With `outermost` it is a target's: no window, of its own or of twins on its cache, begins before one that it ran.
+        """
+        return self if self.reach is None else dataclasses.replace(self, kept=positions, outermost=outermost)
+
+    @property
+    def of_a_draft(self) -> "Network":
+        """The same network, to draft on the same cache."""
+        return dataclasses.replace(self, outermost=False)
 
     @property
     def vocab_size(self) -> int:
@@ -148,15 +170,15 @@ class Network:
 
         return {name: part(name, tensor) for name, tensor in self.tensors().items()}
 
-    def experts_read(self, cache: list[KVCache | ExpertsRead]) -> jax.Array | None:
+    def experts_read(self, cache: list[Cache]) -> jax.Array | None:
         """Return of how many experts a layer has read the weights so far, on average: f32 [], or None of a model without any."""
         last = cache[-1]
         return last.total if isinstance(last, ExpertsRead) else None
 
-    def init_cache(self, params: dict[str, jax.Array], batch: int, slots: int) -> list[KVCache | ExpertsRead | None]:
+    def init_cache(self, params: dict[str, jax.Array], batch: int, slots: int) -> list[Cache]:
         """Return zeroed caches of `slots` positions in the dtype of the embedding, None for a layer that reads an earlier one's.
 
-        Those of a mixture end with a count.
+        Some layers keep the last few positions only (`reach`). Those of a mixture end with a count.
         """
         dtype = params[EMBEDDING].dtype
 
@@ -167,11 +189,16 @@ class Network:
             return jax.lax.with_sharding_constraint(buffer, cache_sharding(buffer.shape, self.mesh))
 
         def of(m):
-            if isinstance(m, LatentAttention):
-                return KVCache(zeros(1, m.latent + m.turned_dim), None)
+            match m:
+                case LatentAttention():
+                    return KVCache(zeros(1, m.latent + m.turned_dim), None)
+                case ShortConv():
+                    return ConvCache(jnp.zeros((batch, m.length - 1 + self.kept, self.config.hidden_size), dtype))
+                case DeltaNet():
+                    return delta_net.empty(m, batch, self.kept, dtype)
             return None if m.kept_by is not None else KVCache(zeros(m.kv_heads, m.head_dim), zeros(m.kv_heads, m.value_dim))
 
-        caches: list[KVCache | ExpertsRead | None] = [of(layer.mixer) for layer in self.config.layers]
+        caches: list[Cache] = [of(layer.mixer) for layer in self.config.layers]
         mixture = any(isinstance(layer.feed, Experts) for layer in self.config.layers)
         return caches + [ExpertsRead(jnp.zeros((), jnp.float32))] * mixture
 
@@ -180,7 +207,7 @@ class Network:
         params,
         tokens: jax.Array,
         start: jax.Array,
-        cache: list[KVCache | ExpertsRead | None] | None,
+        cache: list[Cache] | None,
         *,
         features: bool = False,
     ):
@@ -198,7 +225,7 @@ class Network:
           (logits f32 [B, W, V], updated cache or None, features [B, W, K] or None).
         """
         with self.module(params) as module:
-            logits, cache, hidden = module(tokens, start, cache)
+            logits, cache, hidden = module(tokens, start, cache, self.outermost)
         return logits, cache, hidden if features else None
 
     @contextlib.contextmanager

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 import cpu_kernels
+from mlspecqd_jax.folds import product, rounded
 from mlspecqd_jax.network import attention, norms, rope
 from mlspecqd_jax.network.attention import KVCache
 from mlspecqd_jax.network.config import Norm, Rope
@@ -40,6 +41,7 @@ __all__ = [
     "rms_norm",
     "rotary",
     "rotate",
+    "rounded",
     "row_multiple",
     "rows",
     "scaled",
@@ -124,16 +126,6 @@ def layer_norm(x: jax.Array, weight: jax.Array, bias: jax.Array, norm: Norm, use
 def scaled(x: jax.Array, factor: float) -> jax.Array:
     """`product` of x and a factor, which is rounded to x's dtype."""
     return x if factor == 1 else product(x, jnp.asarray(factor, x.dtype))
-
-
-def product(x: jax.Array, y: jax.Array) -> jax.Array:
-    """x * y, elementwise, to be added to something.
-
-    XLA:CPU would fuse the product with the sum that takes it, for a window of one row otherwise than for others. Bounds that change
-    no finite number keep the two apart.
-    """
-    most = jnp.finfo(x.dtype).max
-    return jnp.clip(x * y, -most, most)
 
 
 def rotary(positions: jax.Array, rotation: Rope) -> tuple[jax.Array, jax.Array]:

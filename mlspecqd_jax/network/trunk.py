@@ -4,6 +4,7 @@ Notation: B batch, W window (the positions of one pass), K hidden size.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,24 +12,32 @@ from flax import nnx
 
 from mlspecqd_jax.network import config
 from mlspecqd_jax.network.attention import ExpertsRead
+from mlspecqd_jax.network.delta_net import DeltaNet
 from mlspecqd_jax.network.experts import Experts
 from mlspecqd_jax.network.latent_attention import LatentAttention
 from mlspecqd_jax.network.layers import MLP, Attention, Embedding, GatedMLP, Window, norm_of
 from mlspecqd_jax.network.ops import product, rotary, scaled
 from mlspecqd_jax.network.own_inputs import OwnInput, OwnInputs
+from mlspecqd_jax.network.short_conv import ShortConv
+
+# What they are, and are called in a file.
+MIXERS: dict[type, tuple[Any, str]] = {
+    config.Attention: (Attention, "self_attn"),
+    config.LatentAttention: (LatentAttention, "self_attn"),
+    config.ShortConv: (ShortConv, "conv"),
+    config.DeltaNet: (DeltaNet, "linear_attn"),
+}
 
 
 class Block(nnx.Module):
-    """A decoder layer: attention and MLP between norms, which are named as in the file (`config.Layer`)."""
+    """A decoder layer: attention, or what stands for it, and MLP between norms, named as in the file (`config.Layer`)."""
 
     def __init__(self, layer: config.Layer, norm: config.Norm, k: int, *, init, rngs: nnx.Rngs):
         self.layer = layer
         for name in filter(None, layer.norms):
             setattr(self, name, norm_of(k, norm))
-        if isinstance(layer.mixer, config.LatentAttention):
-            self.self_attn = LatentAttention(layer.mixer, k, init=init, rngs=rngs)
-        else:
-            self.self_attn = Attention(layer.mixer, k, init=init, rngs=rngs)
+        kind, name = MIXERS[type(layer.mixer)]
+        setattr(self, name, kind(layer.mixer, k, init=init, rngs=rngs))
         if isinstance(layer.feed, config.GatedMLP):
             self.mlp = GatedMLP(layer.feed, k, init=init, rngs=rngs)
         elif isinstance(layer.feed, config.Experts):
@@ -39,7 +48,7 @@ class Block(nnx.Module):
         self.layer_scalar = nnx.Param(jnp.ones((1,))) if layer.scalar else None
 
     def __call__(self, x, window: Window, cache):
-        """Return (x [B, W, K], keys and values, how many experts were read or None), as `Attention` takes its arguments."""
+        """Return (x [B, W, K], its cache, how many experts were read or None), as `Attention` takes its arguments."""
         x, cache, read = self._parts(x, window, cache)
         if self.own is not None and window.own is not None:
             x = x + self.own(x, window.own, window.used)
@@ -51,7 +60,8 @@ class Block(nnx.Module):
         before, after, before_feed, after_feed = (getattr(self, name) if name else _identity for name in self.layer.norms)
         used, scale = window.used, self.layer.scale
         h = before(x, used)
-        mixed, cache = self.self_attn(h, window, cache)
+        _, name = MIXERS[type(self.layer.mixer)]
+        mixed, cache = getattr(self, name)(h, window, cache)
         y = x + scaled(after(mixed, used), scale)
         if not self.layer.parallel:
             fed, read = self._fed(before_feed(y, used), used)
@@ -67,10 +77,10 @@ def _identity(x, used):
     return x
 
 
-@functools.partial(jax.jit, static_argnames="graphdef")
-def _run(graphdef, state, x, window: Window, cache):
+@functools.partial(jax.jit, static_argnames=("graphdef", "outermost"))
+def _run(graphdef, state, x, window: Window, cache, outermost):
     """Apply a block; those of equal parts are traced and lowered once."""
-    return nnx.merge(graphdef, state)(x, window, cache)
+    return nnx.merge(graphdef, state)(x, window._replace(outermost=outermost), cache)
 
 
 class Trunk(nnx.Module):
@@ -99,18 +109,18 @@ class Trunk(nnx.Module):
         """Return what each layer alone is told of tokens [B, W] with embeddings x [B, W, K], or None."""
         return None if self.own_inputs is None else self.own_inputs(tokens, x, used)
 
-    def __call__(self, tokens, start, caches, used=None):
+    def __call__(self, tokens, start, caches, used=None, outermost=False):
         positions = start[:, None] + jnp.arange(tokens.shape[1])[None, :]  # [B, W]
         slots = None if caches is not None else jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         turned = {rope: None if rope is None else rotary(positions, rope) for rope in dict.fromkeys(self.ropes)}
         x = self.embed(tokens, positions)
         own = self.own_inputs_of(tokens, x, used) or [None] * len(self.layers)
-        kept, reads = [], []  # keys and values by layer, also those that a layer has of an earlier one
+        kept, reads = [], []  # caches by layer, also those that a layer has of an earlier one
         for i, (layer, source) in enumerate(zip(self.layers, self.kept_by, strict=True)):
             window = Window(positions, turned[self.ropes[i]], used, slots, own[i])
             given = kept[source] if source is not None else None if caches is None else caches[i]
             with jax.named_scope(f"layer_{i}"):
-                x, cache, read = _run(*nnx.split(layer), x, window, given)
+                x, cache, read = _run(*nnx.split(layer), x, window, given, outermost)
             kept.append(cache)
             reads += [] if read is None else [read]
         updated = [None if source is not None else cache for cache, source in zip(kept, self.kept_by, strict=True)]

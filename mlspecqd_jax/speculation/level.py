@@ -10,6 +10,7 @@ length is neither read nor trimmed. Rows that are finished go around with the ot
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -77,8 +78,14 @@ class Level:
                 raise InputError(
                     f"draft_len {level.draft_len} needs a window of {level.window(depth)} positions; at most {SLACK} are supported"
                 )
+            kept, asked = getattr(level.model, "reach", None), reach(self.draft_lens, len(self.levels))
+            if kept is not None and kept < asked:
+                raise InputError(
+                    f"the cache of {level.name} keeps {kept} positions that may be fed again, but these draft lengths ask for "
+                    f"{asked}; build the stack with mlsd.stack, or give its model as Network.reaching({asked}) returns it"
+                )
         below = level_of(self.drafter)
-        if below is not None and below.share_cache and below.model != self.model:
+        if below is not None and below.share_cache and _as_draft(below.model) != _as_draft(self.model):
             raise InputError("a drafter can share its verifier's cache only if it is the same model with other weights")
 
     @property
@@ -246,6 +253,19 @@ class Level:
 
         found = jax.eval_shape(one_pass)
         return jnp.zeros(found.shape, found.dtype)
+
+
+def _as_draft(model: Scorer) -> Scorer:
+    return getattr(model, "of_a_draft", model)
+
+
+def reach(draft_lens: Sequence[int], levels: int) -> int:
+    """Return how many positions at the end of what a cache was fed may be fed again, at most, in any stack of these (C15).
+
+    What is drafted in a round lies no further behind the target's pending token than its draft is long, whatever drafts below, and
+    no later window starts before that token, but for one token that each level above another may make it feed again.
+    """
+    return max(draft_lens, default=0) + levels - 1
 
 
 def level_of(drafter: Any) -> Level | None:

@@ -29,6 +29,9 @@ class Scorer(Protocol):
     Law 2: logits[:, w] depend on the tokens at absolute positions up to start + w alone, as fed in this call and, below start, as
     last fed in earlier ones. Entries of the cache beyond them, other rows, and rows of `PADDING` change nothing. The latter come
     last in a window, and nobody reads their logits and features.
+
+    One whose cache does not hold all positions has a `reach`: how many at the end of what was fed may be fed again (C15). It may be
+    told that it is the outermost, and is then `of_a_draft` the same scorer as a twin on its cache.
     """
 
     @property

@@ -57,6 +57,21 @@ def test_the_numbers_are_those_of_the_loaded_model(tmp_path, name):
         assert found["twins"][format] == {"bytes": own, "part_of_pass": read / model.bytes_read()}
 
 
+def test_what_a_row_keeps_however_long_its_text_is(tmp_path):
+    """Of Qwen3.6-35B-A3B: 30 states of 32 x 128 x 128 in float32, and what 3 positions before a window are convolved of."""
+    sizes = {
+        "num_hidden_layers": 40,
+        "max_position_embeddings": 262144,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e7},
+    }
+    found = describe(config_json(tmp_path, {"model_type": "qwen3_5_moe", "vision_config": {}, "text_config": sizes}))
+    assert (found["parameters"], found["parameters_per_token"]) == (34_660_610_688, 2_946_429_568)
+    assert found["cache_bytes_per_token"] == 10 * 2 * 2 * 256 * 2
+    assert found["state_bytes"] == 30 * (32 * 128 * 128 * 4 + 3 * 8192 * 2 + 4)
+    assert found["replay_bytes_per_token"] == 30 * ((8192 + 2048 + 4096) * 2 + 2 * 32 * 4)
+    assert found["layers"] == "40 x hidden 2048, 10 of them of attention, 16 heads, 2 key/value heads"
+
+
 KNOWN = {  # parameters, and what of them a pass over a token reads, as the models' own pages and files have them
     "HuggingFaceTB--SmolLM2-135M": (134_515_008, None, 23_040),
     "Qwen--Qwen2-0.5B": (494_032_768, None, 12_288),

@@ -49,6 +49,25 @@ def test_files_that_do_not_fit(tmp_path, family, change, words):
         read(family_files.write(tmp_path, family, {name: shape for name, shape in shapes.items() if shape is not None}))
 
 
+def test_experts_in_one_tensor_are_those_in_modules_of_their_own(tmp_path):
+    """Files of one model_type hold the one or the other; what predicts further tokens is left out of both."""
+    shapes, stacks = family_files.recorded("qwen3_5_moe_images")[0], {}
+    tensors = {name: family_files.drawn(name, shape) for name, shape in shapes.items()}
+    for at in sorted({name.partition(".experts.")[0] + ".experts" for name in shapes if ".experts." in name}):
+        gate, up, down = (np.stack([tensors.pop(f"{at}.{e}.{x}_proj.weight") for e in range(5)]) for x in ("gate", "up", "down"))
+        stacks |= {f"{at}.gate_up_proj": np.concatenate([gate, up], axis=1), f"{at}.down_proj": down}
+    config = family_files.CONFIGS["qwen3_5_moe_images"]
+    more = {"mtp.layers.0.mlp.experts.gate_up_proj": np.ones((5, 4, 4), np.float32), "mtp.fc.weight": np.ones((4, 4), np.float32)}
+    with pytest.warns(UserWarning, match="left out"):
+        found = read(tiny.write_checkpoint(tmp_path / "stacked", config, tensors | stacks | more))
+    with pytest.warns(UserWarning, match="left out"):
+        plain = read(family_files.write(tmp_path / "plain", "qwen3_5_moe_images"))
+    jax.tree.map(np.testing.assert_array_equal, found, plain)
+    stacks[f"{at}.down_proj"] = stacks[f"{at}.down_proj"][:4]
+    with refused("experts.down_proj has shape [4, 48, 36]", "[5, 48, 36]"):
+        read(tiny.write_checkpoint(tmp_path / "less", config, tensors | stacks))
+
+
 def test_layers_that_predict_further_tokens_are_left_out(tmp_path):
     shapes = family_files.recorded("glm4_moe")[0]
     behind = {"eh_proj.weight": (48, 96), "enorm.weight": (48,), "mlp.experts.0.up_proj.weight": (36, 48)}

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 import mlspecqd_jax as mlsd
+from mlspecqd_jax.network.config import ShortConv
 from mlspecqd_jax.speculation.translated import Translated
 from mlspecqd_jax.weights.tensors import EMBEDDING
 
@@ -71,6 +72,15 @@ def test_stacks_translate_each_level_of_another_tokenizer(quick, other, capsys):
     assert capsys.readouterr().err.count("another tokenizer") == 1  # once for all models of it
     mlsd.stack(quick, other)
     assert capsys.readouterr().err == ""
+
+
+def test_layers_that_do_not_keep_all_positions_are_refused(quick, other):
+    """How far a window goes back in a draft's own tokens is not known."""
+    foreign = renumbered(other, "foreign")
+    layers = tuple(dataclasses.replace(layer, mixer=ShortConv(3)) for layer in foreign.network.config.layers)
+    network = dataclasses.replace(foreign.network, config=dataclasses.replace(foreign.network.config, layers=layers))
+    with refused("foreign has layers that do not keep all positions and another tokenizer than quick"):
+        mlsd.stack(quick, dataclasses.replace(foreign, network=network))
 
 
 def test_a_tokenizer_that_shares_too_little_is_refused(quick, other):

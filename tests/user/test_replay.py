@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import family_files
 import numpy as np
 import pytest
 
@@ -45,6 +46,15 @@ def test_other_noise_would_have_written_another_text(demo, written):
     other = written[0.8]._replace(sampling=sampling.__class__(**(vars(sampling) | {"seed": sampling.seed + 1})))
     assert agreement(demo, other).mean() < 0.9
     assert agreement(demo, replay.Written(state, sampling)).all()
+
+
+@pytest.mark.exhaustive
+def test_a_state_is_fed_up_to_each_place(tmp_path):
+    """A cache that does not hold all positions, of a model that would have written all of its own text."""
+    model = mlsd.load(family_files.write(tmp_path, "qwen3_5"), dtype="float32")
+    text = replay.write(mlsd.stack(model), [3, 1, 4, 1, 5] * 5, TOKENS, temperature=0.8, seed=5)
+    assert agreement(model, text).tolist() == [True] * TOKENS
+    assert 0.2 < agreement(model.quantized("mxfp8_e4m3"), text).mean() < 1
 
 
 def played(hits, length, target, draft):

@@ -20,6 +20,7 @@ from mlspecqd_jax.network.families.gptj import gptj
 from mlspecqd_jax.network.families.granite import granite, granite_swa, granitemoe, hyperclovax
 from mlspecqd_jax.network.families.helium import helium
 from mlspecqd_jax.network.families.hunyuan import hunyuan, hunyuan_moe
+from mlspecqd_jax.network.families.lfm2 import lfm2, lfm2_moe, lfm3
 from mlspecqd_jax.network.families.llama import llama
 from mlspecqd_jax.network.families.llama4 import llama4
 from mlspecqd_jax.network.families.ministral3 import ministral3
@@ -33,6 +34,7 @@ from mlspecqd_jax.network.families.phi import phi
 from mlspecqd_jax.network.families.phi3 import phi3
 from mlspecqd_jax.network.families.qwen2 import qwen2
 from mlspecqd_jax.network.families.qwen3 import qwen3
+from mlspecqd_jax.network.families.qwen3_next import qwen3_5, qwen3_5_moe, qwen3_next
 from mlspecqd_jax.network.families.qwen_moe import qwen2_moe, qwen3_moe
 from mlspecqd_jax.network.families.seed_oss import seed_oss
 from mlspecqd_jax.network.families.smollm3 import smollm3
@@ -95,6 +97,12 @@ FAMILIES = {
     "llama4_text": llama4,
     "ernie4_5_moe": ernie4_5_moe,
     "hunyuan_v1_moe": hunyuan_moe,
+    "qwen3_next": qwen3_next,
+    "qwen3_5_text": qwen3_5,
+    "qwen3_5_moe_text": qwen3_5_moe,
+    "lfm2": lfm2,
+    "lfm2_moe": lfm2_moe,
+    "lfm3": lfm3,
     "deepseek_v2": deepseek_v2,
     "deepseek_v3": deepseek_v3,
     "glm4_moe_lite": glm4_moe_lite,
