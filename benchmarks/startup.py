@@ -3,7 +3,7 @@
     python benchmarks/startup.py --out benchmarks/results/startup-cpu.json
     python benchmarks/startup.py SmolLM2-135M --draft mxfp4 --out benchmarks/results/startup-SmolLM2-135M-cpu.json
 
-Three kinds take turns: in an empty cache ("first"), in one that holds the C++ libraries alone ("cold"), and after that in the same one
+Three kinds take turns: in an empty cache ("first"), in one that holds the C++ libraries alone ("cold"), then again in the same one
 ("warm"). Seconds, and those of all processors, child processes such as a compiler's among them.
 """
 
@@ -35,7 +35,9 @@ def first_text(cache: str, asked: list[str]) -> dict[str, float]:
     environment = {k: v for k, v in os.environ.items() if not k.startswith("JAX_")} | {"XDG_CACHE_HOME": cache}
     before = _of_children()
     began = time.perf_counter()
-    with subprocess.Popen([*COMMAND, *asked, *PROMPT], env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+    with subprocess.Popen(
+        [*COMMAND, *asked, *PROMPT], env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    ) as process:
         if not process.stdout.read(1):
             raise RuntimeError(f"{' '.join(COMMAND)} printed nothing")
         first, processor = time.perf_counter() - began, processor_seconds(process.pid)
