@@ -1,4 +1,4 @@
-"""Measures one GPU or TPU: memory's roof, the MXFP4 product against BF16's, generation with random weights, and exactness.
+"""Measures one GPU or TPU: memory's roof, products of each format and of experts, generation with random weights, and exactness.
 
     python benchmarks/accelerator.py --out benchmarks/results/accelerator-h200.json
 
@@ -23,16 +23,9 @@ import time
 from pathlib import Path
 
 import machine
+from accelerator_products import LAYERS, ROWS, experts, formats, kernels, seconds
 
 ROOT = Path(__file__).resolve().parent.parent
-ROWS = (1, 8, 16, 64)
-LAYERS = {  # N x K of the weights of a layer: queries, keys, up, down
-    "1B": ((2048, 2048), (512, 2048), (8192, 2048), (2048, 8192)),
-    "8B": ((4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336)),
-    "8B, one product for what reads the same x": ((6144, 4096), (28672, 4096)),
-    "70B": ((8192, 8192), (1024, 8192), (28672, 8192), (8192, 28672)),
-    "tiny": ((128, 64), (64, 128)),
-}
 # Vocabulary, hidden size, the MLP's middle, layers, heads, key/value heads, size of a head, positions.
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
 SIZES += ("head_dim", "max_position_embeddings")
@@ -41,11 +34,9 @@ MODELS = {
     "1B": (128256, 2048, 8192, 16, 32, 8, 64, 131072),
     "tiny": (256, 64, 96, 1, 4, 2, 16, 1024),
 }
-IN_TURN = 16  # products of a loop's body, so that what the host does for one round of it is a small part
-CACHES = 2**27  # bytes: copies of a weight are more than what caches hold, if `IN_TURN` of them can be
 ACCEPTANCE = (0.8, 0.9, 0.95)  # of the twin's tokens; 0.6 of the look-up's that draft for it
 WHILE = "--xla_gpu_enable_command_buffer=+WHILE,+CONDITIONAL"
-PARTS = {"kernels": "", "programs": "", "exactness": "", "programs, loops in command buffers": WHILE}
+PARTS = {"kernels": "", "formats": "", "experts": "", "programs": "", "exactness": "", "programs, loops in command buffers": WHILE}
 PROMPTS = (  # of at most 16 tokens, so that one width of prefill serves all
     "The capital of France is",
     "def fibonacci(n):",
@@ -64,109 +55,6 @@ PROMPTS = (  # of at most 16 tokens, so that one width of prefill serves all
     "SELECT name FROM people WHERE",
     "A list differs from a tuple in",
 )
-
-
-def seconds(call, trials: int) -> dict:
-    """Return median, least and greatest time of a call that has been compiled."""
-    import jax
-
-    jax.block_until_ready(call())
-    taken = []
-    for _ in range(trials):
-        began = time.perf_counter()
-        jax.block_until_ready(call())
-        taken.append(time.perf_counter() - began)
-    return {"median": statistics.median(taken), "min": min(taken), "max": max(taken)}
-
-
-def roof(size: int, trials: int) -> float:
-    """Return the rate in GB/s at which the device reads `size` bytes."""
-    import jax
-    import jax.numpy as jnp
-
-    words, repeats = jnp.ones((size // 4,), jnp.int32), 8
-
-    @jax.jit
-    def read(words):
-        return jax.lax.fori_loop(0, repeats, lambda _, total: jnp.sum(words ^ total), jnp.int32(0))
-
-    return repeats * words.nbytes / seconds(lambda: read(words), trials)["min"] / 1e9
-
-
-def chained(run, weight, size: int):
-    """Return (function that multiplies x by copies of a weight, one product after the other; how many products these are)."""
-    import jax
-
-    copies = [jax.tree.map(lambda part: part + 0, weight) for _ in range(min(1 + CACHES // weight.nbytes, IN_TURN))]
-    in_turn = [copies[i % len(copies)] for i in range(IN_TURN)]
-    repeats = max(1, size // (weight.nbytes * IN_TURN))
-
-    @jax.jit
-    def chain(x, in_turn):
-        def through(_, x):
-            for copy in in_turn:
-                x = x + 0 * run(x, copy)[:, :1].astype(x.dtype)
-            return x
-
-        return jax.lax.fori_loop(0, repeats, through, x)
-
-    return lambda x: chain(x, in_turn), repeats * IN_TURN
-
-
-def kernels(options) -> dict:
-    """Return the roof, and the time, share of the roof and error of both products at every shape and number of rows."""
-    import jax
-    import jax.numpy as jnp
-
-    from mlspecqd_jax.weights import layouts
-    from mlspecqd_jax.weights.cast import dequantize, quantize
-    from mlspecqd_jax.weights.products import multiply
-    from pallas_kernels import best_product, bf16_matmul, chip_of
-
-    rate = roof(options.bytes, options.trials)
-    chip, found, left_out, began = chip_of(jax.devices()[0]), [], [], time.perf_counter()
-    for layer in options.layers:
-        for n, k in LAYERS[layer]:
-            if time.perf_counter() - began > options.budget:
-                left_out.append(f"{layer}: {n} x {k}")
-                continue
-            w = (jax.random.normal(jax.random.key(n + k), (n, k)) / k**0.5).astype(jnp.bfloat16)
-            stored = quantize(w)
-            product = best_product(chip, "bfloat16", n, k).name
-            leaf = layouts.arrange(stored, product, chip, dtype=jnp.bfloat16)
-            for name, weight, run in ((f"mxfp4 ({product})", leaf, multiply), ("bf16", w, bf16_matmul)):
-                decoded = dequantize(stored) if weight is leaf else w
-                chain, passes = chained(run, weight, options.bytes)
-                run = jax.jit(run)
-                for m in options.rows:
-                    x = jax.random.normal(jax.random.key(m), (m, k)).astype(jnp.bfloat16)
-                    exact = in_float32(x, decoded)
-                    result = run(x, weight)
-                    took = seconds(functools.partial(chain, x), options.trials)["median"] / passes
-                    found.append(
-                        {
-                            "layer": layer,
-                            "n": n,
-                            "k": k,
-                            "rows": m,
-                            "product": name,
-                            "seconds": took,
-                            "share_of_roof": weight.nbytes / took / 1e9 / rate,
-                            "error": float(jnp.max(jnp.abs(result - exact)) / jnp.max(jnp.abs(exact))),
-                            "first_row_as_alone": bool(jnp.array_equal(result[:1], run(x[:1], weight))),
-                        }
-                    )
-    return {"read_gb_per_second": rate, "products": found, "left_out": left_out}
-
-
-def in_float32(x, w):
-    """Return x @ w.T by float32 products."""
-    import jax
-    import jax.numpy as jnp
-
-    contracted = (((1,), (1,)), ((), ()))
-    highest = jax.lax.Precision.HIGHEST
-    return jax.lax.dot_general(x.astype(jnp.float32), w.astype(jnp.float32), contracted, precision=highest)
 
 
 def random_model(name: str):
@@ -322,10 +210,13 @@ def device() -> dict:
     return {"device": d.device_kind, "chip": chip_of(d), "platform": d.platform, "jax": jax.__version__}
 
 
+MEASURE = {"kernels": kernels, "formats": formats, "experts": experts, "programs": programs, "exactness": exactness}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="write the result as JSON")
-    parser.add_argument("--part", choices=("kernels", "programs", "exactness"), help="measure this alone, in this process")
+    parser.add_argument("--part", choices=tuple(MEASURE), help="measure this alone, in this process")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="measure these, in this order")
     parser.add_argument("--budget", type=float, default=120, help="seconds for each part")
     parser.add_argument("--trials", type=int, default=5)
@@ -342,8 +233,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.part:
         sys.path.insert(0, str(ROOT))
-        measure = {"kernels": kernels, "programs": programs, "exactness": exactness}[options.part]
-        print(json.dumps(device() | measure(options)))
+        print(json.dumps(device() | MEASURE[options.part](options)))
         return
     versions = machine.describe()["versions"]
     result = {"command": shlex.join(["python", "benchmarks/accelerator.py", *sys.argv[1:]]), "device": None, "versions": versions}

@@ -10,8 +10,9 @@ PROGRAMS = {"programs, products joined": "joined", "programs": "apart"}
 
 
 def measured(result: dict) -> str:
-    """Return the three tables and what they were measured on."""
-    return "\n\n".join([products(result["kernels"]), generation(result), exactness(result)])
+    """Return the tables of what was measured."""
+    more = [make(result[part]) for part, make in {"formats": products, "experts": experts}.items() if part in result]
+    return "\n\n".join([products(result["kernels"]), *more, generation(result), exactness(result)])
 
 
 def products(part: dict) -> str:
@@ -25,6 +26,17 @@ def products(part: dict) -> str:
         lines.append(f"| {n} x {k} | {product} | {cells} |")
     note = f"Time of a product, and its share of the rate at which the device reads memory, {part['read_gb_per_second']:,.0f} GB/s."
     return "\n".join([*lines, "", note])
+
+
+def experts(part: dict) -> str:
+    """Return the table of products with experts' weights: time, and share of the memory's rate by the bytes of those hit."""
+    lines = ["| mixture, [N, K] | product | positions | different experts | time | share of memory's rate |", "|---" * 6 + "|"]
+    for run in part["products"]:
+        lines.append(
+            f"| {run['mixture']}, {run['n']} x {run['k']} | {run['product']} | {run['rows']} | {run['distinct_experts']:.1f} | "
+            f"{1e6 * run['seconds']:.0f} µs | {run['share_of_roof']:.0%} |"
+        )
+    return "\n".join(lines)
 
 
 def program_runs(result: dict) -> list[tuple[str, dict]]:

@@ -15,7 +15,7 @@ def programs(result: dict) -> str:
         )
     drafts = sorted({f"{facts['draft']}" for facts in result["programs"].values()})
     about = f"Target > its MXFP4 twin > the MXFP4 twin of {' or '.join(drafts)}, at full depth, one row of 1,280 slots."
-    return "\n".join([*lines, "", f"{about} {bundles(result['bundles'])}"])
+    return "\n".join([*lines, "", f"{about} {bundles(result['bundles'])}", "", *formats(result["formats"])])
 
 
 def bundles(result: dict) -> str:
@@ -29,3 +29,22 @@ def bundles(result: dict) -> str:
             f"(a block of {tile} x {block}, weight {size}; a BF16 kernel of the same block: {found['8']['bf16']})"
         )
     return f"Instruction bundles of the TPU kernel against the cycles in which memory delivers the weights: {'; '.join(each)}."
+
+
+def formats(result: dict) -> list[str]:
+    """Return the lines of a table of the TPU kernel for all formats: bundles over the cycles of memory, for 8 and 16 rows."""
+    chips = list(result)
+    heads = (f"{chip}: {rows} rows" for chip in chips for rows in (8, 16))
+    lines = [f"| bundles of the TPU kernel for all formats, and what it then takes of bfloat16's time | {' | '.join(heads)} |"]
+    lines.append("|---" * (1 + 2 * len(chips)) + "|")
+    for name in sorted(result[chips[0]], key=lambda name: (result[chips[0]][name]["memory cycles"], name)):
+        cells = []
+        for chip in chips:
+            found = result[chip][name]
+            memory, plain = found["memory cycles"], found["memory cycles in bf16"]
+            cells += [f"{found[rows] / memory:.2f}, {max(found[rows], memory) / plain:.2f}" for rows in ("8", "16")]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    note = (
+        "First bundles over the cycles in which memory delivers the packed block, then the longer of the two over what memory takes"
+    )
+    return [*lines, "", f"{note} for that block in bfloat16; at 4096 x 4096, by counting alone."]

@@ -3,7 +3,7 @@
     python benchmarks/startup.py --out benchmarks/results/startup-cpu.json
     python benchmarks/startup.py SmolLM2-135M --draft mxfp4 --out benchmarks/results/startup-SmolLM2-135M-cpu.json
 
-Three kinds take turns: in an empty cache ("first"), in one that holds the C++ libraries alone ("cold"), and after that in the same one
+Three kinds take turns: in an empty cache ("first"), in one that holds the C++ libraries alone ("cold"), then again in the same one
 ("warm"). Seconds, and those of all processors, child processes such as a compiler's among them.
 """
 

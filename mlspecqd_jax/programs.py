@@ -29,7 +29,8 @@ class Programs(NamedTuple):
 def programs(stack: Stack) -> Programs:
     """Return the functions that run a stack."""
     options = tuple(compiler_options(stack).items())
-    return _kept(options) if keeping() else _jitted(options)
+    # Elsewhere than on CPU no kept program has been loaded yet, and jax's own cache spares the longest part.
+    return _kept(options) if keeping() and _platform(stack) == "cpu" else _jitted(options)
 
 
 def preparing(stack: Stack) -> dict[str, tuple[float, float]]:
@@ -45,9 +46,12 @@ def preparing(stack: Stack) -> dict[str, tuple[float, float]]:
 
 def compiler_options(stack: Stack) -> dict[str, Any]:
     """Return the `compiler_options` of a `jax.jit` that runs this stack: on GPU an exact one needs the same products everywhere."""
-    level = outermost(stack)
-    platform = next(iter(jax.tree.leaves(level.params)[0].devices())).platform
+    platform = _platform(stack)
     return dict(ONE_ALGORITHM) if isinstance(stack, Stack) and stack.exact and platform == "gpu" else {}
+
+
+def _platform(stack) -> str:
+    return next(iter(jax.tree.leaves(outermost(stack).params)[0].devices())).platform
 
 
 @functools.cache

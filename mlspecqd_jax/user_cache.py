@@ -19,8 +19,12 @@ def cache_folder(kind: str) -> pathlib.Path:
 def why_not_own(folder: pathlib.Path) -> str | None:
     """Return why a folder of `cache_folder`, which is made if it is not there, is not this user's alone to write; None if it is."""
     try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        folder.parent.parent.mkdir(parents=True, exist_ok=True)
         for each in (folder.parent, folder):
+            each.mkdir(mode=0o700, exist_ok=True)
+            status = os.stat(each)
+            if status.st_uid == os.getuid() and status.st_mode & stat.S_IWGRP and not status.st_mode & stat.S_IWOTH:
+                each.chmod(stat.S_IMODE(status.st_mode) & ~stat.S_IWGRP)  # as folders are made where each user has a group
             if not _is_own(os.stat(each)):
                 return f"{each} belongs to somebody else, or others may write there"
     except OSError as error:

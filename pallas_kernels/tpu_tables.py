@@ -154,8 +154,7 @@ def _matmul(x, experts, arrays, format, subnormals, interpret):
     read = {role: array for role, array in arrays.items() if role != "factors"}
     if e > 1 and not interpret:
         read = {role: left_in_hbm(array) for role, array in read.items()}
-    block = tpu_block_n(n, tiles)
-    block = min(WIDE_BLOCK, block) if wide or format.bits == 8 else block
+    block = block_of(n, tiles, wide, format)
 
     def whole(array):
         return pl.BlockSpec(array.shape, lambda j, i, t, order: (0,) * array.ndim)
@@ -181,6 +180,12 @@ def _matmul(x, experts, arrays, format, subnormals, interpret):
         name=f"{format.name}_table",
     )(order, *given.values(), *read.values())
     return jnp.swapaxes(y[:, :rows], 0, 1)
+
+
+def block_of(n: int, tiles: int, wide: bool, format: Any) -> int:
+    """Return how many outputs the kernel computes at once."""
+    block = tpu_block_n(n, tiles)
+    return min(WIDE_BLOCK, block) if wide or format.bits == 8 else block
 
 
 def _kernel(order_ref, *refs, roles, format, wide, subnormals):

@@ -1,10 +1,12 @@
 """Counts the instruction bundles of the TPU decode kernel, and of a plain BF16 kernel with the same blocks.
 
     python tests/bundles.py v5e 4096x4096 1024x4096
+    python tests/bundles.py v5e 4096x4096 int4 nvfp4
 
 Prints JSON: for each size NxK, for 8 and 16 rows, both counts, the block of weights that a step of the grid takes, and the cycles
-in which memory delivers it. A process of its own, since libtpu reads what to dump when it starts. Straight-line code runs about
-a bundle a cycle, without what it waits for.
+in which memory delivers it. Given formats too, the counts of the kernel for all formats, by format, and beside the cycles those in
+which memory would deliver the block in bfloat16. A process of its own, since libtpu reads what to dump when it starts.
+Straight-line code runs about a bundle a cycle, without what it waits for.
 """
 
 import functools
@@ -25,8 +27,10 @@ import jax.numpy as jnp  # noqa: E402
 from jax.experimental import pallas as pl  # noqa: E402
 from jax.experimental.pallas import tpu as pltpu  # noqa: E402
 
-from pallas_kernels import tpu  # noqa: E402
-from pallas_kernels.blocks import tpu_block_n  # noqa: E402
+from mlspecqd_jax.weights.cast import quantize  # noqa: E402
+from mlspecqd_jax.weights.formats import FORMATS  # noqa: E402
+from pallas_kernels import tpu, tpu_tables  # noqa: E402
+from pallas_kernels.blocks import tpu_block_n, tpu_tile  # noqa: E402
 
 # Memory bandwidth in GB/s, of data sheets, and clock in GHz.
 SPEEDS = {"v5e": (819, 1.5), "v6e": (1640, 1.75)}
@@ -85,7 +89,31 @@ def count(mesh, chip: str, n: int, k: int) -> dict:
     return found
 
 
+def count_of_format(mesh, chip: str, n: int, k: int, name: str) -> dict:
+    format, w = FORMATS[name], jax.ShapeDtypeStruct((n, k), jnp.bfloat16)
+    stored = jax.eval_shape(functools.partial(quantize, format=name), w).core
+    arrays = jax.eval_shape(functools.partial(tpu_tables.arrange, format=format), **stored)
+    tile, block = tpu_tile(k), tpu_tables.block_of(n, arrays["codes"].shape[1], wide=False, format=format)
+    bandwidth, clock = SPEEDS[chip]
+    steps = k / tile * n / block
+    moved = sum(array.size * array.dtype.itemsize for role, array in arrays.items() if role != "factors") / steps
+    found = {"block": [tile, block], "memory cycles": round(moved / bandwidth * clock)}
+    found["memory cycles in bf16"] = round(2 * tile * block / bandwidth * clock)
+
+    def run(x, arrays):
+        return tpu_tables.TABLE.run(x, arrays, n=n, chip="", format=format, interpret=False)
+
+    for rows in (8, 16):
+        found[rows] = bundles(mesh, f"{name}_table", run, jax.ShapeDtypeStruct((rows, k), jnp.bfloat16), arrays)
+    return found
+
+
 if __name__ == "__main__":
-    chip, *sizes = sys.argv[1:]
-    mesh = chips.mesh(f"{chip}:1x1")
-    print(json.dumps({size: count(mesh, chip, *map(int, size.split("x"))) for size in sizes}))
+    chip, *asked = sys.argv[1:]
+    mesh, formats = chips.mesh(f"{chip}:1x1"), [name for name in asked if name in FORMATS]
+    sizes = {name: tuple(map(int, name.split("x"))) for name in asked if name not in formats}
+    if formats:
+        [(n, k)] = sizes.values()
+        print(json.dumps({name: count_of_format(mesh, chip, n, k, name) for name in formats}))
+    else:
+        print(json.dumps({size: count(mesh, chip, *each) for size, each in sizes.items()}))

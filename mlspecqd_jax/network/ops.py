@@ -249,7 +249,9 @@ def implementation(chip: str) -> str:
         kernel = {"tpu": "Pallas TPU kernel", "gpu": "Pallas GPU kernel"}
         mxfp4 = best_product(chip, "bfloat16", BLOCK, BLOCK)
         assert mxfp4 is not None, "the last of them can always be had"
-        return f"XLA dot; {kernel.get(mxfp4.name, f'XLA ({mxfp4.name})')} for mxfp4"
+        others = best_product(chip, "bfloat16", BLOCK, BLOCK, format="int8")
+        alike = ", another for other formats and experts" if others is not None and others.name.endswith("table") else ""
+        return f"XLA dot; {kernel.get(mxfp4.name, f'XLA ({mxfp4.name})')} for mxfp4{alike}"
     bf16, mxfp4 = cpu_kernels.isas("matmul"), cpu_kernels.isas("mxfp4_matmul")
     if not bf16:
         return "XLA dot, at least two rows"

@@ -16,6 +16,7 @@ from programs import LLAMA_1B, LLAMA_3B, LLAMA_8B, compile_stack
 from test_aot_kernels import LARGE, SMALL, bundles
 
 from mlspecqd_jax.network.network import Network
+from mlspecqd_jax.weights.formats import FORMATS
 
 pytestmark = pytest.mark.aot_full
 RESULTS = pathlib.Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "aot.json"
@@ -25,7 +26,7 @@ NAMES = {LLAMA_8B: "Llama-3.1-8B", LLAMA_3B: "Llama-3.2-3B", LLAMA_1B: "Llama-3.
 
 def record(kind, name, facts):
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"programs": {}, "bundles": {}}
-    results[kind][name] = facts
+    results.setdefault(kind, {})[name] = facts
     packages = ("jax", "libtpu", "jax-cuda12-plugin", "nvidia-cuda-nvcc-cu12")
     results |= {"command": "python -m pytest -n 0 -m aot_full", "versions": {name: metadata.version(name) for name in packages}}
     RESULTS.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
@@ -78,3 +79,13 @@ def test_bundles_of_the_tpu_kernel(chip):
     record("bundles", chip, found)
     assert all(each["8"]["mxfp4"] <= 1.2 * each["8"]["bf16"] for each in found.values())
     assert found[LARGE]["8"]["mxfp4"] <= found[LARGE]["memory cycles"]
+
+
+@pytest.mark.parametrize("chip", ["v5e", "v6e"])
+def test_bundles_of_other_formats(chip):
+    """Where decoding takes longer than memory does for the packed weight, it takes less than memory does for one in bfloat16."""
+    found = bundles(chip, "4096x4096", *FORMATS)
+    record("formats", chip, found)
+    for name, each in found.items():
+        assert each["8"] <= 0.7 * each["memory cycles in bf16"], name
+        assert each["16"] <= 0.8 * each["memory cycles in bf16"], name

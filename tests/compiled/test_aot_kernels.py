@@ -1,4 +1,4 @@
-"""Every MXFP4 product compiled for its chips at the linear shapes of three models, and the cost of decoding on TPU.
+"""Products of quantized weights compiled for their chips, MXFP4's at the shapes of three models, and the cost of decoding on TPU.
 
 Needs the `aot` extra (the compilers of both vendors, without drivers). Nothing is run.
 """
@@ -18,6 +18,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from programs import LLAMA_8B, QWEN3_06B, QWEN25_7B, on_mesh
 
 from mlspecqd_jax.network.network import Network
+from mlspecqd_jax.weights.cast import quantize
+from mlspecqd_jax.weights.formats import FORMATS
 from mlspecqd_jax.weights.products import multiply
 from mlspecqd_jax.weights.quantization import with_head
 from mlspecqd_jax.weights.quantized_array import QuantizedArray
@@ -36,24 +38,25 @@ def shapes(config) -> list[tuple[int, int]]:
     return sorted({tensor.shape for tensor in with_head(Network(config).tensors()).values() if tensor.linear})
 
 
-def compiled(mesh, n: int, k: int, rows: int, dtype=jnp.bfloat16, spec=(None, None)):
+def compiled(mesh, n: int, k: int, rows: int, dtype=jnp.bfloat16, spec=(None, None), format="mxfp4"):
     """Compile the product that is chosen for the mesh's chip; return it and its name."""
     chip, parts = chip_of(mesh.devices.flat[0]), [1 if axis is None else mesh.shape[axis] for axis in spec]
-    product = best_product(chip, jnp.dtype(dtype).name, n, k, *parts)
-    stored = (jax.ShapeDtypeStruct((n, -(-k // 32) * width), jnp.uint8) for width in (16, 1))
-    arrays = jax.eval_shape(
-        lambda codes, scales: product.arrange(codes=codes, scales=scales, along_n=parts[0], along_k=parts[1]), *stored
-    )
-    leaf = on_mesh(QuantizedArray(arrays, (n, k), "mxfp4", product.name, PartitionSpec(*spec), chip), mesh)
+    product = best_product(chip, jnp.dtype(dtype).name, n, k, *parts, format=format)
+    stored = jax.eval_shape(functools.partial(quantize, format=format), jax.ShapeDtypeStruct((n, k), jnp.bfloat16)).core
+    how = {"format": FORMATS[format], "along_n": parts[0], "along_k": parts[1]}
+    arrays = jax.eval_shape(functools.partial(product.arrange, **how), **stored)
+    leaf = on_mesh(QuantizedArray(arrays, (n, k), format, product.name, PartitionSpec(*spec), chip), mesh)
     x = jax.ShapeDtypeStruct((rows, k), dtype, sharding=NamedSharding(mesh, PartitionSpec(None, spec[1])))
     return chips.compile_for(mesh, multiply, x, leaf), product.name
 
 
-def assert_stays_packed(program, n, k):
-    """Half of what the weight would take in bfloat16 is not there to hold it."""
+def assert_stays_packed(program, n, k, format="mxfp4"):
+    """Half of what the weight would take in bfloat16 is not there to hold it; a scale in float16 may have become a float32."""
     memory = program.memory_analysis()
     assert memory.temp_size_in_bytes < n * k
-    assert memory.argument_size_in_bytes < 1.1 * n * k * 17 / 32 + 2**20
+    wider = 2 * n * k / FORMATS[format].group if FORMATS[format].scale == "float16" else 0
+    stored = FORMATS[format].nbytes(n, k) + (1 + FORMATS[format].minimum) * wider
+    assert memory.argument_size_in_bytes < 1.1 * stored + 2**20
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -89,6 +92,23 @@ def test_every_product_on_every_chip(chip, product, rows):
         assert_stays_packed(program, *SOME)
 
 
+@pytest.mark.parametrize("format", [format for format in FORMATS if format != "mxfp4"])
+@pytest.mark.parametrize(("chip", "product"), [("v5e:1x1", "tpu table"), ("H200", "gpu table")])
+def test_every_format(chip, product, format):
+    mesh, (n, k) = chips.mesh(chip), (2880, 4096)  # the first is no multiple of 128
+    for m in (1, 40) if format == "nvfp4" else (1,):
+        program, name = compiled(mesh, n, k, m, format=format)
+        assert name == product
+        assert_stays_packed(program, n, k, format)
+
+
+@pytest.mark.parametrize("n", [2880, 576])
+def test_outputs_in_no_whole_128s(n):
+    """XLA would store such codes with K last on TPU, and copy them for a kernel."""
+    program, _ = compiled(chips.mesh("v5e:1x1"), n, 4096, 1)
+    assert " copy(" not in program.as_text()
+
+
 @pytest.mark.parametrize("spec", [("model", None), (None, "model"), (None, None)])
 def test_split_over_four_chips(spec):
     """A quarter of the weight on each, and no exchange but one sum where K is split."""
@@ -103,11 +123,11 @@ def test_split_over_four_chips(spec):
 
 
 @functools.cache
-def bundles(chip, *sizes):
-    """Return what tests/bundles.py counts at some shapes."""
+def bundles(chip, *asked):
+    """Return what tests/bundles.py counts at some shapes, or at one of some formats."""
     chips.mesh(f"{chip}:1x1")  # or skip
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    command = [sys.executable, str(ROOT / "tests" / "bundles.py"), chip, *sizes]
+    command = [sys.executable, str(ROOT / "tests" / "bundles.py"), chip, *asked]
     process = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, timeout=600)
     assert process.returncode == 0, process.stderr
     return json.loads(process.stdout.splitlines()[-1])

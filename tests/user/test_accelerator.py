@@ -9,6 +9,8 @@ import sys
 import pytest
 from compiling import quick_flags
 
+from mlspecqd_jax.weights.formats import FORMATS
+
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 SMALL = ["--layers", "tiny", "--rows", "1", "8", "--bytes", "65536", "--trials", "1", "--model", "tiny", "--new-tokens", "8"]
 REST = ["--draft-len", "2", "--budget", "3600"]  # seconds: nothing is left out
@@ -29,11 +31,17 @@ def measured(tmp_path, *parts):
 
 @pytest.mark.slow
 def test_it_measures_products_and_exactness(tmp_path):
-    result = measured(tmp_path, "kernels", "exactness")
+    result = measured(tmp_path, "kernels", "formats", "experts", "exactness")
     products = result["kernels"]["products"]
     assert len(products) == 2 * 2 * 2  # shapes, rows, formats
     assert {run["product"] for run in products} == {"mxfp4 (decoded)", "bf16"}
     assert all(run["error"] < 1e-5 and run["seconds"] > 0 for run in products)
+    formats = result["formats"]["products"]
+    assert {run["product"] for run in formats} == {"bf16", *(f"{name} (decoded)" for name in FORMATS)}
+    assert all(run["error"] < 1e-2 and run["seconds"] > 0 for run in formats)  # which decoding rounds to bfloat16
+    experts = result["experts"]["products"]
+    assert {(run["product"], run["rows"]) for run in experts} == {(name, rows) for name in ("bf16", "mxfp4") for rows in (1, 8)}
+    assert all(run["error"] < 1e-5 and 2 <= run["distinct_experts"] <= 4 for run in experts)
     judged = result["exactness"]["runs"]
     assert len(judged) == 3 * 2 * 2  # stacks, batches, temperatures
     alike = [run for run in judged if run["stack"] != "plain, exact=False"]

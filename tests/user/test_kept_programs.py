@@ -191,6 +191,16 @@ def test_without_a_folder_of_its_own_nothing_is_kept_and_one_line_says_so(tmp_pa
     assert "XDG_CACHE_HOME" in line
 
 
+def test_folders_that_a_group_may_write_are_closed_to_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "new"))
+    found = user_cache.cache_folder("programs")
+    found.mkdir(parents=True)
+    for each in (found, found.parent):
+        each.chmod(0o775)
+    assert user_cache.why_not_own(found) is None
+    assert [stat.S_IMODE(each.stat().st_mode) for each in (found, found.parent)] == [0o755] * 2
+
+
 def test_a_caller_who_keeps_programs_elsewhere_keeps_none_here():
     assert not kept_values.keeping()  # as these tests do
 

@@ -54,8 +54,8 @@ def test_on_cpu_the_stored_weight_stays():
     assert layouts.for_device(other, dtype=jnp.bfloat16, mesh=None) is other
     with pytest.raises(NotImplementedError, match=r"'gpu' for bfloat16 .* MXFP8_E4M3 weight .* reads mxfp4 alone"):
         layouts.for_device(other, dtype=jnp.bfloat16, mesh=None, product="gpu")
-    assert implementation("TPU v5 lite") == "XLA dot; Pallas TPU kernel for mxfp4"
-    assert implementation("sm_80") == "XLA dot; Pallas GPU kernel for mxfp4"
+    assert implementation("TPU v5 lite") == "XLA dot; Pallas TPU kernel for mxfp4, another for other formats and experts"
+    assert implementation("sm_80") == "XLA dot; Pallas GPU kernel for mxfp4, another for other formats and experts"
     assert "reduced" in implementation("sm_75")
 
 
