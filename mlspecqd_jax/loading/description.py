@@ -185,7 +185,8 @@ def _twin(network: Network, format: str, platform: str, native: bool) -> dict[st
     part |= {HEAD: 1.0} | ({EMBEDDING: 0.0} if HEAD in own else {})
     if HEAD not in own and network.config.tied:
         part |= {HEAD: 0.0}  # which is the embedding
-    read = sum((sizes | own)[name] * part[name] for name in tensors)
+    sizes |= own
+    read = sum(sizes[name] * part[name] for name in tensors)
     return {"bytes": sum(own.values()), "part_of_pass": read / whole}
 
 

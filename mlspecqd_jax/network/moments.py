@@ -78,7 +78,7 @@ def _layer(network, params, x, own, shared, counted):
 
     def run(model):
         rope = model.ropes[0]
-        made, cache = model.layers[0](x, Window(positions, None if rope is None else rotary(positions, rope), own=own), shared)
+        made, cache, _ = model.layers[0](x, Window(positions, None if rope is None else rotary(positions, rope), own=own), shared)
         return jnp.sum(made.astype(jnp.float32)), (made, cache)
 
     (made, cache), found = _watched(network, params, linear, run, counted)

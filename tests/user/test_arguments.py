@@ -149,7 +149,7 @@ def test_every_odd_value_is_refused_in_one_line_and_at_once(calls, monkeypatch):
     def compiled(*_, **__):
         raise AssertionError("this was to be refused before it is traced")
 
-    for name in ("run_round", "DrafterState"):  # what every trace of a generation comes by
+    for name in ("run_rounds", "DrafterState"):  # what every trace of a generation comes by
         monkeypatch.setattr(loop, name, compiled)
     monkeypatch.setattr(mlsd.Level, "init", compiled)
     wrong, tried = [], 0
