@@ -42,7 +42,7 @@ def test_the_text_is_what_generating_gives(demo, written):
 
 
 def test_other_noise_would_have_written_another_text(demo, written):
-    state, sampling = written[0.8]
+    state, sampling, _ = written[0.8]
     other = written[0.8]._replace(sampling=sampling.__class__(**(vars(sampling) | {"seed": sampling.seed + 1})))
     assert agreement(demo, other).mean() < 0.9
     assert agreement(demo, replay.Written(state, sampling)).all()
