@@ -5,6 +5,8 @@
 Models of a small width, since time goes by operations, not by bytes: the target alone (1 level), with its MXFP4 twin on its cache
 (2), and with a second twin that drafts for that one (3). Devices beside cpu are described to their compilers (v5e:1x1, H200), as in
 the tests. Runs are added to those that the file holds, in place of the same ones.
+
+For a GPU that is not here, JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 must be set.
 """
 
 import argparse

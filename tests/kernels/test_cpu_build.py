@@ -94,7 +94,7 @@ def test_two_processes_that_start_together_compile_once(tmp_path, stand_in):
     outcomes = [outcome(process) for process in processes]
     assert all(out.startswith(CPP) and out.endswith("1200.0\n1200.0\n") for out, _ in outcomes)
     assert runs() == len(ASKED)
-    assert sorted(len(said) for _, said in outcomes) == [0, 1]  # one says that it compiles
+    assert sorted(len(said) for _, said in outcomes) in ([0, 1], [1, 1])  # who compiles says so once, and there are two units
     suffixes = sorted(file.suffix for file in (tmp_path / "cache/mlspecqd-jax/cpu_kernels").iterdir())
     assert suffixes == [".lock", *(".so" for _ in ASKED)]
     assert outcome(start(tmp_path / "cache", CXX=compiler))[1] == []  # a later process finds it
