@@ -61,7 +61,7 @@ def random_leaf(n, k, format, seed=0):
 
 @each_isa
 @each_format
-@pytest.mark.parametrize(("n", "k"), [(13, 544), (3, 96)])
+@pytest.mark.parametrize(("n", "k"), [pytest.param(13, 544, marks=pytest.mark.slow), (3, 96)])
 def test_it_is_its_definition_and_rows_depend_on_nothing_else(isa, format, n, k):
     x, leaf = normal(67, k), random_leaf(n, k, format)
     whole = grouped(x, leaf, isa)

@@ -38,7 +38,7 @@ def decoded(codes, scales, format):
 
 @each_isa
 @each_format
-@pytest.mark.parametrize(("n", "k"), [(13, 544), (3, 96)])
+@pytest.mark.parametrize(("n", "k"), [pytest.param(13, 544, marks=pytest.mark.slow), (3, 96)])
 def test_it_is_the_product_with_the_decoded_weight_and_rows_depend_on_nothing_else(isa, format, n, k):
     x, leaf = normal(19, k), quantize(jnp.asarray(normal(n, k, seed=1)), format)
     whole = mx8(x, leaf.arrays["codes"], leaf.arrays["scales"], format, isa)

@@ -131,7 +131,7 @@ def test_it_reads_nothing_of_other_rows(isa, format):
 
 
 @each_format
-@pytest.mark.parametrize("k", [70, 576])
+@pytest.mark.parametrize("k", [70, pytest.param(576, marks=pytest.mark.slow)])
 def test_linear_runs_it_for_bfloat16_and_xla_elsewhere(format, k):
     x, leaf = jnp.asarray(normal(3, k)), quantize(jnp.asarray(normal(33, k, seed=1)), format)
     assert product_of(leaf, "bfloat16", "cpu").name == "cpp mxfp6"

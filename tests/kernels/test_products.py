@@ -187,7 +187,14 @@ def test_a_row_does_not_depend_on_how_many_there_are(product, format, few, many)
     assert multiple == 16 or few % multiple == many % multiple == 0
 
 
-@pytest.mark.parametrize("product", [product for product in PRODUCTS if reads(product, "mxfp4")], ids=lambda product: product.name)
+@pytest.mark.parametrize(
+    "product",
+    [
+        pytest.param(product, id=product.name, marks=slow if product.name.startswith(("gpu", "tpu")) else [])
+        for product in PRODUCTS
+        if reads(product, "mxfp4")
+    ],
+)
 def test_parts_are_arranged_by_themselves(product):
     """As a mesh of two by three devices would hold them: each part is where the axes say, and the parts along K add up."""
     x, codes, scales = mx_weights.random(2 * 24, 3 * 96, 5)

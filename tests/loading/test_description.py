@@ -36,7 +36,9 @@ def test_a_format_s_bytes_are_those_of_what_is_stored(format):
         assert format.nbytes(n, k) == sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(stored)), (n, k)
 
 
-@pytest.mark.parametrize("name", ["qwen3", "gpt2", "gpt2_scaled", "cohere_norms", "apertus"])
+@pytest.mark.parametrize(
+    "name", ["qwen3", "gpt2", *(pytest.param(each, marks=pytest.mark.slow) for each in ("gpt2_scaled", "cohere_norms", "apertus"))]
+)
 def test_the_numbers_are_those_of_the_loaded_model(tmp_path, name):
     write = tiny.write_family if name in tiny.FAMILIES else family_files.write
     model = mlsd.load(write(tmp_path / name, name))

@@ -110,7 +110,7 @@ twin = Level(model, TABLES[1])
 @pytest.mark.parametrize(
     ("drafter", "rule"),
     [
-        pytest.param(Ending(twin, after), "rejection", id="after"),
+        pytest.param(Ending(twin, after), "rejection", id="after", marks=slow),
         pytest.param(Ending(twin, before), "rejection", id="before", marks=slow),
         pytest.param(Superstitious(twin), "rejection", id="by what was discarded", marks=slow),
         pytest.param(Ending(twin, dropping), "coupled", id="dropping, coupled", marks=slow),
