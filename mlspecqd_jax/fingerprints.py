@@ -49,11 +49,17 @@ def fingerprint(name: str, arguments: Any, options: Any) -> str:
         (jax.__version__, jaxlib.__version__, sys.version_info[:3], np.__version__),
         (device.platform, device.device_kind, device.id, device.client.platform_version, jax.device_count(), jax.default_backend()),
         processor(),
-        sorted((key, repr(getattr(jax.config, key, None))) for key in jax.config.values if not key.startswith(OF_CACHES)),
+        repr(settings()),
         sorted(pair for pair in os.environ.items() if pair[0].startswith(VARIABLES)),
         str(jax.sharding.get_abstract_mesh()),
     )
     return hashlib.sha256(repr(facts).encode()).hexdigest()
+
+
+def settings() -> tuple[Any, ...]:
+    """Return the values of all settings of jax here and now, but for where and what it keeps itself."""
+    found = jax.config.values
+    return tuple(getattr(jax.config, key, found[key]) for key in sorted(found) if not key.startswith(OF_CACHES))
 
 
 def device_of(arguments: Any) -> jax.Device:

@@ -7,6 +7,7 @@ unpickling it runs what is written there.
 
 import functools
 import pickle
+import threading
 import zlib
 from collections.abc import Callable
 from typing import Any
@@ -20,6 +21,7 @@ from mlspecqd_jax.user_cache import cache_folder, read_own, write_own
 
 KIND = "programs"  # of the folder in the user's cache
 SLOWEST = "jax_persistent_cache_min_compile_time_secs"
+MAKING = threading.Lock()  # while a setting of jax is another
 
 
 class Kept:
@@ -57,7 +59,9 @@ class Kept:
     def __call__(self, *arguments: Any, **named: Any) -> Any:
         given = {key: value for key, value in named.items() if key != self._static}
         leaves, tree = jax.tree.flatten((arguments, given))
-        seen = (named.get(self._static), tree, tuple((jax.typeof(leaf), getattr(leaf, "committed", None)) for leaf in leaves))
+        kinds = tuple((jax.typeof(leaf), getattr(leaf, "committed", None)) for leaf in leaves)
+        where = next((leaf.sharding for leaf in leaves if getattr(leaf, "committed", False)), None)
+        seen = (named.get(self._static), tree, kinds, where, fingerprints.settings())
         if seen not in self._programs:
             self._programs[seen] = self._program(arguments, given, named)
         return self._programs[seen](*arguments, **given)
@@ -88,6 +92,10 @@ class Kept:
             return None
 
     def _made(self, path, name, arguments, named) -> Callable:
+        with MAKING:
+            return self._made_alone(path, name, arguments, named)
+
+    def _made_alone(self, path, name, arguments, named) -> Callable:
         # What jax has read from its own cache cannot be written again: on CPU it lacks its functions.
         slowest = jax.config.values[SLOWEST]
         jax.config.update(SLOWEST, float("inf"))

@@ -100,6 +100,11 @@ def test_another_setting_of_jax_is_another_program(kept):
         later = Counted()
         later()
     assert later.traces == 1
+    same = Counted()
+    same()
+    with jax.default_matmul_precision("float32"):
+        same()
+    assert same.traces == 1
 
 
 def damaged(data):
