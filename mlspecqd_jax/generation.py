@@ -120,13 +120,14 @@ def _run(stack: Stack, prompts, most_rounds: int, arguments: Mapping[str, Any]):
 
     began = time.perf_counter()
     state = prefilled(stack, state, batch)
-    prefill_seconds = time.perf_counter() - began
+    prefill_seconds, round_seconds = time.perf_counter() - began, 0.0
     decoders = [Detokenizer(stack.card.tokenizer, prompt, stops) if stack.card.tokenizer else None for prompt in prompt_tokens]
     length, rounds = begin, _first(prefill_seconds, most_rounds) if begin.max() > 1 else 1
     while True:
         seen, sliced = length, time.perf_counter()
         state, (tokens, length, ended, broken) = _slice(stack, state, limit, sampling, rounds)
-        rounds = _next(rounds, time.perf_counter() - sliced, most_rounds)
+        elapsed = time.perf_counter() - sliced
+        round_seconds, rounds = round_seconds + elapsed, _next(rounds, elapsed, most_rounds)
         pieces = [d.push(tokens[r, seen[r] : length[r]].tolist()) if d else "" for r, d in enumerate(decoders)]
         stopped = np.array([d is not None and d.stopped for d in decoders])
         limit = np.where(stopped, length, limit)
@@ -136,7 +137,7 @@ def _run(stack: Stack, prompts, most_rounds: int, arguments: Mapping[str, Any]):
             raise InputError(_broken_sentence(stack, int(np.argmax(broken & ~stopped)), length - begin))
         if done.all():
             break
-    timing = report.Timing(time.perf_counter() - began, prefill_seconds, compile_seconds)
+    timing = report.Timing(time.perf_counter() - began, prefill_seconds, round_seconds, compile_seconds)
     stopped = [d is not None and d.stopped for d in decoders]  # what `finish` gave may have completed a stop string
     new = [tokens[r, begin[r] : length[r]].tolist() for r in rows]
     new = [ids[: d.tokens] if d and over else ids for ids, d, over in zip(new, decoders, stopped, strict=True)]

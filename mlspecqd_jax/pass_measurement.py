@@ -4,7 +4,8 @@ A round's seconds are those of its passes, so that rounds of several lengths giv
 by least squares: piecewise linear in the rows, and never less for more of them. Drafts of look-up tell a verifier's passes from
 those of a model that drafts for it, and rounds in which nothing that is found seems to pay what asking takes. Of several tries the
 shortest counts: whatever else the machine does only adds to it; and a call of one plain round is taken off, since calls take time
-of their own. Tokens are sampled, which takes its time in each row, so that greedy runs are a little faster than by the table.
+of their own. Text is greedy: choosing by chance takes its time in each row, so that sampled runs are a little slower than by the
+table.
 
 Notation: L levels, D levels that draft.
 """
@@ -30,7 +31,8 @@ from mlspecqd_jax.speculation.state import State, counts_of
 
 KNOTS = (1, 2, 4, 8, 16)  # rows
 OUTER, INNER = (1, 3, 7, 15), (3, 7)  # forced lengths; inner ones under the longest
-ROUNDS, PLAIN_ROUNDS = 2, 15  # of a length at once, and of none; after more of these a model is tried whatever seems to pay
+ROUNDS, SLOW_ROUNDS = 8, 2  # of a length at once, of which the first find nothing in the processor's caches; of slow models
+PLAIN_ROUNDS = 15  # of none; after more of these a model is tried whatever seems to pay
 SLOW = 0.02  # seconds of a plain round
 PERIOD = 16  # tokens that repeat, so that look-up finds as many
 LEAST, MOST = 3, 30  # times that each is tried
@@ -56,14 +58,14 @@ def measure(stack: Stack, prompt: list[int], *, budget: float = 2.0, **arguments
       budget: seconds after which no more is tried than the least.
       **arguments: of `generate`, such as the temperature: what changes the program or its work.
     """
-    settings = {"max_new_tokens": ROUNDS * (max(OUTER) + 1) + 1, "stop_token_ids": (), "temperature": 1.0, **arguments}
+    settings = {"max_new_tokens": ROUNDS * (max(OUTER) + 1) + 1, "stop_token_ids": (), **arguments}
     asked = request(stack, [_repeating(prompt, stack.level.model.vocab_size)], settings)
     state, _ = compiled(stack, asked)
     state = jax.block_until_ready(prefilled(stack, state, asked.batch))
     began = time.perf_counter()
-    once, plain, *others = _forced(stack)
+    once, plain, *others = _forced(stack, ROUNDS)
     if _rounds(stack, asked, state, once)[1] > SLOW:  # the longest drafts would take more than the budget
-        others = [each for each in others if each.caps[0] <= min(7, stack.level.draft_len)]
+        others = [each._replace(rounds=SLOW_ROUNDS) for each in others if each.caps[0] <= min(7, stack.level.draft_len)]
     in_vain = plain._replace(caps=others[0].caps, pays=False)
     passes: dict[_Forced, np.ndarray] = {}
     seconds: dict[_Forced, float] = {}
@@ -76,7 +78,7 @@ def measure(stack: Stack, prompt: list[int], *, budget: float = 2.0, **arguments
     solved = (plain, *others)
     times = _solved(
         np.array([passes[each] - passes[once] for each in solved]),
-        np.maximum([seconds[each] - seconds[once] for each in solved], 1e-9),
+        np.array([seconds[each] - seconds[once] for each in solved]),
     )
     asking = max(seconds[in_vain] - seconds[plain], 0) / (PLAIN_ROUNDS * times[0, 1])
     return Measured(times / times[0, 1], float(asking), float(times[0, 1]), time.perf_counter() - began)
@@ -91,15 +93,15 @@ class _Forced(NamedTuple):
     pays: bool = True  # else nothing is drafted, although it is asked for
 
 
-def _forced(stack: Stack) -> list[_Forced]:
+def _forced(stack: Stack, several: int) -> list[_Forced]:
     """Return one round of the target alone, several, rounds of look-up, of a model alone, and of one with what drafts for it."""
     inner = len(stack.level.draft_lens) - 1
     outer = [n for n in OUTER if 0 < n <= stack.level.draft_len]
     found = [_Forced(LOOKUP, (0,) * (1 + inner), rounds) for rounds in (1, PLAIN_ROUNDS)]
-    found += [_Forced(LOOKUP, (n, *(0,) * inner), ROUNDS) for n in outer]
+    found += [_Forced(LOOKUP, (n, *(0,) * inner), several) for n in outer]
     if len(stack.levels) > 1:
-        found += [_Forced(MODEL, (n, *(0,) * inner), ROUNDS) for n in outer]
-        found += [_Forced(MODEL, (outer[-1], n, *(0,) * (inner - 1)), ROUNDS) for n in INNER if inner]
+        found += [_Forced(MODEL, (n, *(0,) * inner), several) for n in outer]
+        found += [_Forced(MODEL, (outer[-1], n, *(0,) * (inner - 1)), several) for n in INNER if inner]
     return found
 
 
@@ -143,6 +145,7 @@ def _solved(passes: np.ndarray, seconds: np.ndarray) -> np.ndarray:
     """Return the times [L, SLACK + 1] that explain `seconds` [rounds] of these passes [rounds, L, SLACK + 1] best."""
     from scipy.optimize import nnls  # it takes longer to import than all of this package
 
+    passes, seconds = passes[seconds > 0], seconds[seconds > 0]  # of what took no longer than one round nothing is known
     levels = passes.shape[1]
     basis = _basis()  # [knots, SLACK + 1]: a level's times are a sum of these, none of them less than 0 times
     design = np.einsum("nlr,kr->nlk", passes, basis).reshape(len(passes), levels * len(basis))

@@ -80,7 +80,8 @@ def plan_of(stack: Stack, prompts: list[list[int]]) -> Plan:
     """
     measured = pass_measurement.measure(stack, prompts[0])
     times = {"times": jnp.asarray(measured.times, jnp.float32), "asking": jnp.float32(measured.asking)}
-    control = dataclasses.replace(cast(Autopilot, stack.control), allowance=jnp.float32(jnp.inf), **times)
+    lifted = {"allowance": jnp.float32(jnp.inf), "plain": jnp.float32(jnp.nan)}  # nor is anything compared with what was kept
+    control = dataclasses.replace(cast(Autopilot, stack.control), **lifted, **times)
     trial = dataclasses.replace(stack, control=control)
     seen = sum(
         report.seen_by_class(_run(trial, prompt, temperature).report, len(stack.levels))

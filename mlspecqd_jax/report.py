@@ -25,17 +25,13 @@ DRIFTED = 0.25  # and rounds, of as many, that take so much more or less than by
 class Timing:
     """Seconds of one generation: `seconds` from the first prompt token fed to the last token on the host, compilation apart.
 
-    `prefill_seconds`: the part of them in which prompts were fed.
+    `prefill_seconds` and `round_seconds`: the parts of them in which prompts were fed and rounds ran, not the caller's of a stream.
     """
 
     seconds: float
     prefill_seconds: float
+    round_seconds: float
     compile_seconds: float
-
-    @property
-    def round_seconds(self) -> float:
-        """The part of `seconds` in which rounds ran."""
-        return self.seconds - self.prefill_seconds
 
 
 def summarize(counts: Counts, row: int | None = None) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from mlspecqd_jax.speculation.buffers import SLACK
 from mlspecqd_jax.speculation.drafters.either import Either
 from mlspecqd_jax.speculation.drafters.prompt_lookup import PromptLookup
 from mlspecqd_jax.speculation.level import Level
-from mlspecqd_jax.speculation.loop import generate_tokens
+from mlspecqd_jax.speculation.loop import advance, finished, generate_tokens, init
 from mlspecqd_jax.speculation.priors import MIDDLES
 from mlspecqd_jax.speculation.settings import Sampling
 
@@ -93,15 +93,29 @@ def _run(stack, tokens, length, limit, control):
     return generate_tokens(stack, tokens, length, limit, sampling, control=control, prefill_width=WIDTH)
 
 
-def play(played, vocab_size, control: Autopilot):
-    """Play all texts as one batch under a control; return the state, whose tokens are checked to be the texts'."""
+@quick_jit
+def _run_cut(stack, tokens, length, limit, control, rounds):
+    sampling = Sampling.create(len(length), stack.model.vocab_size)
+    state = init(stack, tokens, length, sampling, control=control, prefill_width=WIDTH)
+
+    def more(state):
+        return ~jnp.all(finished(state, limit))
+
+    state = jax.lax.while_loop(more, lambda state: advance(stack, state, limit, sampling, rounds), state)
+    return state.tokens, state.length, state
+
+
+def play(played, vocab_size, control: Autopilot, rounds: int | None = None):
+    """Play all texts as one batch under a control, in calls of so many rounds; return the state.
+
+    Its tokens are checked to be the texts'.
+    """
     size = -(-(int(played.begin.max()) + played.new + SLACK) // WIDTH) * WIDTH
     prompt = np.arange(size)[None, :] < played.begin[:, None]
     text = np.pad(played.text, ((0, 0), (0, max(size - played.text.shape[1], 0))))[:, :size]
     length = jnp.asarray(played.begin, jnp.int32)
-    tokens, length, state = _run(
-        stack_of(played, vocab_size), jnp.asarray(np.where(prompt, text, 0), jnp.int32), length, length + played.new, control
-    )
+    given = stack_of(played, vocab_size), jnp.asarray(np.where(prompt, text, 0), jnp.int32), length, length + played.new, control
+    tokens, length, state = _run(*given) if rounds is None else _run_cut(*given, jnp.int32(rounds))
     for r, begin in enumerate(played.begin):
         assert np.array_equal(tokens[r, begin : length[r]], text[r, begin : begin + played.new])
     return state

@@ -11,6 +11,7 @@ Notation: B batch, L levels, R rows of a window.
 """
 
 import dataclasses
+import functools
 import math
 from typing import NamedTuple
 
@@ -29,9 +30,9 @@ ALLOWANCE, ALLOWANCE_OF_ALL = 2.0, 0.016  # passes of plain decoding for one row
 FORGET_A_VERDICT, FORGET_A_TOKEN = 0.98, 0.995  # what remains of counts after each
 FORGET_A_ROUND = 0.94  # of the rate at which tokens are made
 FORGET_A_PACE = 0.9
-# Asking in vain may take so much of the time, and so many plain passes more, which what drafts gain makes up again.
-ASKING, ASKING_AT_ONCE = 0.002, 0.5
-REST = 16  # plain rounds after asking has become too dear, until it may be cheap enough
+# Asking in vain may take so much of the time, and so many plain passes at once; more only of what drafts have gained.
+ASKING, ASKING_AT_ONCE = 0.01, 0.5
+REST = 8  # plain rounds after asking has become too dear, until it may be cheap enough
 FIRST_RETRY, LAST_RETRY = 16, 128  # rounds after which a model that seems not to pay drafts once more
 
 
@@ -42,9 +43,14 @@ class Learnt(NamedTuple):
     made: jax.Array  # f32 [B, 2], tokens and time, of which the rate
     pace: jax.Array  # f32 [L, 3], rounds of each level, their time and their tokens
     done: jax.Array  # int32 [B], new tokens
+    passed: jax.Array  # int32 [], rounds
     time: jax.Array  # f32 [], of all rounds
     least: jax.Array  # f32 [], the least that rounds were ever ahead of plain decoding; below 0 the allowance was drawn on
-    credit: jax.Array  # f32 [], time that asking in vain may yet take
+    credit: jax.Array  # f32 [], time that asking in vain may yet take without being held against drafts
+    unheld: jax.Array  # f32 [], what it took so
+    resting: (
+        jax.Array
+    )  # int32 [], plain rounds until a draft is asked for again; until then nothing is learnt, however they are cut
     idle: jax.Array  # int32 [2], rounds since a model drafted for the target, and after how many it is to try
     last: tuple[Counts, ...]
 
@@ -114,9 +120,12 @@ class Autopilot:
             made=jnp.broadcast_to(jnp.stack([12 * self.rate, jnp.float32(12)]), (batch, 2)),
             pace=jnp.stack([jnp.full_like(each, 4), 4 * each, jnp.full_like(each, 4)], axis=1),
             done=jnp.zeros((batch,), jnp.int32),
+            passed=jnp.int32(0),
             time=jnp.float32(0),
             least=jnp.float32(jnp.inf),
             credit=jnp.float32(ASKING_AT_ONCE),
+            unheld=jnp.float32(0),
+            resting=jnp.where(self.asking <= ASKING_AT_ONCE, 0, REST).astype(jnp.int32),
             idle=jnp.asarray([0, FIRST_RETRY], jnp.int32),
             last=counts,
         )
@@ -147,8 +156,8 @@ class Autopilot:
             after=self.times[0, rows],
             room=room,
             retry=state.idle[0] >= state.idle[1],
-            asks=(state.credit > 0) & (self.times[0, 1] + self.asking <= room),
-            rest=jnp.where(is_off, jnp.int32(LARGEST_INT), jnp.int32(REST)),
+            asks=state.resting == 0,
+            rest=jnp.where(is_off, jnp.int32(LARGEST_INT), jnp.maximum(state.resting, 1)),
         )
 
     def _balance(self, state, left):
@@ -159,10 +168,27 @@ class Autopilot:
             allowance = jnp.minimum(allowance, ALLOWANCE)
         allowance *= self.allowance
         plain = (asked - jnp.max(left)).astype(jnp.float32) * self.times[0, 1]
-        return allowance + LOSS * plain - state.time
+        return allowance + LOSS * plain - (state.time - state.unheld)
 
     def update(self, state, counts):
         """Return what is known after a round (see `Control`)."""
+        made = [(each.rounds + each.accepted.sum(axis=1)).astype(jnp.float32) for each in counts]  # [B], of all rounds so far
+        plain = jnp.max(made[0]) * self.times[0, 1]
+        time = modelled(self.times, counts) + self.asking * counts[0].in_vain.astype(jnp.float32)
+        ahead = LOSS * plain - time
+        resting = jnp.maximum(state.resting - (counts[0].passes - state.passed), 0)
+        so_far = state._replace(
+            done=made[0].astype(jnp.int32),
+            time=time,
+            least=jnp.minimum(state.least, ahead),
+            resting=resting,
+            passed=counts[0].passes,
+        )
+        learnt = self._learnt(so_far, counts, ahead)
+        return jax.tree.map(functools.partial(jnp.where, resting > 0), so_far, learnt)
+
+    def _learnt(self, state, counts, ahead):
+        """Learn from the rounds since `state.last`: one, or a rest."""
         new = jax.tree.map(jnp.subtract, counts, state.last)
         seen = jnp.stack([each.by_class for each in new]).astype(jnp.float32)  # [L, 2, B, 8, 2]
         made = [(each.rounds + each.accepted.sum(axis=1)).astype(jnp.float32) for each in new]
@@ -178,19 +204,21 @@ class Autopilot:
         pace = FORGET_A_PACE ** passes[:, None] * state.pace + jnp.stack([passes, times, passes * each_pass], axis=1)
         drafted, accepted = seen[0, MODEL, ..., 1].sum() > 0, seen[0, MODEL, ..., 0].sum() > 0
         period = jnp.where(accepted, FIRST_RETRY, state.idle[1])
-        gained = jnp.maximum(jnp.max(made[0]) * self.times[0, 1] - times[0], 0)
-        done, time = state.done + made[0].astype(jnp.int32), state.time + times[0]
-        ahead = LOSS * jnp.max(done).astype(jnp.float32) * self.times[0, 1] - time
         tried = drafted & (state.idle[0] >= state.idle[1]) & ~accepted
         period = jnp.where(tried, jnp.minimum(2 * period, LAST_RETRY), period)
-        return Learnt(
+        unheld = jnp.where(state.credit >= self.asking, asking, 0)
+        credit = jnp.minimum(state.credit + ASKING * times[0] - unheld, ASKING_AT_ONCE)
+        # Of a rest's rounds each later one counts more, as if they had been learnt from one by one.
+        weight = (1 - FORGET_A_ROUND ** passes[0]) / (jnp.maximum(passes[0], 1) * (1 - FORGET_A_ROUND))
+        of_rounds = jnp.stack([made[0], jnp.broadcast_to(times[0], made[0].shape)], axis=1)
+        may_ask = (credit >= self.asking) | (ahead + unheld + state.unheld >= self.asking)
+        return state._replace(
             tables=tables,
-            made=FORGET_A_ROUND ** passes[0] * state.made + jnp.stack([made[0], jnp.broadcast_to(times[0], made[0].shape)], axis=1),
+            made=FORGET_A_ROUND ** passes[0] * state.made + weight * of_rounds,
             pace=pace,
-            done=done,
-            time=time,
-            least=jnp.minimum(state.least, ahead),
-            credit=jnp.minimum(state.credit + ASKING * times[0] + gained - asking, ASKING_AT_ONCE),
+            credit=credit,
+            unheld=state.unheld + unheld,
+            resting=jnp.where(may_ask, 0, REST),
             idle=jnp.stack([jnp.where(drafted, 0, state.idle[0] + new[0].passes), period]).astype(jnp.int32),
             last=counts,
         )

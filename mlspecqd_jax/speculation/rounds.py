@@ -36,7 +36,8 @@ def run_rounds(level: Level, state: State, limit: jax.Array, sampling: Sampling,
     if alone is None:
         state, done = run_round(level, state, limit, sampling, limits, guide=guide), jnp.int32(1)
     else:
-        asked, rest = jnp.any(unfinished & (limits[0] > 0)), jnp.int32(1)
+        # Of a token that ends a row none is drafted.
+        asked, rest = jnp.any(unfinished & (limits[0] > 0) & (limit - state.length > 1)), jnp.int32(1)
         if guide is not None:
             asked, rest = asked & guide.asks, guide.rest
         asked |= level.must_follow
@@ -49,7 +50,7 @@ def run_rounds(level: Level, state: State, limit: jax.Array, sampling: Sampling,
 
             def judge(state):
                 again = proposed._replace(cache=state.cache, below=state.below)
-                return verified(level, state, again, limit, sampling, level.all_widths()[1:])
+                return verified(level, state, again, limit, sampling, tuple(width for width in level.all_widths() if width > 1))
 
             return run_if(drafted, judge, state), drafted
 

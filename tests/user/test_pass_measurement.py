@@ -39,9 +39,9 @@ def test_rounds_are_forced_to_their_lengths(twins, prompt):
     assert len(repeated) == 2 * pass_measurement.PERIOD
     assert repeated[:3] == prompt[:3]
     assert len(set(repeated)) == pass_measurement.PERIOD
-    asked = request(twins, [repeated], {"max_new_tokens": 40, "stop_token_ids": (), "temperature": 1.0})
+    asked = request(twins, [repeated], {"max_new_tokens": 40, "stop_token_ids": ()})
     state = prefilled(twins, compiled(twins, asked)[0], asked.batch)
-    for forced in pass_measurement._forced(twins):
+    for forced in pass_measurement._forced(twins, 2):
         (target, twin), _ = pass_measurement._rounds(twins, asked, state, forced)
         outer, inner = forced.caps
         assert target.sum() == forced.rounds
