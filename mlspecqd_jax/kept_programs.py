@@ -21,6 +21,7 @@ from mlspecqd_jax.user_cache import cache_folder, read_own, write_own
 
 KIND = "programs"  # of the folder in the user's cache
 SLOWEST = "jax_persistent_cache_min_compile_time_secs"
+MOST_PROGRAMS = 64  # that a function has at hand; each takes memory, and on Linux some of a process's 65,530 memory regions
 MAKING = threading.Lock()  # while a setting of jax is another
 
 
@@ -62,9 +63,13 @@ class Kept:
         kinds = tuple((jax.typeof(leaf), getattr(leaf, "committed", None)) for leaf in leaves)
         where = next((leaf.sharding for leaf in leaves if getattr(leaf, "committed", False)), None)
         seen = (named.get(self._static), tree, kinds, where, fingerprints.settings())
-        if seen not in self._programs:
-            self._programs[seen] = self._program(arguments, given, named)
-        return self._programs[seen](*arguments, **given)
+        program = self._programs.pop(seen, None)
+        if program is None:
+            program = self._program(arguments, given, named)
+        self._programs[seen] = program  # the last that was used comes last
+        while len(self._programs) > MOST_PROGRAMS:
+            del self._programs[next(iter(self._programs))]
+        return program(*arguments, **given)
 
     def _program(self, arguments, given, named) -> Callable:
         try:

@@ -44,7 +44,10 @@ def pytest_runtest_teardown():
     if regions > MOST_MAPS:
         import jax
 
+        from mlspecqd_jax import programs
+
         jax.clear_caches()
+        programs._kept.cache_clear()
         gc.collect()
 
 

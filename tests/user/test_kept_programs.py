@@ -107,6 +107,15 @@ def test_another_setting_of_jax_is_another_program(kept):
     assert same.traces == 1
 
 
+def test_a_process_has_so_many_at_hand(kept, monkeypatch):
+    monkeypatch.setattr(kept_programs, "MOST_PROGRAMS", 2)
+    later = Counted()
+    for n in (4, 5, 6, 5, 4):
+        assert later(shape=(n,)) == [8.0] * n
+        assert len(later.kept._programs) <= 2
+    assert later.traces == 2  # of those that are on disk none is traced again
+
+
 def damaged(data):
     yield "empty", b""
     yield "half", data[: len(data) // 2]
