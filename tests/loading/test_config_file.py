@@ -148,7 +148,8 @@ def test_every_model_type_of_transformers_is_read_or_refused(tmp_path):
         MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as OF_IMAGES,
     )
 
-    types = {*OF_TEXT, *OF_IMAGES} - {"gemma4_assistant", "glm4_moe"}  # the latter's default rotates 21 elements of a head
+    # By default glm4_moe rotates 21 elements of a head, and deepseek_v2 says nothing of how many experts a token has.
+    types = {*OF_TEXT, *OF_IMAGES} - {"gemma4_assistant", "glm4_moe", "deepseek_v2"}
     read, said = set(), []
     for kind in sorted(types):
         (tmp_path / "config.json").write_text(CONFIG_MAPPING[kind]().to_json_string(use_diff=False))
