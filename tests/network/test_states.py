@@ -57,7 +57,7 @@ def folder(tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("family", "outermost"),
-    [("qwen3_5", True), *(pytest.param(name, False, marks=pytest.mark.slow) for name in ("qwen3_5", "lfm2_wide"))],
+    [pytest.param(*case, marks=pytest.mark.slow) for case in (("qwen3_5", True), ("qwen3_5", False), ("lfm2_wide", False))],
 )
 def test_windows_of_rows_at_different_positions(folder, family, outermost):
     """Against one pass without caches, in float32: windows that go back over several, prompts in pieces, padding."""
