@@ -48,9 +48,7 @@ class Learnt(NamedTuple):
     least: jax.Array  # f32 [], the least that rounds were ever ahead of plain decoding; below 0 the allowance was drawn on
     credit: jax.Array  # f32 [], time that asking in vain may yet take without being held against drafts
     unheld: jax.Array  # f32 [], what it took so
-    resting: (
-        jax.Array
-    )  # int32 [], plain rounds until a draft is asked for again; until then nothing is learnt, however they are cut
+    resting: jax.Array  # int32 [], plain rounds until a draft is asked for again; nothing is learnt before, however they are cut
     idle: jax.Array  # int32 [2], rounds since a model drafted for the target, and after how many it is to try
     last: tuple[Counts, ...]
 
